@@ -1,0 +1,47 @@
+"""The front door: the Typer app with its five commands."""
+
+from typing import Annotated
+
+import typer
+
+from declip_cli import __version__
+from declip_cli.cli.linear_probe import linear_probe
+from declip_cli.cli.prepare import prepare
+from declip_cli.cli.pretrain import pretrain
+from declip_cli.cli.retrieve import retrieve
+from declip_cli.cli.zeroshot import zeroshot
+
+app = typer.Typer(
+    name="declip",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Pre-train CLIP-style models from few image-text pairs, and evaluate them.",
+    epilog="A first run, with the data that comes along: `declip pretrain --data demo`",
+)
+for command in (prepare, pretrain, zeroshot, linear_probe, retrieve):
+    app.command(no_args_is_help=True)(command)
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(f"declip {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Carry the options that stand before a command; none but --version."""
+
+
+def main() -> None:
+    """Run the command line; the entry point `declip`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""Find the data files the toolkit brings along, in a checkout as in an installed wheel."""
+
+from pathlib import Path
+
+from declip_cli.errors import DeclipError
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def asset_path(name: str) -> Path:
+    """Locate one file or folder of `assets/`.
+
+    Args:
+        name: path below `assets/`, such as `"recipes/declip-demo.toml"`.
+
+    Returns:
+        The absolute path; it exists.
+
+    Raises:
+        DeclipError: the installation lacks this file.
+    """
+    for root in (_PACKAGE / "_assets", _PACKAGE.parent / "assets"):
+        if (root / name).exists():
+            return root / name
+    raise DeclipError(
+        f"the data file {name!r} is missing from this installation (looked beside {_PACKAGE})",
+        remedy="install declip again: pip install --force-reinstall declip",
+    )

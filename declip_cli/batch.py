@@ -1,0 +1,86 @@
+"""The parcels that change hands between the rooms, and the legend of their dimensions.
+
+B  pairs on this rank          M  keys of all ranks           N  samples
+V  image views                 T  text views                  C  classes
+L  tokens of a text            P  patches of an image         K  top-k
+S  side of an image in pixels  E  width of a tower            H  heads
+D  width of the shared embedding                              Q  width of token-wise features
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """What the data room hands to the towers: views and tokens of B image-text pairs.
+
+    Views are an axis in the order the method asked for (`config.Views`), never stacked in channels.
+    """
+
+    images: Tensor
+    """uint8 RGB, (B, V, S, S, 3); or, in tests, normalised float, (B, V, 3, S, S)."""
+    tokens: Tensor
+    """Token ids, int64, (B, T, L); 0 is padding. L is the longest text of the batch or the context length."""
+    mask_labels: Tensor
+    """Ids hidden by masking in the text view of kind `masked`, -100 elsewhere, int64, (B, L)."""
+    numbers: Tensor
+    """Each pair's number in the data set, int64, (B,)."""
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    def to(self, device: torch.device) -> "Batch":
+        """Move all tensors to a device, without waiting where the memory is pinned."""
+        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+    def split(self, size: int) -> list["Batch"]:
+        """Cut into consecutive batches of at most `size` pairs."""
+        pieces = {f.name: getattr(self, f.name).split(size) for f in fields(self)}
+        return [Batch(**dict(zip(pieces, values, strict=True))) for values in zip(*pieces.values(), strict=True)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embeddings:
+    """What a method's `embed` hands to its `objective`: one row per pair in every field.
+
+    Because each field is per pair, embeddings of micro-batches can be joined and cut at will; a field that the
+    method does not use is an empty tensor of shape (B, 0).
+    """
+
+    images: Tensor
+    """Projected image embeddings, not normalised, (B, V, D)."""
+    texts: Tensor
+    """Projected text embeddings, not normalised, (B, T, D)."""
+    image_features: Tensor
+    """Image features before the projection, (B, V', E)."""
+    image_tokens: Tensor
+    """Token-wise features of the patches of one view, (B, P, Q)."""
+    text_tokens: Tensor
+    """Token-wise features of one text, (B, L, Q)."""
+    text_token_mask: Tensor
+    """True where `text_tokens` counts, bool, (B, L)."""
+    mask_losses: Tensor
+    """Sum of the masked-language cross-entropies of each pair, in nats, (B,) or (B, 0)."""
+    mask_counts: Tensor
+    """Number of masked tokens of each pair, float, (B,) or (B, 0)."""
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    @staticmethod
+    def join(parts: "list[Embeddings]") -> "Embeddings":
+        """Concatenate embeddings of consecutive micro-batches along the pairs."""
+        return Embeddings(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Embeddings)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossTerms:
+    """What a method's `objective` returns: each term, unweighted, and their weighted sum."""
+
+    total: Tensor
+    """What is minimised, in nats where it is a cross-entropy, ()."""
+    terms: dict[str, Tensor]
+    """Every term by name, unweighted, each ()."""

@@ -1,0 +1,157 @@
+"""Configurations in and out: TOML files, `--set section.key=value`, JSON beside the weights."""
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from declip_cli.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file of configuration sections.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Section → key → value, as written.
+
+    Raises:
+        ConfigError: the file is missing or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the configuration file {path}: {error.strerror}", remedy="check the path"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path} is not valid TOML: {error}", remedy="write lines such as: batch_size = 256"
+        ) from error
+
+
+def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """Turn `section.key=value` words into nested sections.
+
+    Args:
+        assignments: words of `--set`; the value is TOML, or plain text where it is not.
+
+    Returns:
+        Nested sections, later words overriding earlier ones.
+
+    Raises:
+        ConfigError: a word has no `=` or no section.
+    """
+    sections: dict[str, Any] = {}
+    for word in assignments:
+        dotted, equals, text = word.partition("=")
+        names = dotted.strip().split(".")
+        if not equals or len(names) < 2 or not all(names):
+            raise ConfigError(
+                f"--set wants section.key=value (got {word!r})", remedy="for example --set train.ema_decay=0.999"
+            )
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        merge_into(sections, _nest(names, value))
+    return sections
+
+
+def _nest(names: list[str], value: Any) -> dict[str, Any]:  # noqa: ANN401
+    for name in reversed(names):
+        value = {name: value}
+    nested: dict[str, Any] = value
+    return nested
+
+
+def merge_into(target: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Overlay nested sections: deeper keys override, others stay.
+
+    Args:
+        target: changed in place.
+        changes: what overrides.
+    """
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(target.get(key), dict):
+            merge_into(target[key], value)
+        else:
+            target[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def build_config(kind: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
+    """Make a configuration dataclass from nested values; unknown keys and wrong types are errors.
+
+    Args:
+        kind: the dataclass.
+        values: nested sections, as TOML or JSON give them.
+        where: dotted name of this section, for messages.
+
+    Returns:
+        The configuration, checked.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type or a value out of range.
+    """
+    hints = get_type_hints(kind)
+    arguments = {}
+    for key, value in values.items():
+        dotted = f"{where}.{key}" if where else key
+        if key not in hints:
+            close = difflib.get_close_matches(key, hints, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            place = f"section [{where}]" if where else "the configuration"
+            raise ConfigError(
+                f"unknown key {dotted!r}", remedy=f"{hint}{place} has: {', '.join(sorted(hints))}"
+            )
+        arguments[key] = _convert(hints[key], value, dotted)
+    return kind(**arguments)
+
+
+def _convert(hint: Any, value: Any, dotted: str) -> Any:  # noqa: ANN401
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        _check(isinstance(value, Mapping), dotted, "a section", value)
+        return build_config(hint, value, where=dotted)
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is tuple:
+        items = [value] if isinstance(value, str) else value
+        _check(isinstance(items, list | tuple), dotted, "a list", value)
+        return tuple(_convert(arguments[0], item, dotted) for item in items)
+    if origin is dict:
+        _check(isinstance(value, Mapping), dotted, "a table", value)
+        return {str(name): _convert(arguments[1], item, f"{dotted}.{name}") for name, item in value.items()}
+    if arguments and origin is not None:  # Literal
+        _check(value in arguments and type(value) in map(type, arguments), dotted, f"one of {_words(arguments)}", value)
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    _check(type(value) is hint, dotted, {bool: "true or false", int: "a whole number"}.get(hint, hint.__name__), value)
+    return value
+
+
+def _words(options: tuple[Any, ...]) -> str:
+    return ", ".join(str(option) or '""' for option in options)
+
+
+def _check(is_right: bool, dotted: str, expected: str, value: Any) -> None:  # noqa: ANN401
+    if not is_right:
+        raise ConfigError(f"{dotted} must be {expected} (got {value!r})", remedy=f"--set {dotted}=…")
+
+
+def to_json(config: Any) -> str:  # noqa: ANN401
+    """Write a configuration dataclass as JSON that `build_config` reads back.
+
+    Args:
+        config: any configuration dataclass.
+
+    Returns:
+        Indented JSON.
+    """
+    return json.dumps(dataclasses.asdict(config), indent=2, allow_nan=False)

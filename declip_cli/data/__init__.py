@@ -1,0 +1,1 @@
+"""From the user's disk to a Batch."""

@@ -1,0 +1,35 @@
+"""Errors a user can mend: what happened, and what to do about it."""
+
+
+class DeclipError(Exception):
+    """Say what went wrong, where, what was found, what was expected, and how to mend it.
+
+    Args:
+        message: one sentence without a full stop, with the offending value in it.
+        remedy: a command or an option that mends it; printed on a line of its own.
+    """
+
+    def __init__(self, message: str, *, remedy: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+
+class ConfigError(DeclipError):
+    """An option, a recipe or a configuration key cannot be used."""
+
+
+class DataError(DeclipError):
+    """The user's pictures, captions, tables or shards cannot be read."""
+
+
+class ModelError(DeclipError):
+    """A model folder or checkpoint is missing, incomplete or does not fit."""
+
+
+class TrainError(DeclipError):
+    """A pre-training run cannot start or go on."""
+
+
+class EvaluateError(DeclipError):
+    """A data set cannot be scored."""

@@ -1,0 +1,1 @@
+"""One file per method: its views, its heads, its objective."""

@@ -1,0 +1,1 @@
+"""From a Batch to Embeddings."""
