@@ -20,7 +20,17 @@ class ConfigError(DeclipError):
 
 
 class DataError(DeclipError):
-    """The user's pictures, captions, tables or shards cannot be read."""
+    """The user's pictures, captions, tables or shards cannot be read.
+
+    Args:
+        message: as of DeclipError.
+        remedy: as of DeclipError.
+        cause: a few words under which bad samples of the same kind are counted, such as `"corrupt"`.
+    """
+
+    def __init__(self, message: str, *, remedy: str, cause: str = "unreadable") -> None:
+        super().__init__(message, remedy=remedy)
+        self.cause = cause
 
 
 class ModelError(DeclipError):
