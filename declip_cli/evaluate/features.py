@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from declip_cli.data.image_views import evaluation_view
-from declip_cli.data.tokenizer import Tokenizer
+from declip_cli.data.tokenizer import END, Tokenizer
 from declip_cli.errors import DataError, EvaluateError
 from declip_cli.evaluate.feature_cache import cached_tensor, content_key, load_features, store_features
 from declip_cli.model.checkpoint import PretrainedModel
@@ -318,7 +318,7 @@ def length_sorted_batches(
         The numbers of the texts, (B,), and their tokens, (B, L).
     """
     tokens = Tokenizer(context_length=context_length).encode(texts, pad_to_context=False)  # (N, L)
-    lengths = (tokens != 0).sum(dim=1)  # (N,)
+    lengths = (tokens == END).int().argmax(dim=1) + 1  # (N,); the padding's id 0 is also that of "!"
     for numbers in lengths.argsort(stable=True).split(batch_size):
         longest = int(lengths[numbers].max())
         yield numbers, tokens[numbers, :longest]  # (B,), (B, L)
