@@ -1,9 +1,223 @@
 """Pictures into the square views that towers see: random ones for training, a fixed one for evaluation."""
 
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cv2
 import numpy as np
 from PIL import Image
 
-from declip_cli.data.decode import Pixels, decode_image
+from declip_cli.config import AugmentConfig, ImageView, require
+from declip_cli.data.colour import ColourName, ColourStep, apply_fused, apply_steps, blur
+from declip_cli.data.decode import (
+    JpegFrame,
+    Pixels,
+    decode_image,
+    decode_jpeg,
+    is_plain_jpeg,
+    read_jpeg_frame,
+)
+
+__all__ = ["ImageViews", "Picture", "ViewDraw", "decode_image", "draw_crop", "evaluation_view"]
+
+_LOG_RATIO = math.log(4 / 3)
+_MAX_REDUCTION = 8
+_NO_PIXELS: Pixels = np.empty((0, 0, 3), dtype=np.uint8)
+
+
+class Crop(NamedTuple):
+    """A rectangle of the upright picture, in pixels."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+
+class ViewDraw(NamedTuple):
+    """All that chance decided about one view."""
+
+    crop: Crop
+    colours: tuple[ColourStep, ...] = ()
+    """Colour operations in their order."""
+    is_gray: bool = False
+    blur_sigma_px: float = 0.0
+    """0 leaves the view sharp."""
+    is_flipped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture ready to be cropped: decoded, or a JPEG that waits for the crops to be decoded smaller."""
+
+    width: int
+    height: int
+    pixels: Pixels
+    """RGB, uint8, (height, width, 3), or empty while not decoded."""
+    data: bytes = b""
+    frame: JpegFrame = JpegFrame(0, 0, 0, 1)
+
+    @property
+    def is_decoded(self) -> bool:
+        """Whether the pixels are there, so that the picture may be kept and used again."""
+        return self.pixels.size > 0
+
+
+class ImageViews:
+    """Draw training views: random crops of one decoded picture, augmented as the original did.
+
+    `plain` is a random crop (STANDARD_SLIP); `augmented` adds colour jitter, greys, blur and flips (MOCOV2).
+    All that is random is drawn first; then a large JPEG is decoded once, at the smallest of 1, 1/2, 1/4 and
+    1/8 of its size at which no crop has to be enlarged. What has probability 0 costs nothing.
+
+    Args:
+        config: how views are drawn.
+        side_px: S, side of the square views.
+
+    Source: DeCLIP's data/transforms.py; MoCo v2, arXiv 2003.04297, section 4.
+    """
+
+    def __init__(self, config: AugmentConfig, side_px: int) -> None:
+        self._config = config
+        self._side_px = side_px
+        self._colour = apply_fused if config.mode == "fused" else apply_steps
+        halves: dict[ColourName, float] = {
+            "brightness": config.brightness,
+            "contrast": config.contrast,
+            "saturation": config.saturation,
+            "hue": config.hue,
+        }
+        self._ranges = tuple(
+            (name, 0.0 if name == "hue" else 1.0, half) for name, half in halves.items() if half
+        )
+        self._jitter_probability = config.jitter_probability if self._ranges else 0.0
+
+    def draw(self, data: bytes, kinds: Sequence[ImageView], rng: random.Random, out: Pixels) -> None:
+        """Draw the views of one encoded picture.
+
+        Args:
+            data: the picture.
+            kinds: V kinds of views, in order.
+            rng: decides everything; the same state gives the same pixels.
+            out: filled with RGB, uint8, (V, S, S, 3).
+
+        Raises:
+            DataError: the picture cannot be decoded.
+        """
+        self.draw_from(self.open(data), kinds, rng, out)
+
+    def open(self, data: bytes) -> Picture:
+        """Decode a picture, unless it is a JPEG so large that knowing the crops may save work.
+
+        Args:
+            data: an encoded picture.
+
+        Returns:
+            The picture; views drawn from it are the same however often it is used.
+
+        Raises:
+            DataError: the picture cannot be decoded.
+        """
+        frame = read_jpeg_frame(data)
+        if is_plain_jpeg(frame) and min(frame.width, frame.height) >= 2 * self._side_px:
+            return Picture(frame.width, frame.height, _NO_PIXELS, data, frame)
+        pixels = decode_image(data)
+        return Picture(pixels.shape[1], pixels.shape[0], pixels)
+
+    def draw_from(
+        self, picture: Picture, kinds: Sequence[ImageView], rng: random.Random, out: Pixels
+    ) -> None:
+        """Draw the views of one opened picture; see `draw`."""
+        draws = [self.decide(kind, picture.width, picture.height, rng) for kind in kinds]
+        pixels = picture.pixels
+        if not picture.is_decoded:
+            pixels = decode_jpeg(picture.data, picture.frame, reduction=self._reduction(draws))
+        for draw, view in zip(draws, out, strict=True):
+            self._render(pixels, pixels.shape[1] / picture.width, draw, view)
+
+    def decide(self, kind: ImageView, width: int, height: int, rng: random.Random) -> ViewDraw:
+        """Draw all that is random about one view.
+
+        Args:
+            kind: `plain` or `augmented`.
+            width: of the upright picture, in pixels.
+            height: likewise.
+            rng: decides.
+
+        Returns:
+            The decisions; pixels play no part in them.
+        """
+        config = self._config
+        if kind == "plain":
+            return ViewDraw(draw_crop(width, height, config.plain_crop_area_min, rng))
+        crop = draw_crop(width, height, config.crop_area_min, rng)
+        colours: tuple[ColourStep, ...] = ()
+        if _happens(self._jitter_probability, rng):
+            colours = tuple(
+                ColourStep(name, rng.uniform(centre - half, centre + half))
+                for name, centre, half in rng.sample(self._ranges, len(self._ranges))
+            )
+        is_gray = _happens(config.grayscale_probability, rng)
+        sigma_px = 0.0
+        if _happens(config.blur_probability, rng):
+            sigma_px = rng.uniform(config.blur_sigma_min_px, config.blur_sigma_max_px)
+        return ViewDraw(crop, colours, is_gray, sigma_px, _happens(config.flip_probability, rng))
+
+    def _reduction(self, draws: Sequence[ViewDraw]) -> int:
+        shortest = min(min(draw.crop.width, draw.crop.height) for draw in draws)
+        reduction = 1
+        while reduction < _MAX_REDUCTION and shortest >= 2 * reduction * self._side_px:
+            reduction *= 2
+        return reduction
+
+    def _render(self, pixels: Pixels, scale: float, draw: ViewDraw, out: Pixels) -> None:
+        left, top, width, height = draw.crop
+        if scale != 1.0:
+            left, width = round(left * scale), max(1, round(width * scale))
+            top, height = round(top * scale), max(1, round(height * scale))
+        side = self._side_px
+        # OpenCV's bilinear filter looks at four pixels; beyond a factor of 2 it would leave some out.
+        is_far = width > 2 * side or height > 2 * side
+        interpolation = cv2.INTER_AREA if is_far else cv2.INTER_LINEAR
+        region = pixels[top : top + height, left : left + width]  # (height, width, 3)
+        view = cv2.resize(region, (side, side), interpolation=interpolation)  # (S, S, 3)
+        view = self._colour(np.asarray(view, dtype=np.uint8), draw.colours, is_gray=draw.is_gray)
+        if draw.blur_sigma_px:
+            view = blur(view, draw.blur_sigma_px)
+        out[:] = view[:, ::-1] if draw.is_flipped else view
+
+
+def draw_crop(width: int, height: int, area_min: float, rng: random.Random) -> Crop:
+    """Draw a rectangle of random area and aspect ratio, as torchvision's RandomResizedCrop.
+
+    Args:
+        width: of the picture, in pixels.
+        height: likewise.
+        area_min: smallest share of the picture; the largest is 1.
+        rng: decides.
+
+    Returns:
+        A rectangle inside the picture, of aspect ratio 3/4 to 4/3 up to rounding; if ten draws do not fit, as
+        in a very long picture, the largest such rectangle in the middle.
+    """
+    for _ in range(10):
+        area = width * height * (area_min + (1.0 - area_min) * rng.random())
+        ratio = math.exp(_LOG_RATIO * (2.0 * rng.random() - 1.0))
+        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            left = int((width - crop_width + 1) * rng.random())
+            top = int((height - crop_height + 1) * rng.random())
+            return Crop(left, top, crop_width, crop_height)
+    crop_width = min(width, max(1, round(height * 4 / 3)))
+    crop_height = min(height, max(1, round(width * 4 / 3)))
+    return Crop((width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height)
+
+
+def _happens(probability: float, rng: random.Random) -> bool:
+    return probability > 0.0 and rng.random() < probability
 
 
 def evaluation_view(data: bytes, *, side_px: int, resize_px: int) -> Pixels:
@@ -21,8 +235,14 @@ def evaluation_view(data: bytes, *, side_px: int, resize_px: int) -> Pixels:
         RGB, uint8, (S, S, 3).
 
     Raises:
+        ConfigError: `resize_px` is less than `side_px`.
         DataError: the picture cannot be decoded.
     """
+    require(
+        side_px <= resize_px,
+        f"pictures resized to {resize_px} px are too small for a view of {side_px} px",
+        remedy=f"resize to at least {side_px} px",
+    )
     pixels = decode_image(data)  # (H, W, 3)
     height, width = pixels.shape[:2]
     shorter = min(height, width)
