@@ -229,7 +229,7 @@ class _ImageJob:
                 content, side_px=self.model.image_side_px, resize_px=self.model.resize_px
             )  # (S, S, 3)
         except DataError as error:
-            return error.message
+            return error.cause
         return torch.from_numpy(view)
 
     def _tell(self, num_done: int, num_all: int) -> None:
@@ -242,7 +242,7 @@ def _read(load: Callable[[], bytes]) -> bytes | str:
     try:
         return load()
     except DataError as error:
-        return error.message
+        return error.cause
     except FileNotFoundError:
         return "missing file"
     except OSError as error:

@@ -69,6 +69,8 @@ class Benchmark:
     """Which files to put where, for people."""
     source: str
     """Where they come from, for people."""
+    other_markers: tuple[str, ...] = ()
+    """Paths that show the same in other layouts."""
     torchvision_name: str = ""
     """The class whose download works; empty where none does."""
 
