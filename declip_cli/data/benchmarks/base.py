@@ -120,7 +120,7 @@ def is_picture(name: str) -> bool:
     return name.lower().endswith(suffixes) and not name.startswith(".")
 
 
-def data_root(given: Path | None) -> Path:
+def resolve_data_root(given: Path | None) -> Path:
     """Return where evaluation sets are looked for.
 
     Args:

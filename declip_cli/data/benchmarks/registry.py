@@ -9,8 +9,8 @@ from declip_cli.data.benchmarks.base import (
     Benchmark,
     ClassificationSet,
     FilePictures,
-    data_root,
     names_from_assets,
+    resolve_data_root,
     templates_from_assets,
 )
 from declip_cli.data.benchmarks.folders import folder_splits, open_class_folder, read_class_names
@@ -41,14 +41,14 @@ class Listed:
 
 
 def open_classification(
-    name: str, *, root: Path | None = None, split: str = "test", classes_file: Path | None = None
+    name: str, *, data_root: Path | None = None, split: str = "test", classes_file: Path | None = None
 ) -> ClassificationSet:
     """Open one split of a classification data set.
 
     Args:
         name: a known name, `demo`, or a folder with one subfolder per class (or with `train/`, `val/`,
             `test/` that have them).
-        root: where known sets lie; None takes `$DECLIP_DATA`, else `data/`.
+        data_root: where known sets lie; None takes `$DECLIP_DATA`, else `data/`.
         split: `train`, `val` or `test`; see `available_splits`.
         classes_file: class names in place of the set's own, one a line.
 
@@ -61,7 +61,7 @@ def open_classification(
     if name == "demo":
         opened = _open_demo(split)
     elif name in KNOWN:
-        opened = _open_known(KNOWN[name], data_root(root), split)
+        opened = _open_known(KNOWN[name], resolve_data_root(data_root), split)
     else:
         return _checked(open_class_folder(Path(name), split=split, classes_file=classes_file))
     if classes_file is not None:
@@ -75,12 +75,12 @@ def open_classification(
     return _checked(opened)
 
 
-def available_splits(name: str, *, root: Path | None = None) -> tuple[str, ...]:
+def available_splits(name: str, *, data_root: Path | None = None) -> tuple[str, ...]:
     """Say which splits a data set has.
 
     Args:
         name: as of `open_classification`.
-        root: as of `open_classification`.
+        data_root: as of `open_classification`.
 
     Returns:
         Of `train`, `val`, `test`; empty for a folder of class folders without splits.
@@ -174,16 +174,16 @@ def _checked(opened: ClassificationSet) -> ClassificationSet:
     return opened
 
 
-def list_known(root: Path | None = None) -> list[Listed]:
+def list_known(data_root: Path | None = None) -> list[Listed]:
     """List the known classification sets.
 
     Args:
-        root: as of `open_classification`.
+        data_root: as of `open_classification`.
 
     Returns:
         One entry per set, the demo first.
     """
-    folder = data_root(root)
+    folder = resolve_data_root(data_root)
     listed = [Listed("demo", "zero-shot", len(_open_demo("test").class_names), "accuracy", "built in", True)]
     for known in KNOWN.values():
         found = _locate(known, folder)
@@ -194,12 +194,12 @@ def list_known(root: Path | None = None) -> list[Listed]:
     return listed
 
 
-def download(name: str, *, root: Path | None = None) -> Path:
+def download(name: str, *, data_root: Path | None = None) -> Path:
     """Fetch a known set over the network with torchvision.
 
     Args:
         name: a known name.
-        root: as of `open_classification`; made if it does not exist.
+        data_root: as of `open_classification`; made if it does not exist.
 
     Returns:
         The folder it went into.
@@ -214,7 +214,7 @@ def download(name: str, *, root: Path | None = None) -> Path:
             f"{name!r} is not a known data set, so it cannot be downloaded",
             remedy="`declip zeroshot --list` shows the known names",
         )
-    benchmark, folder = KNOWN[name], root or data_root(root)
+    benchmark, folder = KNOWN[name], data_root or resolve_data_root(data_root)
     if not benchmark.torchvision_name:
         raise EvaluateError(f"{name} has no download that works", remedy=_how_to_get(benchmark, folder))
     folder.mkdir(parents=True, exist_ok=True)
