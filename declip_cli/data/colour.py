@@ -15,9 +15,7 @@ ColourName: TypeAlias = Literal["brightness", "contrast", "saturation", "hue"]
 # Pillow cuts fractions off, OpenCV rounds to the nearest; 0.499 and not 0.5 keeps whole numbers as they are.
 _CUT = -0.499
 _LUMA = (0.299, 0.587, 0.114)
-_RGB_TO_YIQ = np.array(
-    [[0.299, 0.587, 0.114], [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]]
-)
+_RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
 _YIQ_TO_RGB = np.linalg.inv(_RGB_TO_YIQ)
 _SMALLEST_BLUR_SIGMA_PX = 0.28
 """Below this the neighbours' weight is under half a grey level of 255."""
@@ -144,8 +142,8 @@ def apply_fused(pixels: Pixels, steps: Sequence[ColourStep], *, is_gray: bool) -
     """Apply colour operations as one affine map of RGB: faster on large views, and an approximation.
 
     It differs from `apply_steps` in that nothing is clipped or rounded between the operations, hue turns in
-    YIQ space (where luma stays as it is) instead of HSV, and the mean grey for contrast is that of every fourth
-    row and column.
+    YIQ space (where luma stays as it is) instead of HSV, and the mean grey for contrast is that of every
+    fourth row and column.
 
     Args:
         pixels: RGB, uint8, (H, W, 3).
@@ -161,9 +159,7 @@ def apply_fused(pixels: Pixels, steps: Sequence[ColourStep], *, is_gray: bool) -
     return _as_pixels(cv2.transform(pixels, colour_matrix(steps, mean, is_gray=is_gray)))
 
 
-def colour_matrix(
-    steps: Sequence[ColourStep], mean: NDArray[np.float64], *, is_gray: bool
-) -> NDArray[np.float64]:
+def colour_matrix(steps: Sequence[ColourStep], mean: NDArray[np.float64], *, is_gray: bool) -> NDArray[np.float64]:
     """Compose colour operations into one affine map.
 
     Args:
