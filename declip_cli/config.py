@@ -107,7 +107,9 @@ class AugmentConfig:
         fractions += ("deletion_probability", "mask_probability")
         require_fractions("augment", {key: getattr(self, key) for key in fractions})
         require(
-            0.0 <= self.hue <= 0.5, f"augment.hue is in [0, 0.5] (got {self.hue})", remedy="--set augment.hue=0.1"
+            0.0 <= self.hue <= 0.5,
+            f"augment.hue is in [0, 0.5] (got {self.hue})",
+            remedy="--set augment.hue=0.1",
         )
         unknown = set(self.text_operations) - {"synonym", "swap", "delete"}
         require(
@@ -147,7 +149,7 @@ class MethodConfig:
     queue_size: int = 65536
     """Rows of the nearest-neighbour queue (2^16 in the paper)."""
     token_wise_top_k: int = 16
-    """Tokens kept per gathered text or image in the token-wise loss."""
+    """Tokens of each text and picture that are gathered in the token-wise loss: those most relevant to its pair."""
     simclr_temperature: float = 0.1
     label_smoothing: float = 0.0
 
@@ -244,10 +246,10 @@ class TrainConfig:
     """Model to start from; empty starts from random weights."""
     logit_scale_init: float = 2.6593
     """ln(1/0.07)."""
-    logit_scale_min: float = 0.0
-    """Lower bound of the logarithm of the logit scale (ln 1); the faithful mode uses 3."""
-    logit_scale_max: float = 4.6052
-    """Upper bound (ln 100); the faithful mode uses 6."""
+    logit_scale_min: float = -1.0
+    """Lower bound of the logarithm of the logit scale; -1: 0 (ln 1), in the faithful mode 3."""
+    logit_scale_max: float = -1.0
+    """Upper bound; -1: 4.6052 (ln 100), in the faithful mode 6."""
     tracker: Literal["", "tensorboard", "wandb"] = ""
     processes: int = 0
     """Processes to start; 0: one per GPU, else 1. Ignored under a launcher that already set the ranks."""
@@ -260,12 +262,6 @@ class TrainConfig:
             self.batch_size >= 2,
             f"--batch-size must be at least 2, a contrastive loss needs negatives (got {self.batch_size})",
             remedy="--batch-size 256",
-        )
-        require(
-            self.logit_scale_min <= self.logit_scale_init <= self.logit_scale_max,
-            "train.logit_scale_init must lie between train.logit_scale_min and train.logit_scale_max "
-            f"(got {self.logit_scale_init}, {self.logit_scale_min}, {self.logit_scale_max})",
-            remedy="--set train.logit_scale_init=2.6593",
         )
         require(
             0.0 <= self.ema_decay < 1.0,

@@ -55,7 +55,8 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
         names = dotted.strip().split(".")
         if not equals or len(names) < 2 or not all(names):
             raise ConfigError(
-                f"--set wants section.key=value (got {word!r})", remedy="for example --set train.ema_decay=0.999"
+                f"--set wants section.key=value (got {word!r})",
+                remedy="for example --set train.ema_decay=0.999",
             )
         try:
             value = tomllib.loads(f"value = {text}")["value"]
@@ -108,9 +109,7 @@ def build_config(kind: type[T], values: Mapping[str, Any], *, where: str = "") -
             close = difflib.get_close_matches(key, hints, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             place = f"section [{where}]" if where else "the configuration"
-            raise ConfigError(
-                f"unknown key {dotted!r}", remedy=f"{hint}{place} has: {', '.join(sorted(hints))}"
-            )
+            raise ConfigError(f"unknown key {dotted!r}", remedy=f"{hint}{place} has: {', '.join(sorted(hints))}")
         arguments[key] = _convert(hints[key], value, dotted)
     return kind(**arguments)
 
@@ -128,11 +127,21 @@ def _convert(hint: Any, value: Any, dotted: str) -> Any:  # noqa: ANN401
         _check(isinstance(value, Mapping), dotted, "a table", value)
         return {str(name): _convert(arguments[1], item, f"{dotted}.{name}") for name, item in value.items()}
     if arguments and origin is not None:  # Literal
-        _check(value in arguments and type(value) in map(type, arguments), dotted, f"one of {_words(arguments)}", value)
+        _check(
+            value in arguments and type(value) in map(type, arguments),
+            dotted,
+            f"one of {_words(arguments)}",
+            value,
+        )
         return value
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    _check(type(value) is hint, dotted, {bool: "true or false", int: "a whole number"}.get(hint, hint.__name__), value)
+    _check(
+        type(value) is hint,
+        dotted,
+        {bool: "true or false", int: "a whole number"}.get(hint, hint.__name__),
+        value,
+    )
     return value
 
 

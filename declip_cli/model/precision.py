@@ -18,7 +18,7 @@ def has_native_bf16(device: torch.device) -> bool:
         True for GPUs from Ampere on and CPUs with AVX512-BF16 or AMX (oneDNN's own test).
     """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "cpu":
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and torch.cpu._is_avx512_bf16_supported()
     return False

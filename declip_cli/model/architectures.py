@@ -1,0 +1,124 @@
+"""Names of architectures and their dimensions."""
+
+import difflib
+from dataclasses import dataclass
+
+from declip_cli.config import ModelConfig, require
+from declip_cli.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VitDims:
+    """A vision transformer."""
+
+    patch_side_px: int
+    width: int
+    num_layers: int
+    num_heads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResNetDims:
+    """A modified ResNet."""
+
+    num_blocks: tuple[int, ...]
+    width: int
+    num_heads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextDims:
+    """A text transformer."""
+
+    context_length: int = 77
+    width: int = 512
+    num_layers: int = 12
+    num_heads: int = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """A dual encoder's dimensions."""
+
+    image_side_px: int = 224
+    embed_dim: int = 512
+    vision: VitDims | ResNetDims
+    text: TextDims = TextDims()
+    quick_gelu: bool = True
+
+
+_TINY_TEXT = TextDims(context_length=24, width=128, num_layers=3, num_heads=4)
+_SMALL_TEXT = TextDims(context_length=77, width=384, num_layers=8, num_heads=6)
+ARCHITECTURES: dict[str, Architecture] = {
+    "vit-b32": Architecture(vision=VitDims(patch_side_px=32, width=768, num_layers=12, num_heads=12)),
+    "vit-b16": Architecture(vision=VitDims(patch_side_px=16, width=768, num_layers=12, num_heads=12)),
+    "vit-s16": Architecture(vision=VitDims(patch_side_px=16, width=384, num_layers=12, num_heads=6), text=_SMALL_TEXT),
+    "vit-tiny64": Architecture(
+        image_side_px=64,
+        embed_dim=192,
+        vision=VitDims(patch_side_px=8, width=192, num_layers=6, num_heads=3),
+        text=TextDims(context_length=32, width=192, num_layers=4, num_heads=3),
+    ),
+    "vit-tiny32": Architecture(
+        image_side_px=32,
+        embed_dim=128,
+        vision=VitDims(patch_side_px=8, width=128, num_layers=4, num_heads=4),
+        text=_TINY_TEXT,
+    ),
+    "rn50": Architecture(embed_dim=1024, vision=ResNetDims(num_blocks=(3, 4, 6, 3), width=64, num_heads=32)),
+    "rn101": Architecture(embed_dim=512, vision=ResNetDims(num_blocks=(3, 4, 23, 3), width=64, num_heads=32)),
+    "rn-tiny64": Architecture(
+        image_side_px=64,
+        embed_dim=128,
+        vision=ResNetDims(num_blocks=(1, 1, 1, 1), width=16, num_heads=8),
+        text=_TINY_TEXT,
+    ),
+}
+"""ViT-B, RN50 and RN101 as in CLIP, arXiv 2103.00020, tables 19 and 20; vit-s16 as in SLIP; tiny ones are ours."""
+
+
+def find_architecture(config: ModelConfig) -> Architecture:
+    """Look an architecture up and apply the overrides of the configuration.
+
+    Args:
+        config: name and overrides.
+
+    Returns:
+        The dimensions to build.
+
+    Raises:
+        ConfigError: the name is unknown, or a side does not fit the patches.
+    """
+    if config.arch not in ARCHITECTURES:
+        close = difflib.get_close_matches(config.arch, ARCHITECTURES, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ConfigError(
+            f"unknown architecture {config.arch!r}", remedy=f"{hint}--arch takes {', '.join(ARCHITECTURES)}"
+        )
+    base = ARCHITECTURES[config.arch]
+    side = config.image_side_px or base.image_side_px
+    stride = base.vision.patch_side_px if isinstance(base.vision, VitDims) else 32
+    require(
+        side > 0 and side % stride == 0,
+        f"model.image_side_px must be a multiple of {stride} for {config.arch} (got {side})",
+        remedy=f"--set model.image_side_px={max(1, round(side / stride)) * stride}",
+    )
+    length = config.context_length or base.text.context_length
+    require(
+        length >= 3,
+        f"model.context_length must be at least 3: start, one token, end (got {length})",
+        remedy="--set model.context_length=77",
+    )
+    text = TextDims(
+        context_length=length,
+        width=base.text.width,
+        num_layers=base.text.num_layers,
+        num_heads=base.text.num_heads,
+    )
+    return Architecture(
+        image_side_px=side,
+        embed_dim=config.embed_dim or base.embed_dim,
+        vision=base.vision,
+        text=text,
+        quick_gelu=config.quick_gelu,
+    )

@@ -1,0 +1,161 @@
+"""The dual encoder: an image tower, a text tower and the scale of their cosines."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from declip_cli.model.architectures import Architecture, VitDims
+from declip_cli.model.heads import TokenWiseHeads
+from declip_cli.model.resnet import ModifiedResNet
+from declip_cli.model.text_transformer import TextTransformer
+from declip_cli.model.transformer import Transformer
+from declip_cli.model.vision_transformer import ImageStates, VisionTransformer
+
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
+"""ImageNet's, in [0, 1], as the original uses everywhere (P/data/imagenet_dataloader.py)."""
+
+
+class DualEncoder(nn.Module):
+    """Map pictures and texts into one space.
+
+    Pictures arrive as uint8 and are cast, scaled and normalised here and nowhere else.
+
+    Args:
+        architecture: the dimensions.
+        token_wise_dim: width of token-wise features; 0 for models that compare whole pictures and texts.
+    """
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, architecture: Architecture, *, token_wise_dim: int = 0) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.visual = _build_vision(architecture)
+        text = architecture.text
+        self.text = TextTransformer(
+            context_length=text.context_length,
+            width=text.width,
+            num_layers=text.num_layers,
+            num_heads=text.num_heads,
+            embed_dim=architecture.embed_dim,
+            quick_gelu=architecture.quick_gelu,
+        )
+        self.logit_scale = nn.Parameter(torch.tensor(2.6593))
+        self.token_wise: TokenWiseHeads | None = None
+        if token_wise_dim:
+            self.token_wise = TokenWiseHeads(self.visual.feature_dim, self.text.feature_dim, width=token_wise_dim)
+        self.register_buffer("pixel_mean", torch.tensor(IMAGE_MEAN), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(IMAGE_STD), persistent=False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Turn bytes into what the image tower takes.
+
+        Args:
+            images: uint8 RGB, (B, S, S, 3); float pictures, (B, 3, S, S), count as normalised.
+
+        Returns:
+            Zero mean and unit variance over ImageNet, float32, (B, 3, S, S).
+        """
+        if images.is_floating_point():
+            return images
+        pixels = (images.float() / 255 - self.pixel_mean) / self.pixel_std  # (B, S, S, 3)
+        return pixels.permute(0, 3, 1, 2).contiguous()  # (B, 3, S, S)
+
+    def image_states(self, images: Tensor) -> ImageStates:
+        """Run the image tower up to its features and patches; `images` as in `normalise`."""
+        states: ImageStates = self.visual(self.normalise(images))
+        return states
+
+    def project_image(self, states: ImageStates) -> Tensor:
+        """Map an image tower's output into the shared embedding, → (B, D)."""
+        is_vit = isinstance(self.visual, VisionTransformer)
+        return self.visual.project(states.features if is_vit else states.patches)
+
+    def encode_image(self, images: Tensor, *, projected: bool = True) -> Tensor:
+        """Embed pictures.
+
+        Args:
+            images: uint8 RGB, (B, S, S, 3).
+            projected: whether to map into the shared embedding; else the features before it.
+
+        Returns:
+            Not normalised, (B, D), or (B, E) before the projection.
+        """
+        states = self.image_states(images)
+        return self.project_image(states) if projected else states.features
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Embed texts.
+
+        Args:
+            tokens: ids, int64, (B, L).
+
+        Returns:
+            Not normalised, (B, D).
+        """
+        return self.text.project(self.text.read_off(self.text(tokens), tokens))
+
+    def encode_image_tokens(self, images: Tensor) -> Tensor:
+        """Embed each patch for token-wise comparison, (B, S, S, 3) → (B, P, Q), not normalised."""
+        return self.map_patches(self.image_states(images).patches)
+
+    def encode_text_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed each token for token-wise comparison.
+
+        Args:
+            tokens: ids, int64, (B, L).
+
+        Returns:
+            Not normalised, (B, L, Q), and True where a token is not padding, (B, L).
+        """
+        return self.map_tokens(self.text(tokens)), tokens != 0
+
+    def map_patches(self, patches: Tensor) -> Tensor:
+        """Map patch states into the token-wise space, (B, P, E) → (B, P, Q)."""
+        out: Tensor = self._heads().image_mapping(patches)
+        return out
+
+    def map_tokens(self, states: Tensor) -> Tensor:
+        """Map token states into the token-wise space, (B, L, E) → (B, L, Q)."""
+        out: Tensor = self._heads().text_mapping(states)
+        return out
+
+    def _heads(self) -> TokenWiseHeads:
+        if self.token_wise is None:
+            raise ValueError("this model compares whole pictures and texts: it has no token-wise heads")
+        return self.token_wise
+
+    def set_gradient_checkpointing(self, is_on: bool) -> None:
+        """Choose whether blocks are computed again in backward instead of kept."""
+        for tower in (self.visual, self.text):
+            for module in tower.modules():
+                if isinstance(module, Transformer | ModifiedResNet):
+                    module.gradient_checkpointing = is_on
+
+
+def unit(embeds: Tensor) -> Tensor:
+    """Scale the last dimension to unit length, in float32."""
+    return F.normalize(embeds.float(), dim=-1)
+
+
+def _build_vision(architecture: Architecture) -> VisionTransformer | ModifiedResNet:
+    dims = architecture.vision
+    if isinstance(dims, VitDims):
+        return VisionTransformer(
+            image_side_px=architecture.image_side_px,
+            patch_side_px=dims.patch_side_px,
+            width=dims.width,
+            num_layers=dims.num_layers,
+            num_heads=dims.num_heads,
+            embed_dim=architecture.embed_dim,
+            quick_gelu=architecture.quick_gelu,
+        )
+    return ModifiedResNet(
+        image_side_px=architecture.image_side_px,
+        num_blocks=dims.num_blocks,
+        width=dims.width,
+        num_heads=dims.num_heads,
+        embed_dim=architecture.embed_dim,
+    )

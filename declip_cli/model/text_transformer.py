@@ -1,0 +1,74 @@
+"""The text transformer: token ids → text features and per-token states."""
+
+import torch
+from torch import Tensor, nn
+
+from declip_cli.model.transformer import Transformer
+
+END_ID = 49407
+"""Id of the end-of-text token, at whose position a text is read off; equal to the tokenizer's."""
+VOCABULARY_SIZE = 49409
+"""OpenAI's 49,408 ids and the mask token after them."""
+
+
+class TextTransformer(nn.Module):
+    """CLIP's causal text transformer with OpenAI's parameter names.
+
+    Args:
+        context_length: largest L.
+        width: E.
+        num_layers: number of blocks.
+        num_heads: H.
+        embed_dim: D.
+        quick_gelu: OpenAI's approximation of the GELU.
+
+    Source: P/model/text_encoder/text_transformer.py; the projection has a bias, unlike OpenAI's.
+    """
+
+    def __init__(
+        self,
+        *,
+        context_length: int,
+        width: int,
+        num_layers: int,
+        num_heads: int,
+        embed_dim: int,
+        quick_gelu: bool,
+    ) -> None:
+        super().__init__()
+        self.context_length = context_length
+        self.feature_dim = width
+        self.token_embedding = nn.Embedding(VOCABULARY_SIZE, width)
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(context_length, width))
+        self.transformer = Transformer(width, num_layers, num_heads=num_heads, is_causal=True, quick_gelu=quick_gelu)
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Linear(width, embed_dim)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.text_projection.weight, std=width**-0.5)
+        nn.init.zeros_(self.text_projection.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Read texts token by token.
+
+        Args:
+            tokens: ids, int64, (B, L) with L at most the context length.
+
+        Returns:
+            State of each token after the last layer norm, (B, L, E).
+        """
+        states = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]  # (B, L, E)
+        # Autocast leaves embeddings alone; without this the residual stream would stay in float32.
+        if torch.is_autocast_enabled(tokens.device.type):
+            states = states.to(torch.get_autocast_dtype(tokens.device.type))
+        out: Tensor = self.ln_final(self.transformer(states))
+        return out
+
+    def read_off(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """Take the state at each text's first end-of-text token, (B, L, E) and (B, L) → (B, E)."""
+        ends = (tokens == END_ID).int().argmax(1)
+        return states[torch.arange(len(tokens), device=tokens.device), ends]
+
+    def project(self, features: Tensor) -> Tensor:
+        """Map features into the shared embedding, (B, E) → (B, D)."""
+        out: Tensor = self.text_projection(features)
+        return out

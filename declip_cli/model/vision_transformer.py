@@ -1,0 +1,88 @@
+"""The vision transformer: pixels → image features and patch states."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from declip_cli.model.transformer import Transformer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageStates:
+    """What an image tower gives: one vector per picture, and one per patch."""
+
+    features: Tensor
+    """Before the projection into the shared embedding, (B, E)."""
+    patches: Tensor
+    """(B, P, E)."""
+
+
+class VisionTransformer(nn.Module):
+    """CLIP's vision transformer with OpenAI's parameter names.
+
+    Args:
+        image_side_px: S.
+        patch_side_px: side of a patch; divides S.
+        width: E.
+        num_layers: number of blocks.
+        num_heads: H.
+        embed_dim: D.
+        quick_gelu: OpenAI's approximation of the GELU.
+    """
+
+    is_batch_dependent = False
+    """Whether a picture's features depend on the others in the batch (BatchNorm)."""
+
+    def __init__(
+        self,
+        *,
+        image_side_px: int,
+        patch_side_px: int,
+        width: int,
+        num_layers: int,
+        num_heads: int,
+        embed_dim: int,
+        quick_gelu: bool,
+    ) -> None:
+        super().__init__()
+        self.patch_side_px = patch_side_px
+        self.feature_dim = width
+        num_patches = (image_side_px // patch_side_px) ** 2
+        scale = width**-0.5
+        self.conv1 = nn.Conv2d(3, width, patch_side_px, stride=patch_side_px, bias=False)
+        self.class_embedding = nn.Parameter(scale * torch.randn(width))
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(num_patches + 1, width))
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(width, num_layers, num_heads=num_heads, is_causal=False, quick_gelu=quick_gelu)
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
+
+    def forward(self, pixels: Tensor) -> ImageStates:
+        """Describe pictures.
+
+        Args:
+            pixels: normalised, (B, 3, S, S).
+
+        Returns:
+            Features after the last layer norm, patch states before it (as the original's FILIP reads them).
+        """
+        states = self._embed_patches(pixels)  # (B, P, E)
+        first = self.class_embedding.to(states.dtype).expand(len(states), 1, -1)
+        states = torch.cat([first, states], dim=1) + self.positional_embedding.to(states.dtype)  # (B, 1 + P, E)
+        states = self.transformer(self.ln_pre(states).to(states.dtype))
+        return ImageStates(features=self.ln_post(states[:, 0]), patches=states[:, 1:])
+
+    def _embed_patches(self, pixels: Tensor) -> Tensor:
+        # A convolution whose stride is its kernel is a linear layer on cut-out patches; as such its
+        # backward pass is eleven times as fast in bfloat16 on CPUs.
+        batch, channels, side, _ = pixels.shape
+        grid, patch = side // self.patch_side_px, self.patch_side_px
+        cut = pixels.view(batch, channels, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5)
+        cut = cut.reshape(batch, grid * grid, channels * patch * patch)  # (B, P, 3·patch²)
+        return F.linear(cut, self.conv1.weight.flatten(1))
+
+    def project(self, features: Tensor) -> Tensor:
+        """Map features into the shared embedding, (B, E) → (B, D)."""
+        return features @ self.proj
