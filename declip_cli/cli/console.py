@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +11,8 @@ import typer
 from rich.console import Console
 
 from declip_cli.errors import DeclipError
+
+_PLAIN_PROGRESS_S = 10.0
 
 stderr = Console(stderr=True, soft_wrap=True, highlight=False)
 
@@ -40,6 +43,11 @@ def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, str]]:  # noqa: ANN
         yield prefix, f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+def emit_row(cells: Iterable[object]) -> None:
+    """Write one line of a table to stdout, its cells apart by tabs."""
+    sys.stdout.write("\t".join(map(str, cells)) + "\n")
+
+
 def note(message: str) -> None:
     """Tell people something on stderr, in one line."""
     stderr.print(message, markup=False)
@@ -56,3 +64,37 @@ def user_errors() -> Iterator[None]:
     except KeyboardInterrupt as interrupt:
         note("interrupted")
         raise typer.Exit(130) from interrupt
+
+
+@contextmanager
+def progress_of(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Show how far something is: a bar on a terminal, a line every 10 seconds otherwise.
+
+    Args:
+        label: what is being done.
+
+    Yields:
+        A function to be told how many are done and how many there are.
+    """
+    if not stderr.is_terminal:
+        yield _plain_progress(label)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr, transient=True) as bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _plain_progress(label: str) -> Callable[[int, int], None]:
+    last = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _PLAIN_PROGRESS_S:
+            last = now
+            note(f"{label}: {done} of {total}")
+
+    return tell

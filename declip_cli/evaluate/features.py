@@ -34,13 +34,15 @@ class FeatureOptions:
     """How features are computed; none of it changes what they mean."""
 
     batch_size: int = 128
-    """Pictures or texts per forward pass."""
+    """Pictures per forward pass."""
+    text_batch_size: int = 256
+    """Texts per forward pass."""
     precision: Precision = "auto"
     """`auto`: bf16 where the processor computes it natively, else fp32."""
     threads: int = 0
     """Threads that read and decode pictures; 0 takes the cores there are."""
     use_cache: bool = True
-    """Look results up in, and add them to, the cache on disk."""
+    """Look results up in, and add them to, the cache on disk; never done for a model still in training."""
     progress: Progress | None = None
     """Told after every batch."""
 
@@ -169,6 +171,7 @@ class _ImageJob:
         self.device = next(model.encoder.parameters()).device
         self.pool = ThreadPoolExecutor(options.threads or os.cpu_count() or 1)
         precision = resolve_precision(options.precision, self.device)
+        self.use_cache = options.use_cache and bool(model.fingerprint)
         self.key_parts = ("images", model.fingerprint, precision, label)
 
     def blocks(self, inputs: Sequence[ImageInput]) -> Iterator[tuple[int, list["Future[bytes | str]"]]]:
@@ -188,13 +191,13 @@ class _ImageJob:
         contents = [future.result() for future in block]
         digests = [hashlib.sha256(c).digest() if isinstance(c, bytes) else c for c in contents]
         key = content_key([*self.key_parts, *digests])
-        found = load_features(key) if self.options.use_cache else None
+        found = load_features(key) if self.use_cache else None
         if found is not None:
             causes = {int(number): cause for number, cause in json.loads(found[1]["causes"]).items()}
             self._tell(num_done + len(block), num_all)
             return found[0]["features"], found[0]["kept"].tolist(), causes
         rows, kept, causes = self._encode(contents, num_done, num_all)
-        if self.options.use_cache:
+        if self.use_cache:
             tensors = {"features": rows, "kept": torch.tensor(kept, dtype=torch.int64)}
             store_features(key, tensors, {"causes": json.dumps(causes)})
         return rows, kept, causes
@@ -278,10 +281,11 @@ def text_features(
     device = next(model.encoder.parameters()).device
     precision = resolve_precision(options.precision, device)
     key = content_key(["texts", model.fingerprint, precision, *texts])
-    features = cached_tensor(key) if options.use_cache else None
+    use_cache = options.use_cache and bool(model.fingerprint)
+    features = cached_tensor(key) if use_cache else None
     if features is None:
         features = _encode_texts(model, texts, device, options)
-        if options.use_cache:
+        if use_cache:
             store_features(key, {"features": features}, {})
     return F.normalize(features, dim=-1) if normalise else features
 
@@ -292,7 +296,7 @@ def _encode_texts(
     features: Tensor | None = None
     num_done = 0
     with torch.inference_mode(), autocast(options.precision, device):
-        for numbers, tokens in length_sorted_batches(texts, model.context_length, options.batch_size):
+        for numbers, tokens in length_sorted_batches(texts, model.context_length, options.text_batch_size):
             rows = model.encoder.encode_text(tokens.to(device)).float().cpu()  # (B, D)
             if features is None:
                 features = torch.empty(len(texts), rows.shape[1])  # (N, D)

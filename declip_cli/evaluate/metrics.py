@@ -1,0 +1,57 @@
+"""Scores as pure functions of predictions."""
+
+import torch
+from torch import Tensor
+
+
+def top_k_accuracy(ranked: Tensor, labels: Tensor, k: int) -> float:
+    """Count how often the right class is among the first k.
+
+    Args:
+        ranked: classes of each sample, best first, int64, (N, K) with K >= k.
+        labels: the right class, int64, (N,).
+        k: how many count.
+
+    Returns:
+        A fraction in [0, 1].
+    """
+    hits = (ranked[:, :k] == labels[:, None]).any(dim=1)  # (N,)
+    return int(hits.sum()) / len(labels)
+
+
+def per_class_accuracy(predicted: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Take the accuracy within each class.
+
+    Args:
+        predicted: int64, (N,).
+        labels: int64, (N,).
+        num_classes: C.
+
+    Returns:
+        Accuracy, float64, (C,), not a number for a class without samples; and samples per class, int64, (C,).
+    """
+    counts = torch.bincount(labels, minlength=num_classes)  # (C,)
+    hits = torch.bincount(labels[predicted == labels], minlength=num_classes)  # (C,)
+    return hits.double() / counts, counts
+
+
+def mean_per_class_accuracy(predicted: Tensor, labels: Tensor, num_classes: int) -> float:
+    """Average the accuracies of the classes, each class counting the same.
+
+    Args:
+        predicted: int64, (N,).
+        labels: int64, (N,).
+        num_classes: C.
+
+    Returns:
+        A fraction in [0, 1]; classes without samples are left out.
+
+    Source: CLIP, arXiv 2103.00020, table 9, "mean per class".
+    """
+    accuracy, counts = per_class_accuracy(predicted, labels, num_classes)
+    return float(accuracy[counts > 0].mean())
+
+
+def chance_accuracy(num_classes: int, k: int = 1) -> float:
+    """Return what guessing k different classes reaches, in accuracy as in mean per class."""
+    return min(1.0, k / num_classes)

@@ -1,0 +1,183 @@
+"""Zero-shot classification: pictures against the prompts of classes."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from declip_cli.data.benchmarks.base import ClassificationSet, Metric
+from declip_cli.errors import EvaluateError
+from declip_cli.evaluate.feature_cache import content_key, to_bytes
+from declip_cli.evaluate.features import FeatureOptions, ImageFeatures, image_features, map_images
+from declip_cli.evaluate.metrics import chance_accuracy, mean_per_class_accuracy, top_k_accuracy
+from declip_cli.evaluate.prompts import Prompts, build_classifier, build_token_classifier, make_prompts
+from declip_cli.model.checkpoint import PretrainedModel
+
+DEFAULT_TEMPLATES = "80"
+"""For sets without templates of their own."""
+_TOP_K = 5
+_CHUNK_SIZE = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Predictions:
+    """The best classes of each scored picture."""
+
+    keys: list[str]
+    """What names each picture, N'."""
+    labels: Tensor
+    """The right class, int64, (N',)."""
+    ranked: Tensor
+    """Classes, best first, int64, (N', K)."""
+    scores: Tensor
+    """Their cosine similarity (token-wise models: their token-wise score), float32, (N', K)."""
+    class_names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ZeroshotReport:
+    """Scores of one data set."""
+
+    dataset: str
+    split: str
+    model: str
+    num_images: int
+    """Pictures that were scored; unreadable ones are in `skipped`."""
+    num_classes: int
+    num_templates: int
+    metric: Metric
+    top1: float
+    top5: float | None
+    """None below five classes."""
+    mean_per_class: float
+    skipped: dict[str, dict[str, int | str]]
+    note: str
+    seconds: float
+    predictions: Predictions = field(repr=False)
+
+    @property
+    def score(self) -> float:
+        """What papers report for this set: `top1` or `mean_per_class`."""
+        return self.mean_per_class if self.metric == "mean_per_class" else self.top1
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields of `declip zeroshot --json`."""
+        report: dict[str, Any] = {
+            "dataset": self.dataset,
+            "split": self.split,
+            "model": self.model,
+            "num_images": self.num_images,
+            "num_classes": self.num_classes,
+            "num_templates": self.num_templates,
+            "metric": self.metric,
+            "score": self.score,
+            "top1": self.top1,
+        }
+        if self.top5 is not None:
+            report["top5"] = self.top5
+        report["mean_per_class"] = self.mean_per_class
+        report["chance_top1"] = chance_accuracy(self.num_classes)
+        if self.top5 is not None:
+            report["chance_top5"] = chance_accuracy(self.num_classes, _TOP_K)
+        if self.skipped:
+            report["num_skipped"] = sum(int(entry["count"]) for entry in self.skipped.values())
+            report["skipped"] = self.skipped
+        if self.note:
+            report["note"] = self.note
+        report["seconds"] = self.seconds
+        return report
+
+
+def zeroshot(
+    model: PretrainedModel,
+    dataset: ClassificationSet,
+    *,
+    templates: str | Sequence[str] = "",
+    options: FeatureOptions | None = None,
+) -> ZeroshotReport:
+    """Classify the pictures of a data set by the prompts of its classes.
+
+    Args:
+        model: a trained model; token-wise ones (FILIP) are compared token by token.
+        dataset: pictures with labels.
+        templates: as of `make_prompts`; empty takes the set's own, else OpenAI's 80.
+        options: batch size, precision, threads, cache.
+
+    Returns:
+        Accuracies and predictions.
+
+    Raises:
+        EvaluateError: unusable prompts or pictures.
+
+    Source: CLIP, arXiv 2103.00020, section 3.1.
+    """
+    started = time.perf_counter()
+    options = options or FeatureOptions()
+    prompts = make_prompts(dataset.class_names, templates or dataset.templates or DEFAULT_TEMPLATES)
+    num_classes = len(dataset.class_names)
+    if num_classes < 2:
+        raise EvaluateError(
+            f"{dataset.name} has only the class {dataset.class_names[0]!r}, there is nothing to tell apart",
+            remedy="add a second class",
+        )
+    predict = _rank_token_wise if model.token_wise else _rank_whole
+    ranked, scores, images = predict(model, dataset, prompts, options)
+    labels = torch.tensor([dataset.labels[number] for number in images.kept])  # (N',)
+    return ZeroshotReport(
+        dataset=dataset.name,
+        split=dataset.split,
+        model=model.name,
+        num_images=len(labels),
+        num_classes=num_classes,
+        num_templates=prompts.num_templates,
+        metric=dataset.metric,
+        top1=top_k_accuracy(ranked, labels, 1),
+        top5=top_k_accuracy(ranked, labels, _TOP_K) if num_classes >= _TOP_K else None,
+        mean_per_class=mean_per_class_accuracy(ranked[:, 0], labels, num_classes),
+        skipped=images.skipped_to_json(),
+        note=dataset.note,
+        seconds=time.perf_counter() - started,
+        predictions=Predictions(
+            keys=[dataset.pictures[number][0] for number in images.kept],
+            labels=labels,
+            ranked=ranked,
+            scores=scores,
+            class_names=dataset.class_names,
+        ),
+    )
+
+
+def _rank_whole(
+    model: PretrainedModel, dataset: ClassificationSet, prompts: Prompts, options: FeatureOptions
+) -> tuple[Tensor, Tensor, ImageFeatures]:
+    classes = build_classifier(model, prompts, options=options)  # (C, D)
+    images = image_features(model, dataset.pictures, options=options)
+    ranked, scores = _rank(images.features, classes)
+    return ranked, scores, images
+
+
+def _rank_token_wise(
+    model: PretrainedModel, dataset: ClassificationSet, prompts: Prompts, options: FeatureOptions
+) -> tuple[Tensor, Tensor, ImageFeatures]:
+    classes = build_token_classifier(model, prompts, options=options)
+    here = classes.to(next(model.encoder.parameters()).device)
+
+    def encode(pixels: Tensor) -> Tensor:  # (B, S, S, 3) -> (B, C)
+        return here.score(model.encoder.encode_image_tokens(pixels))
+
+    label = content_key(["token-wise", to_bytes(classes.tokens), to_bytes(classes.mask)])
+    images = map_images(model, dataset.pictures, encode, label=label, options=options)
+    scores, ranked = images.features.topk(min(_TOP_K, images.features.shape[1]))
+    return ranked, scores, images
+
+
+def _rank(features: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the best classes of each picture and their cosines, without one large score matrix."""
+    best = [
+        (chunk @ classes.T).topk(min(_TOP_K, len(classes)))  # (N'', C) -> (N'', K)
+        for chunk in features.split(_CHUNK_SIZE)
+    ]
+    return torch.cat([b.indices for b in best]), torch.cat([b.values for b in best])
