@@ -1,0 +1,63 @@
+"""What tests of several rooms share."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from declip_cli.config import ModelConfig
+from declip_cli.model.architectures import Architecture, TextDims, VitDims, find_architecture
+from declip_cli.model.checkpoint import PretrainedModel, save_model
+from declip_cli.model.clip import DualEncoder
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep caches, runs and data sets of the person who runs the tests out of them."""
+    for name in ("DECLIP_CACHE", "DECLIP_RUNS"):
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    monkeypatch.delenv("DECLIP_DATA", raising=False)
+
+
+def random_model(*, token_wise_dim: int = 0, seed: int = 0) -> PretrainedModel:
+    """Build a very small model with random weights: pictures of 16 px, texts of 12 tokens, D = 10."""
+    torch.manual_seed(seed)
+    architecture = Architecture(
+        image_side_px=16,
+        embed_dim=10,
+        vision=VitDims(patch_side_px=8, width=24, num_layers=2, num_heads=3),
+        text=TextDims(context_length=12, width=16, num_layers=2, num_heads=2),
+    )
+    return PretrainedModel(
+        encoder=DualEncoder(architecture, token_wise_dim=token_wise_dim).eval(),
+        name=f"random-{seed}",
+        method="filip" if token_wise_dim else "clip",
+        arch="test",
+        token_wise=bool(token_wise_dim),
+        image_side_px=16,
+        resize_px=18,
+        context_length=12,
+        fingerprint=f"random weights {seed} {token_wise_dim}",
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> PretrainedModel:
+    """A very small model with random weights."""
+    return random_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_token_model() -> PretrainedModel:
+    """A very small model with random weights that compares token by token, Q = 6."""
+    return random_model(token_wise_dim=6)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with a random model for 32 px pictures."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    torch.manual_seed(0)
+    config = ModelConfig(arch="vit-tiny32")
+    save_model(DualEncoder(find_architecture(config)), folder / "model", config=config, method="clip")
+    return folder

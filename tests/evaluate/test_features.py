@@ -1,0 +1,193 @@
+"""Features of pictures and texts."""
+
+import dataclasses
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from declip_cli.data.image_views import evaluation_view
+from declip_cli.data.tokenizer import Tokenizer
+from declip_cli.errors import EvaluateError
+from declip_cli.evaluate.features import (
+    BLOCK_SIZE,
+    FeatureOptions,
+    image_features,
+    length_sorted_batches,
+    text_features,
+)
+from declip_cli.model.checkpoint import PretrainedModel
+
+FP32 = FeatureOptions(precision="fp32", batch_size=3, text_batch_size=2, threads=2)
+TEXTS = ["a cat", "a very long text about nothing at all", "!", "one two three!", "a dog on a log"]
+
+
+def picture(seed: int, side: int = 20) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side + 7, 3), dtype=np.uint8)
+    return cv2.imencode(".png", pixels)[1].tobytes()
+
+
+def inputs_of(contents: list[bytes]) -> list[tuple[str, object]]:
+    return [(f"p{n}", lambda content=content: content) for n, content in enumerate(contents)]
+
+
+def test_pictures_are_encoded_one_by_one_as_together(tiny_model: PretrainedModel):
+    contents = [picture(n) for n in range(7)]
+    result = image_features(tiny_model, inputs_of(contents), options=FP32)
+    assert result.features.shape == (7, 10)
+    assert result.kept == list(range(7))
+    for content, row in zip(contents, result.features, strict=True):
+        view = torch.from_numpy(evaluation_view(content, side_px=16, resize_px=18))
+        with torch.no_grad():
+            expected = F.normalize(tiny_model.encoder.encode_image(view[None]), dim=-1)[0]
+        torch.testing.assert_close(row, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_features_before_the_projection_have_the_width_of_the_tower(tiny_model: PretrainedModel):
+    result = image_features(
+        tiny_model, inputs_of([picture(0)]), projected=False, normalise=False, options=FP32
+    )
+    assert result.features.shape == (1, 24)
+    assert result.features.norm() != pytest.approx(1.0, abs=1e-3)
+
+
+def test_unreadable_pictures_are_skipped_and_counted_by_cause(tiny_model: PretrainedModel):
+    def gone() -> bytes:
+        raise FileNotFoundError("x")
+
+    inputs = inputs_of([picture(0), b"not a picture", picture(1), b"nor this"])
+    inputs.insert(1, ("gone", gone))
+    result = image_features(tiny_model, inputs, options=FP32)
+    assert result.kept == [0, 3]
+    assert result.features.shape == (2, 10)
+    causes = result.skipped_to_json()
+    assert causes.pop("missing file") == {"count": 1, "first": "gone"}
+    assert [entry for entry in causes.values()] == [{"count": 2, "first": "p1"}]
+
+
+def test_it_is_an_error_when_no_picture_can_be_read(tiny_model: PretrainedModel):
+    with pytest.raises(EvaluateError, match="none of the 2 pictures can be read"):
+        image_features(tiny_model, inputs_of([b"x", b"y"]), options=FP32)
+    with pytest.raises(EvaluateError, match="no picture"):
+        image_features(tiny_model, [], options=FP32)
+
+
+class CountingEncoder:
+    """Counts how many pictures and texts really pass through the model."""
+
+    def __init__(self, model: PretrainedModel) -> None:
+        self.encoder, self.num_images, self.num_texts = model.encoder, 0, 0
+
+    def parameters(self):
+        return self.encoder.parameters()
+
+    def encode_image(self, images, **options):
+        self.num_images += len(images)
+        return self.encoder.encode_image(images, **options)
+
+    def encode_text(self, tokens):
+        self.num_texts += len(tokens)
+        return self.encoder.encode_text(tokens)
+
+
+@pytest.fixture
+def counting_model(tiny_model: PretrainedModel) -> PretrainedModel:
+    return dataclasses.replace(tiny_model, encoder=CountingEncoder(tiny_model))
+
+
+def test_the_cache_answers_for_the_same_content_and_only_for_it(counting_model: PretrainedModel):
+    inputs = inputs_of([picture(0), b"broken", picture(1)])
+    first = image_features(counting_model, inputs, options=FP32)
+    again = image_features(counting_model, inputs, options=FP32)
+    assert counting_model.encoder.num_images == 2
+    torch.testing.assert_close(first.features, again.features, rtol=0, atol=0)
+    assert (first.kept, first.skipped) == (again.kept, again.skipped)
+
+    image_features(counting_model, inputs_of([picture(0), b"broken", picture(2)]), options=FP32)
+    assert counting_model.encoder.num_images == 4
+    other = dataclasses.replace(counting_model, fingerprint="other weights")
+    image_features(other, inputs, options=FP32)
+    assert counting_model.encoder.num_images == 6
+    image_features(counting_model, inputs, projected=False, options=FP32)
+    assert counting_model.encoder.num_images == 8
+    image_features(counting_model, inputs, options=dataclasses.replace(FP32, precision="bf16"))
+    assert counting_model.encoder.num_images == 10
+    image_features(counting_model, inputs, options=dataclasses.replace(FP32, use_cache=False))
+    assert counting_model.encoder.num_images == 12
+
+
+def test_nothing_is_kept_of_a_model_in_training(counting_model: PretrainedModel, tmp_path: Path):
+    unfinished = dataclasses.replace(counting_model, fingerprint="")
+    for _ in range(2):
+        image_features(unfinished, inputs_of([picture(0)]), options=FP32)
+        text_features(unfinished, ["a cat"], options=FP32)
+    assert (counting_model.encoder.num_images, counting_model.encoder.num_texts) == (2, 2)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_grown_collection_reuses_its_first_blocks(counting_model: PretrainedModel):
+    contents = [picture(n % 5) for n in range(BLOCK_SIZE + 1)]
+    image_features(counting_model, inputs_of(contents), options=FP32)
+    image_features(counting_model, inputs_of([*contents, picture(9)]), options=FP32)
+    assert counting_model.encoder.num_images == BLOCK_SIZE + 1 + 2
+
+
+def test_a_damaged_cache_file_is_computed_again(counting_model: PretrainedModel, tmp_path: Path):
+    inputs = inputs_of([picture(0)])
+    first = image_features(counting_model, inputs, options=FP32)
+    (path,) = tmp_path.rglob("*.safetensors")
+    path.write_bytes(b"damaged")
+    again = image_features(counting_model, inputs, options=FP32)
+    torch.testing.assert_close(first.features, again.features)
+
+
+def test_texts_keep_their_order_and_do_not_feel_their_neighbours(tiny_model: PretrainedModel):
+    features = text_features(tiny_model, TEXTS, options=FP32)
+    assert features.shape == (5, 10)
+    tokens = Tokenizer(context_length=12).encode(TEXTS)  # padded to the context
+    with torch.no_grad():
+        expected = F.normalize(tiny_model.encoder.encode_text(tokens), dim=-1)
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_batches_are_sorted_by_length_and_cut_to_their_longest():
+    batches = list(length_sorted_batches(TEXTS, 12, 2))
+    assert sorted(int(n) for numbers, _ in batches for n in numbers) == [0, 1, 2, 3, 4]
+    widths = [tokens.shape[1] for _, tokens in batches]
+    assert widths == sorted(widths)
+    for numbers, tokens in batches:
+        whole = Tokenizer(context_length=12).encode([TEXTS[int(n)] for n in numbers])
+        assert torch.equal(tokens, whole[:, : tokens.shape[1]])
+        assert not whole[:, tokens.shape[1] :].any()
+
+
+def test_text_features_come_from_the_cache(counting_model: PretrainedModel):
+    first = text_features(counting_model, TEXTS, options=FP32)
+    again = text_features(counting_model, TEXTS, options=FP32)
+    assert counting_model.encoder.num_texts == 5
+    torch.testing.assert_close(first, again, rtol=0, atol=0)
+    text_features(counting_model, TEXTS[::-1], options=FP32)
+    assert counting_model.encoder.num_texts == 10
+
+
+def test_no_text_is_an_error(tiny_model: PretrainedModel):
+    with pytest.raises(EvaluateError, match="no text"):
+        text_features(tiny_model, [], options=FP32)
+
+
+def test_progress_is_told_to_the_end(tiny_model: PretrainedModel):
+    told: list[tuple[int, int]] = []
+    options = dataclasses.replace(FP32, progress=lambda done, total: told.append((done, total)))
+    image_features(tiny_model, inputs_of([picture(n) for n in range(4)]), options=options)
+    assert told == [(3, 4), (4, 4)]
+
+
+def test_bfloat16_changes_little(tiny_model: PretrainedModel):
+    exact = text_features(tiny_model, TEXTS, options=FP32)
+    rough = text_features(tiny_model, TEXTS, options=dataclasses.replace(FP32, precision="bf16"))
+    assert rough.dtype == torch.float32
+    assert (exact * rough).sum(dim=1).min() > 0.999
+    assert not torch.equal(exact, rough)
