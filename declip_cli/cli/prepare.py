@@ -1,0 +1,148 @@
+"""`declip prepare`: pictures with captions into shards."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from declip_cli.cli.console import emit, note, stderr, user_errors
+from declip_cli.cli.options import Force, Json
+from declip_cli.config_files import build_config
+from declip_cli.data.prepare_config import PrepareConfig, SourceKind
+from declip_cli.errors import ConfigError
+
+if TYPE_CHECKING:
+    from declip_cli.data.prepare import PrepareReport
+
+_DEFAULTS = PrepareConfig(source="", out="")
+_KINDS = ", ".join(filter(None, get_args(SourceKind)))
+_PLAIN_LINE_EVERY_S = 10.0
+
+
+def prepare(
+    source: Annotated[str, typer.Argument(help="Folder, table, tar pattern, list, or fsspec URL of one.")],
+    out: Annotated[str, typer.Option("--out", help="Folder (or fsspec URL) for the shards.")],
+    kind: Annotated[str, typer.Option(help=f"What SOURCE is, if looking is not enough: {_KINDS}.")] = "",
+    image_column: Annotated[str, typer.Option(help="Column of a table that holds pictures.")] = "",
+    caption_column: Annotated[
+        list[str], typer.Option(help="Column that holds captions; may be repeated, all are kept.")
+    ] = [],  # noqa: B006  (Typer copies it)
+    images: Annotated[str, typer.Option(help="Folder that the file names of a list start from.")] = "",
+    image_side_px: Annotated[
+        int, typer.Option(help="Shorter side of larger pictures afterwards.")
+    ] = _DEFAULTS.image_side_px,
+    quality: Annotated[int, typer.Option(help="JPEG quality of pictures made smaller.")] = _DEFAULTS.quality,
+    shard_samples: Annotated[int, typer.Option(help="Pairs per shard.")] = _DEFAULTS.shard_samples,
+    split: Annotated[
+        list[str], typer.Option(help="Part of the pairs to set aside, such as val=0.01; may be repeated.")
+    ] = [],  # noqa: B006
+    workers: Annotated[int, typer.Option(help="Threads; 0 takes the cores there are.")] = _DEFAULTS.workers,
+    max_bad: Annotated[
+        float, typer.Option(help="Largest share of unreadable pairs before the command stops.")
+    ] = _DEFAULTS.max_bad,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Turn pictures with captions into shards for training.
+
+    SOURCE may be a folder with `captions.jsonl`, a folder of pictures with a `.txt` of the same name beside each,
+    a CSV or TSV table, or tar shards as img2dataset writes them. What cannot be read is skipped and counted.
+    A command that was interrupted goes on when it is run again.
+
+    Example: `declip prepare photos/ --out shards/`
+    """
+    with user_errors():
+        config = build_config(
+            PrepareConfig,
+            {
+                "source": source,
+                "out": out,
+                "kind": kind,
+                "image_column": image_column,
+                "caption_columns": caption_column,
+                "images": images,
+                "image_side_px": image_side_px,
+                "quality": quality,
+                "shard_samples": shard_samples,
+                "split": _fractions(split),
+                "workers": workers,
+                "max_bad": max_bad,
+                "force": force,
+            },
+            where="prepare",
+        )
+        emit(_run(config).to_json(), as_json=as_json)
+
+
+def _fractions(words: list[str]) -> dict[str, float]:
+    parts = {}
+    for word in words:
+        name, equals, fraction = word.partition("=")
+        try:
+            parts[name] = float(fraction)
+        except ValueError as error:
+            raise ConfigError(f"--split wants NAME=FRACTION (got {word!r})", remedy="--split val=0.01") from error
+    return parts
+
+
+def _run(config: PrepareConfig) -> "PrepareReport":
+    from declip_cli.data.prepare import prepare as prepare_shards
+
+    reports = prepare_shards(config)
+    with _interrupts() as is_stopped, _progress() as show:
+        for report in reports:
+            show(report)
+            if is_stopped():
+                reports.close()
+                note(f"stopped at {report.num_read:,} of the records; run the same command again to go on")
+                raise KeyboardInterrupt
+    if report.was_there:
+        note(f"{report.out} is finished already; --force prepares it again")
+    for cause, (count, first) in report.skipped.items():
+        note(f"skipped {count:,}: {cause} (first: {first})")
+    return report
+
+
+@contextmanager
+def _interrupts() -> Iterator[Any]:
+    """Let the first Ctrl-C finish the pair at hand; the second one stops at once."""
+    stops: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        stops.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield lambda: bool(stops)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """Show reports as a bar on a terminal, else as a plain line now and then."""
+    columns = (TextColumn("prepare"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, TextColumn("{task.fields[words]}"), console=stderr, disable=not stderr.is_terminal)
+    shown_s = 0.0
+    with bar:
+        task = bar.add_task("prepare", total=None, words="")
+
+        def show(report: "PrepareReport") -> None:
+            nonlocal shown_s
+            words = _words(report)
+            bar.update(task, completed=report.num_read, total=report.total or None, words=words)
+            if not stderr.is_terminal and report.seconds - shown_s >= _PLAIN_LINE_EVERY_S:
+                shown_s = report.seconds
+                note(f"read {report.num_read:,}: {words}")
+
+        yield show
+
+
+def _words(report: "PrepareReport") -> str:
+    rate = report.num_read / report.seconds if report.seconds else 0.0
+    skipped = sum(count for count, _ in report.skipped.values())
+    return f"{report.num_pairs:,} pairs, {skipped:,} skipped, {rate:,.0f}/s"

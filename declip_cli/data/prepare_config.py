@@ -1,0 +1,112 @@
+"""Everything `declip prepare` can be told; light, because the command line reads its defaults here."""
+
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from declip_cli.config import require, require_fractions
+
+SourceKind: TypeAlias = Literal[
+    "", "captions", "folder", "table", "coco", "flickr30k", "tars", "declip", "yfcc15m", "urls"
+]
+Duplicates: TypeAlias = Literal["keep", "exact", "near"]
+Engine: TypeAlias = Literal["threads", "ray"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CleanConfig:
+    """Which pairs are left out although they can be read; by default none."""
+
+    min_caption_chars: int = 0
+    """Shorter captions are left out; a pair goes when none is left."""
+    max_caption_chars: int = 0
+    """Longer captions are left out; 0 is no limit."""
+    scripts: tuple[str, ...] = ()
+    """Unicode scripts, such as `latin`; a caption mostly in another is left out. Empty keeps all."""
+    max_caption_repeats: int = 0
+    """Pairs that may share one caption, letter case and white space apart; 0 is no limit."""
+    min_side_px: int = 0
+    """Pictures with a shorter side below this are left out."""
+    max_aspect: float = 0.0
+    """Pictures with longer side / shorter side above this are left out; 0 is no limit."""
+    duplicates: Duplicates = "keep"
+    """`exact`: a picture file seen before is left out; `near`: also one that looks the same."""
+    exclude: tuple[str, ...] = ()
+    """Folders of evaluation pictures; whatever looks like one of them is left out."""
+    near_distance_bits: int = 4
+    """Bits of 64 in which the perceptual hashes of look-alikes may differ."""
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.near_distance_bits <= 7,
+            f"near_distance_bits is in [0, 7] (got {self.near_distance_bits})",
+            remedy="leave it at 4",
+        )
+        require(
+            self.max_aspect == 0 or self.max_aspect >= 1,
+            f"--max-aspect is longer side / shorter side, at least 1 (got {self.max_aspect})",
+            remedy="--max-aspect 3",
+        )
+        require(
+            not self.max_caption_chars or self.min_caption_chars <= self.max_caption_chars,
+            "--min-caption-chars must not exceed --max-caption-chars "
+            f"(got {self.min_caption_chars}, {self.max_caption_chars})",
+            remedy="swap them",
+        )
+
+    @property
+    def needs_perceptual_hash(self) -> bool:
+        """Say whether pictures must be compared by their looks."""
+        return self.duplicates == "near" or bool(self.exclude)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareConfig:
+    """One run of `declip prepare`."""
+
+    source: str
+    """Folder, file, tar pattern or fsspec URL."""
+    out: str
+    """Folder or fsspec URL for the shards."""
+    kind: SourceKind = ""
+    """What the source is; empty looks at it."""
+    image_column: str = ""
+    caption_columns: tuple[str, ...] = ()
+    images: str = ""
+    """Folder that the file names of a list start from; empty looks beside the list."""
+    image_side_px: int = 256
+    """Larger pictures are made smaller so that their shorter side is this; smaller ones stay as they are."""
+    quality: int = 95
+    """JPEG quality of pictures that are encoded again; as img2dataset."""
+    shard_samples: int = 10_000
+    """Pairs per shard; as img2dataset."""
+    workers: int = 0
+    """Threads, or with Ray tasks at a time; 0 takes the cores there are."""
+    max_bad: float = 0.05
+    """Largest share of unreadable pairs before the command stops."""
+    split: dict[str, float] = field(default_factory=dict)
+    """Part → share of all pairs that goes there instead of the training part, by a hash of the key."""
+    engine: Engine = "threads"
+    force: bool = False
+    """Replace an output folder made by another command."""
+    clean: CleanConfig = CleanConfig()
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("image-side-px", self.image_side_px, 16),
+            ("shard-samples", self.shard_samples, 1),
+            ("workers", self.workers, 0),
+        ):
+            require(value >= least, f"--{name} must be at least {least} (got {value})", remedy=f"--{name} {least}")
+        require(1 <= self.quality <= 100, f"--quality is in [1, 100] (got {self.quality})", remedy="--quality 95")
+        require_fractions("prepare", {"max_bad": self.max_bad, **self.split})
+        require(
+            sum(self.split.values()) < 1.0,
+            f"--split leaves nothing for the training part (got {self.split})",
+            remedy="--split val=0.01",
+        )
+        for part in self.split:
+            require(
+                part.isidentifier() and part != "train",
+                f"--split wants NAME=FRACTION with a plain name other than train (got {part!r})",
+                remedy="--split val=0.01",
+            )
