@@ -5,8 +5,8 @@ import random
 import numpy as np
 from numpy.typing import NDArray
 
-_NUM_ROUNDS = 8
-_SMALLEST_DOMAIN_BITS = 8
+_NUM_ROUNDS = 12
+_SMALLEST_DOMAIN_BITS = 6
 
 
 def sample_rng(seed: int, epoch: int, number: int, purpose: int = 0) -> random.Random:
@@ -27,9 +27,7 @@ def sample_rng(seed: int, epoch: int, number: int, purpose: int = 0) -> random.R
     return random.Random((((seed << 32 | epoch) << 40 | number) << 8) | purpose)
 
 
-def shuffled(
-    num: int, seed: int, epoch: int, *, positions: NDArray[np.int64] | None = None
-) -> NDArray[np.int64]:
+def shuffled(num: int, seed: int, epoch: int, *, positions: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
     """Say which sample stands at each position of an epoch's order.
 
     The order is a permutation of the whole data set: every sample once, whichever shard it lies in. It is
