@@ -1,0 +1,316 @@
+import dataclasses
+import io
+import itertools
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from declip_cli.config import AugmentConfig, Views
+from declip_cli.data.samples import RawSample
+from declip_cli.data.stream import StreamConfig, TrainStream
+from declip_cli.errors import DataError
+
+NUM, SIZE, SIDE = 23, 4, 8
+PHOTO = np.random.default_rng(0).integers(0, 256, (3, 3, 3), dtype=np.uint8)
+
+
+class MemoryStore:
+    """Pairs in memory; the numbers of unreadable ones can be given, by cause."""
+
+    fingerprint = "aa"
+
+    def __init__(self, num=NUM, *, bad=(), undecodable=(), side=12, format="PNG", captions=1):
+        self.bad, self.undecodable, self.num_reads = set(bad), set(undecodable), 0
+        self.pictures = [self.picture(number, side, format) for number in range(num)]
+        self.num_captions = captions
+        self.skipped = {}
+
+    @staticmethod
+    def picture(number, side, format):
+        image = Image.fromarray(PHOTO + np.uint8(number)).resize((side, side + 3), Image.Resampling.BICUBIC)
+        file = io.BytesIO()
+        image.save(file, format)
+        return file.getvalue()
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def read(self, number):
+        self.num_reads += 1
+        if number in self.bad:
+            raise DataError(f"shard 0 is damaged at {number}", remedy="make it again", cause="damaged shard")
+        picture = self.pictures[number]
+        if number in self.undecodable:
+            picture = picture[: len(picture) // 2]
+        words = " ".join(["dog"] * (1 + number % 5))
+        captions = tuple(f"{words} {i}" for i in range(self.num_captions))
+        return RawSample(key=f"key{number:03}", image=picture, captions=captions)
+
+
+def stream(samples=None, **changes):
+    config = StreamConfig(
+        views=Views(images=("plain", "augmented", "augmented"), texts=("plain", "masked")),
+        augment=AugmentConfig(),
+        side_px=SIDE,
+        context_length=16,
+        batch_size=SIZE,
+        seed=1,
+        max_bad=0.2,
+    )
+    return TrainStream(samples or MemoryStore(), dataclasses.replace(config, **changes))
+
+
+def take(source, num):
+    return list(itertools.islice(source, num))
+
+
+def assert_same(one, other):
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        for field in dataclasses.fields(a):
+            assert torch.equal(getattr(a, field.name), getattr(b, field.name)), field.name
+
+
+def numbers(batches):
+    return [batch.numbers.tolist() for batch in batches]
+
+
+def test_batches_have_the_shapes_they_promise():
+    batch = next(stream())
+    length = batch.tokens.shape[2]
+    assert batch.images.shape == (SIZE, 3, SIDE, SIDE, 3)
+    assert batch.images.dtype == torch.uint8
+    assert batch.tokens.shape == (SIZE, 2, length)
+    assert batch.tokens.dtype == torch.int64
+    assert batch.mask_labels.shape == (SIZE, length)
+    assert batch.numbers.shape == (SIZE,)
+
+
+def test_texts_are_cut_to_the_longest_of_the_batch():
+    for batch in take(stream(), 5):
+        lengths = (batch.tokens != 0).sum(2)
+        assert lengths.max() == batch.tokens.shape[2]
+        assert lengths[:, 0].tolist() == [3 + 1 + number % 5 for number in batch.numbers.tolist()]
+
+
+def test_texts_are_padded_to_the_context_where_the_method_asks():
+    views = Views(images=("plain",), texts=("plain",), pad_to_context=True)
+    batch = next(stream(views=views))
+    assert batch.tokens.shape == (SIZE, 1, 16)
+    assert (batch.mask_labels == -100).all()
+
+
+def test_mask_labels_name_what_was_hidden_in_the_masked_view():
+    plain, masked, labels = [], [], []
+    for batch in take(stream(MemoryStore(100)), 25):
+        where = batch.mask_labels != -100
+        plain += batch.tokens[:, 0][where].tolist()
+        masked += batch.tokens[:, 1][where].tolist()
+        labels += batch.mask_labels[where].tolist()
+    assert labels == plain
+    assert len(labels) > 20
+    assert np.mean([token == 49408 for token in masked]) == pytest.approx(0.8, abs=0.2)
+
+
+def test_an_epoch_holds_every_pair_once_up_to_the_last_incomplete_batch():
+    source = stream()
+    assert source.num_samples == NUM
+    assert source.steps_per_epoch == NUM // SIZE == 5
+    for _ in range(3):
+        seen = sum(numbers(take(source, 5)), [])
+        assert len(set(seen)) == 20
+
+
+def test_epochs_differ_in_order_and_augmentation():
+    source = stream(MemoryStore(8), batch_size=8)
+    first, second = take(source, 2)
+    assert first.numbers.tolist() != second.numbers.tolist()
+    order = second.numbers.argsort()[first.numbers.argsort().argsort()]
+    assert torch.equal(first.numbers, second.numbers[order])
+    assert not torch.equal(first.images, second.images[order])
+
+
+@pytest.mark.parametrize("workers", [0, 2, 5])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_ranks_and_workers_change_nothing(world_size, workers):
+    wanted = take(stream(batch_size=4), 12)
+    ranks = [
+        stream(batch_size=4 // world_size, rank=rank, world_size=world_size, workers=workers)
+        for rank in range(world_size)
+    ]
+    for batch in wanted:
+        parts = [next(source) for source in ranks]
+        assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
+        assert torch.equal(torch.cat([part.numbers for part in parts]), batch.numbers)
+        for part, half in zip(parts, batch.split(4 // world_size), strict=True):
+            length = part.tokens.shape[2]
+            assert torch.equal(part.tokens, half.tokens[..., :length])
+            assert torch.equal(part.mask_labels, half.mask_labels[..., :length])
+    for source in ranks:
+        source.close()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("num_before", [0, 1, 4, 5, 7])
+def test_a_restored_stream_goes_on_bit_for_bit(world_size, workers, num_before):
+    if world_size == 2 and num_before in (1, 5):
+        return
+    for rank in range(world_size):
+        changes = {"rank": rank, "world_size": world_size, "workers": workers, "batch_size": 4 // world_size}
+        undecodable = {3, 14}
+        without_stop = stream(MemoryStore(undecodable=undecodable), **changes)
+        wanted = take(without_stop, num_before + 6)[num_before:]
+        before = stream(MemoryStore(undecodable=undecodable), **changes)
+        take(before, num_before)
+        state = json.loads(json.dumps(before.state()))
+        after = stream(MemoryStore(undecodable=undecodable), **changes)
+        after.restore(state)
+        assert_same(take(after, 6), wanted)
+        assert after.skipped == without_stop.skipped
+        for source in (without_stop, before, after):
+            source.close()
+
+
+def test_a_stream_can_go_back():
+    source = stream(workers=2)
+    state = source.state()
+    first = take(source, 3)
+    source.restore(state)
+    assert_same(take(source, 3), first)
+    source.close()
+
+
+def test_the_rest_of_an_epoch_comes_whole_after_a_change_of_batch_size():
+    before = stream(batch_size=4)
+    seen = sum(numbers(take(before, 2)), [])
+    after = stream(batch_size=3, world_size=1)
+    after.restore(before.state())
+    seen += sum(numbers(take(after, 5)), [])
+    assert len(set(seen)) == 8 + 15
+
+
+@pytest.mark.parametrize(("key", "value"), [("seed", 2), ("fingerprint", "bb")])
+def test_a_state_of_another_run_is_refused(key, value):
+    source = stream()
+    with pytest.raises(DataError, match=f"another data {key}"):
+        source.restore({**source.state(), key: value})
+
+
+def test_one_of_several_captions_is_drawn_per_epoch():
+    views = Views(images=("plain",), texts=("plain", "plain"))
+    source = stream(MemoryStore(8, captions=3), views=views, batch_size=8)
+    seen = {}
+    for batch in take(source, 20):
+        assert torch.equal(batch.tokens[:, 0], batch.tokens[:, 1])
+        for number, tokens in zip(batch.numbers.tolist(), batch.tokens[:, 0].tolist(), strict=True):
+            seen.setdefault(number, set()).add(tuple(token for token in tokens if token))
+    assert all(len(texts) == 3 for texts in seen.values())
+
+
+def test_too_few_pairs_for_one_batch_is_an_error():
+    with pytest.raises(DataError, match="has 23 pairs, fewer than one batch of 24 .12 on each of 2") as caught:
+        stream(batch_size=12, world_size=2)
+    assert caught.value.remedy == "--batch-size 11"
+    assert stream(batch_size=23).steps_per_epoch == 1
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_pairs_are_counted_and_shift_no_other(world_size, workers):
+    wanted = take(stream(batch_size=4), 10)
+    store = {"bad": {5}, "undecodable": {11, 17}}
+    ranks = [
+        stream(MemoryStore(**store), rank=rank, world_size=world_size, batch_size=4 // world_size, workers=workers)
+        for rank in range(world_size)
+    ]
+    for batch in wanted:
+        parts = [next(source) for source in ranks]
+        images = torch.cat([part.images for part in parts])
+        used = torch.cat([part.numbers for part in parts])
+        for row, number in enumerate(batch.numbers.tolist()):
+            if number in {5, 11, 17}:
+                assert used[row] not in {5, 11, 17}
+                assert used[row] not in batch.numbers
+            else:
+                assert used[row] == number
+                assert torch.equal(images[row], batch.images[row])
+    counts = {}
+    for source in ranks:
+        for cause, (count, first_key) in source.skipped.items():
+            assert first_key in {"number 5", "key011", "key017"}
+            counts[cause] = counts.get(cause, 0) + count
+        source.close()
+    assert counts["damaged shard"] >= 1
+    if world_size == 1:
+        assert counts == {"damaged shard": 1, "truncated picture": 2}
+
+
+def test_the_pair_in_an_unreadable_ones_row_is_the_same_on_any_number_of_ranks():
+    bad = {2, 5, 11}
+    whole = take(stream(MemoryStore(bad=bad), batch_size=4), 10)
+    halves = [stream(MemoryStore(bad=bad), batch_size=2, world_size=2, rank=rank) for rank in range(2)]
+    for batch in whole:
+        assert batch.numbers.tolist() == sum([next(half).numbers.tolist() for half in halves], [])
+
+
+@pytest.mark.parametrize("num", [4, 8])
+def test_a_stand_in_is_found_in_a_data_set_of_one_or_two_batches(num):
+    source = stream(MemoryStore(num, bad=set(range(num - 1))), max_bad=1.0)
+    assert next(source).numbers.tolist() == [num - 1] * SIZE
+
+
+def test_too_many_unreadable_pairs_stop_the_stream():
+    source = stream(MemoryStore(undecodable=range(0, 23, 4)), max_bad=0.1)
+    with pytest.raises(DataError, match=r"more than data.max_bad = 0.1 .*truncated picture: 4, first key008") as caught:
+        take(source, 20)
+    assert "--set data.max_bad" in caught.value.remedy
+
+
+def test_not_one_unreadable_pair_is_allowed_with_max_bad_zero():
+    with pytest.raises(DataError, match="damaged shard: 1, first number 7"):
+        take(stream(MemoryStore(bad={7}), max_bad=0.0), 6)
+
+
+def test_a_wholly_unreadable_data_set_is_an_error_even_if_all_may_be_bad():
+    with pytest.raises(DataError, match="64 samples in a row"):
+        next(stream(MemoryStore(200, bad=range(200)), max_bad=1.0, workers=1))
+
+
+def test_decoded_pictures_are_kept_where_all_fit_and_change_nothing():
+    with_cache, without_cache = MemoryStore(), MemoryStore()
+    kept = take(stream(with_cache), 15)
+    assert_same(kept, take(stream(without_cache, cache_mib=0), 15))
+    assert with_cache.num_reads == NUM
+    assert without_cache.num_reads == 60
+
+
+def test_large_jpegs_are_not_kept():
+    store = MemoryStore(side=40, format="JPEG")
+    take(stream(store), 15)
+    assert store.num_reads == 60
+
+
+def test_time_spent_waiting_is_counted():
+    class SlowStore(MemoryStore):
+        def read(self, number):
+            time.sleep(0.002)
+            return super().read(number)
+
+    source = stream(SlowStore())
+    assert source.wait_seconds == 0
+    next(source)
+    assert source.wait_seconds >= 4 * 0.002
+
+
+def test_a_failure_of_the_program_itself_is_not_swallowed():
+    class BrokenStore(MemoryStore):
+        def read(self, number):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        next(stream(BrokenStore(), workers=2))
