@@ -1,9 +1,13 @@
 """What tests of several rooms share."""
 
+import io
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from declip_cli.config import ModelConfig
 from declip_cli.model.architectures import Architecture, TextDims, VitDims, find_architecture
@@ -61,3 +65,16 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = ModelConfig(arch="vit-tiny32")
     save_model(DualEncoder(find_architecture(config)), folder / "model", config=config, method="clip")
     return folder
+
+
+@pytest.fixture(scope="session")
+def make_picture() -> Callable[..., bytes]:
+    """A function that draws a smooth random picture: `make_picture(seed, width=40, height=30, format="JPEG")`."""
+
+    def make(seed: int, *, width: int = 40, height: int = 30, format: str = "JPEG") -> bytes:
+        few = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(few).resize((width, height), Image.Resampling.BICUBIC).save(file, format)
+        return file.getvalue()
+
+    return make

@@ -184,7 +184,7 @@ class _Run:
             raise DataError(
                 f"{report.num_bad} of {report.num_read} pairs cannot be read, more than --max-bad "
                 f"{self._config.max_bad:g}; the first: {', '.join(self._offenders)}",
-                remedy="mend them, or run the same command with a larger --max-bad to go on",
+                remedy="run the same command with a larger --max-bad to go on, or mend them and add --force",
                 cause=_TOO_MANY_BAD,
             )
 
@@ -220,6 +220,7 @@ class _Run:
         report = self._update(started)
         if not report.num_pairs:
             causes = "; ".join(f"{cause}: {n}, first {key}" for cause, (n, key) in report.skipped.items())
+            self._folder.forget_progress()
             raise DataError(
                 f"no image-text pair found in {self._config.source} ({causes or 'it is empty'})",
                 remedy="check the source; --kind says what it is if it was taken for something else",

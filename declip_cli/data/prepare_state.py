@@ -137,6 +137,10 @@ class OutFolder:
             facts = {"declip_version": __version__, "command": self._command} | manifests[part]
             text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)
             storage.write_whole(storage.join(folder, MANIFEST), text.encode())
+        self.forget_progress()
+
+    def forget_progress(self) -> None:
+        """Delete the resume state; errors as of `finish`."""
         for name in (_PROGRESS, _MEMORY):
             storage.remove_file(os.path.join(self.spool, name))
 

@@ -1,0 +1,127 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from declip_cli.cli.prepare import prepare
+from declip_cli.data.samples import open_samples
+
+app = typer.Typer()
+app.command()(prepare)
+
+
+def declip_prepare(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture
+def photos(tmp_path, make_picture):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(6):
+        (folder / f"{number}.jpg").write_bytes(make_picture(number))
+        (folder / f"{number}.txt").write_text(f"picture {number}")
+    return folder
+
+
+def test_json_has_the_promised_fields_and_stdout_nothing_else(photos, tmp_path):
+    (photos / "6.jpg").write_bytes(b"")
+    (photos / "6.txt").write_text("an empty file")
+    result = declip_prepare(photos, "--out", tmp_path / "out", "--json", "--max-bad", "0.5")
+    assert result.exit_code == 0
+    report = json.loads(result.stdout)
+    assert report["out"] == str(tmp_path / "out")
+    assert report["num_read"] == 7
+    assert report["num_pairs"] == 6
+    assert report["num_shards"] == 1
+    assert report["num_skipped"] == 1
+    assert report["skipped"] == {"empty file": {"count": 1, "first": "6.jpg"}}
+    assert report["seconds"] >= 0
+    assert "skipped 1: empty file (first: 6.jpg)" in result.stderr
+
+
+def test_without_json_there_are_key_tab_value_lines(photos, tmp_path):
+    result = declip_prepare(photos, "--out", tmp_path / "out")
+    assert "num_pairs\t6" in result.stdout.splitlines()
+
+
+def test_run_again_it_says_that_it_is_done(photos, tmp_path):
+    declip_prepare(photos, "--out", tmp_path / "out")
+    result = declip_prepare(photos, "--out", tmp_path / "out", "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["was_there"] is True
+    assert "--force prepares it again" in result.stderr
+
+
+def test_a_wrong_column_name_lists_the_columns_there_are(photos, tmp_path):
+    table = photos / "list.csv"
+    table.write_text("picture,words\n0.jpg,hello\n")
+    result = declip_prepare(table, "--out", tmp_path / "out", "--image-column", "img")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert "has no column 'img' (it has: picture, words)" in result.stderr
+    assert "fix: --image-column" in result.stderr
+    result = declip_prepare(
+        table, "--out", tmp_path / "out", "--image-column", "picture", "--caption-column", "words", "--json"
+    )
+    assert json.loads(result.stdout)["num_pairs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--split", "val"), "--split wants NAME=FRACTION (got 'val')"),
+        (("--kind", "zip"), "prepare.kind must be one of"),
+        (("--quality", "101"), "--quality is in [1, 100] (got 101)"),
+    ],
+)
+def test_wrong_values_are_errors_with_a_remedy(photos, tmp_path, words, message):
+    result = declip_prepare(photos, "--out", tmp_path / "out", *words)
+    assert result.exit_code == 1
+    assert f"error: {message}" in result.stderr
+    assert "\n  fix: " in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_usage_errors_exit_with_2():
+    assert declip_prepare("--out").exit_code == 2
+    assert declip_prepare("photos").exit_code == 2
+
+
+def test_ctrl_c_leaves_a_state_from_which_the_command_goes_on(tmp_path, make_picture):
+    source = tmp_path / "photos"
+    source.mkdir()
+    picture = make_picture(1, width=700, height=600)
+    lines = [json.dumps({"file": f"{number}.jpg", "caption": f"picture {number}"}) for number in range(500)]
+    (source / "captions.jsonl").write_text("\n".join(lines))
+    for number in range(500):
+        (source / f"{number}.jpg").write_bytes(picture)
+    program = "import typer; from declip_cli.cli.prepare import prepare; typer.run(prepare)"
+    command = [sys.executable, "-c", program, str(source), "--out", str(tmp_path / "out")]
+    with subprocess.Popen(
+        [*command, "--shard-samples", "20"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:
+        while not (tmp_path / "out" / "00000.tar").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert stdout == ""
+    assert "run the same command again to go on" in stderr
+    partial = len(open_samples([str(tmp_path / "out")]))
+    assert partial % 20 == 0
+    assert partial >= 20
+    result = declip_prepare(source, "--out", tmp_path / "out", "--shard-samples", "20", "--json")
+    assert json.loads(result.stdout)["num_pairs"] == 500
+    assert len(open_samples([str(tmp_path / "out")])) == 500
