@@ -102,7 +102,7 @@ class AugmentConfig:
     """Share of tokens to predict in a `masked` text; of these 80 % masked, 10 % random, 10 % kept."""
 
     def __post_init__(self) -> None:
-        fractions = ("plain_crop_area_min", "crop_area_min", "jitter_probability", "brightness", "contrast")
+        fractions: tuple[str, ...] = ("plain_crop_area_min", "crop_area_min", "jitter_probability", "brightness", "contrast")
         fractions += ("saturation", "grayscale_probability", "blur_probability", "flip_probability")
         fractions += ("deletion_probability", "mask_probability")
         require_fractions("augment", {key: getattr(self, key) for key in fractions})
@@ -182,8 +182,8 @@ class OptimConfig:
     """Peak of the text tower; 0: the same as the rest."""
     logit_scale_learning_rate: float = -1.0
     """Peak of the logit scales; -1: the same as the rest; 0 freezes them."""
-    warmup_steps: int = 2500
-    """At most a tenth of the run, so that a short run is not all warm-up."""
+    warmup_steps: int = -1
+    """Steps up to the peak; -1: 2500, or a tenth of the run where that is less."""
     weight_decay: float = 0.1
     text_weight_decay: float = -1.0
     """Decay of the text tower; -1: the same as the rest."""

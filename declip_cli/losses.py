@@ -102,15 +102,16 @@ def most_relevant_tokens(
         partners: features of the other side of the same pairs, unit length, (B, P, Q).
         mask: True where a token counts, bool, (B, L).
         partner_mask: likewise for the partners, (B, P).
-        top_k: tokens to keep, K; all are kept where L is not larger.
+        top_k: tokens to keep, K; where L is smaller, all are kept and rows that do not count are added.
 
     Returns:
         The kept features, (B, K, Q), and True where they count, (B, K).
 
     Source: P/model/filip.py: similarity with the own pair, summed over the partner's tokens.
     """
-    if top_k >= tokens.shape[1]:
-        return tokens, mask
+    num_missing = top_k - tokens.shape[1]
+    if num_missing >= 0:  # every rank gathers K tokens, however long its own texts are
+        return F.pad(tokens, (0, 0, 0, num_missing)), F.pad(mask, (0, num_missing))
     with torch.no_grad():
         counted = (partners * partner_mask[..., None]).sum(1, keepdim=True)  # (B, 1, Q)
         relevance = (tokens * counted).sum(2).masked_fill(~mask, float("-inf"))  # (B, L)

@@ -76,7 +76,8 @@ class ResidualAttentionBlock(nn.Module):
     def forward(self, states: Tensor, is_causal: bool) -> Tensor:
         """Refine the tokens of each sequence, (B, L, E) → (B, L, E)."""
         states = states + self.attn(self.ln_1(states), is_causal)
-        return states + self.mlp(self.ln_2(states))
+        out: Tensor = states + self.mlp(self.ln_2(states))
+        return out
 
 
 class Transformer(nn.Module):

@@ -1,0 +1,116 @@
+"""How a run looks while it goes and when it ends, on stderr."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from declip_cli.cli.console import note, stderr
+
+if TYPE_CHECKING:
+    from declip_cli.config import RunConfig
+    from declip_cli.train.meter import StepReport
+
+
+class RunProgress:
+    """A bar on a terminal, plain lines elsewhere; nothing on ranks other than 0.
+
+    Args:
+        config: the run.
+    """
+
+    def __init__(self, config: "RunConfig") -> None:
+        self._config = config
+        self._has_advised = False
+        self.last_losses: dict[str, float] = {}
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+        self._bar = Progress(*columns, TimeRemainingColumn(), console=stderr, disable=not stderr.is_terminal)
+        self._task = self._bar.add_task("training", total=None)
+
+    def __enter__(self) -> "RunProgress":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def show(self, report: "StepReport") -> None:
+        """Show one report."""
+        from declip_cli.distributed import rank
+
+        if rank() != 0:
+            return
+        self.last_losses = report.losses or self.last_losses
+        if report.is_last and not report.losses:
+            return
+        words = [f"{name} {value:.3f}" for name, value in report.losses.items()]
+        words += [f"{report.samples_per_second:,.0f} samples/s", f"waiting {report.wait_share:.0%}"]
+        if stderr.is_terminal:
+            self._bar.update(self._task, description=" · ".join(words), completed=report.step, total=report.total_steps)
+        else:
+            left = f"{report.seconds_left:,.0f} s left"
+            note(f"step {report.step}/{report.total_steps} · {' · '.join(words)} · {left}")
+        self._advise(report)
+        if not report.is_last:
+            for name, scores in report.evaluations.items():
+                note(f"step {report.step} · {name} · {' · '.join(_score_words(scores))}")
+
+    def _advise(self, report: "StepReport") -> None:
+        import os
+
+        from declip_cli.model.architectures import find_architecture
+        from declip_cli.train.health import starved_loader_advice
+
+        advice = starved_loader_advice(
+            report.wait_share,
+            workers=self._config.data.workers,
+            cores=os.cpu_count() or 1,
+            side_px=find_architecture(self._config.model).image_side_px,
+        )
+        if advice and not self._has_advised and report.step >= 3 * self._config.train.log_every_steps:
+            self._has_advised = True
+            note(advice)
+
+    def close(self, report: "StepReport", path: Path) -> None:
+        """Say how the run ended and what can be done next."""
+        from declip_cli.distributed import rank
+
+        if rank() != 0:
+            return
+        for cause, (count, first) in report.skipped.items():
+            note(f"skipped {count} samples: {cause} (first: {first})")
+        if report.was_stopped:
+            note(f"stopped at step {report.step} of {report.total_steps}; everything is saved")
+            note(f"  go on: declip pretrain --resume {path}")
+            return
+        note(f"done: {report.samples_seen:,} samples in {report.seconds:,.0f} s; the model is in {path / 'model'}")
+        for name, scores in report.evaluations.items():
+            note(f"{name}:")
+            for words in _score_words(scores):
+                note(f"  {words}")
+        is_demo = self._config.data.path == ("demo",)
+        for command in _next_commands(path, is_demo=is_demo):
+            note(f"  try: {command}")
+
+
+def _score_words(scores: dict[str, Any], prefix: str = "") -> list[str]:
+    words = []
+    for key, value in scores.items():
+        if isinstance(value, dict):
+            words += _score_words(value, f"{prefix}{key} ")
+        elif isinstance(value, float) and 0 <= value <= 1:
+            words.append(f"{prefix}{key} {value:.2%}")
+    return words
+
+
+def _next_commands(path: Path, *, is_demo: bool) -> list[str]:
+    if not is_demo:
+        return [f"declip zeroshot FOLDER_OF_CLASSES --model {path}"]
+    return [
+        f"declip linear-probe demo --model {path}",
+        f'declip retrieve demo --query "a red apple" --model {path} -k 5',
+        "declip prepare YOUR_PICTURES --out shards/  &&  declip pretrain --data shards/ --arch vit-b32",
+    ]

@@ -1,0 +1,101 @@
+"""The full-batch objective from small forward passes, with its exact gradient."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+
+from declip_cli.batch import Batch, Embeddings, LossTerms
+from declip_cli.methods.base import Method
+
+Autocast = Callable[[], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What one forward and backward pass leaves beside the gradients."""
+
+    terms: LossTerms
+    """Without graph."""
+    embeddings: Embeddings
+    """Of this rank's whole batch, without graph."""
+
+
+def forward_backward(
+    method: Method,
+    batch: Batch,
+    *,
+    micro_batch_size: int,
+    autocast: Autocast,
+    scale_loss: Callable[[Tensor], Tensor] = lambda loss: loss,
+) -> StepResult:
+    """Add the gradient of the objective over the whole batch to the parameters.
+
+    With micro-batches: embed all without graph; take the objective and its gradient with respect to the embeddings;
+    embed each micro-batch again and pass its share of that gradient on. The result is the undivided batch's for
+    every method, except that BatchNorm inside a ResNet sees one micro-batch at a time.
+
+    Args:
+        method: gradients are added to its parameters.
+        batch: this rank's pairs.
+        micro_batch_size: pairs per forward pass; 0 or at least the batch embeds once.
+        autocast: context in which forward passes run.
+        scale_loss: for float16, the gradient scaler's.
+
+    Returns:
+        Loss terms and embeddings.
+
+    Source: GradCache, arXiv 2101.06983.
+    """
+    if micro_batch_size == 0 or micro_batch_size >= len(batch):
+        with autocast():
+            embeddings = method.embed(batch)
+            terms = method.objective(embeddings)
+        scale_loss(terms.total).backward()
+        return StepResult(terms=_detach_terms(terms), embeddings=_detach(embeddings))
+    parts = batch.split(micro_batch_size)
+    with torch.no_grad(), _running_statistics_kept(method), autocast():
+        cached = Embeddings.join([method.embed(part) for part in parts])
+    leaves = {f.name: _leaf(getattr(cached, f.name)) for f in fields(Embeddings)}
+    with autocast():
+        terms = method.objective(Embeddings(**leaves))
+    scale_loss(terms.total).backward()
+    wanted = [name for name, leaf in leaves.items() if leaf.grad is not None]
+    start = 0
+    for part in parts:
+        with autocast():
+            embeddings = method.embed(part)
+        outputs = [getattr(embeddings, name) for name in wanted]
+        gradients = [leaves[name].grad[start : start + len(part)] for name in wanted]  # type: ignore[index]
+        torch.autograd.backward(outputs, gradients)
+        start += len(part)
+    return StepResult(terms=_detach_terms(terms), embeddings=cached)
+
+
+def _leaf(value: Tensor) -> Tensor:
+    return value.requires_grad_() if value.is_floating_point() and value.numel() else value
+
+
+def _detach(embeddings: Embeddings) -> Embeddings:
+    return Embeddings(**{f.name: getattr(embeddings, f.name).detach() for f in fields(Embeddings)})
+
+
+def _detach_terms(terms: LossTerms) -> LossTerms:
+    return LossTerms(total=terms.total.detach(), terms={name: term.detach() for name, term in terms.terms.items()})
+
+
+@contextmanager
+def _running_statistics_kept(method: nn.Module) -> Iterator[None]:
+    """Let the first of two passes leave BatchNorm's running statistics alone, so that each batch counts once."""
+    norms = [module for module in method.modules() if hasattr(module, "running_mean")]
+    kept = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]  # type: ignore[operator,union-attr]
+    counts = [norm.num_batches_tracked.clone() for norm in norms]  # type: ignore[operator,union-attr]
+    try:
+        yield
+    finally:
+        for norm, (mean, variance), count in zip(norms, kept, counts, strict=True):
+            norm.running_mean.copy_(mean)  # type: ignore[operator,union-attr]
+            norm.running_var.copy_(variance)  # type: ignore[operator,union-attr]
+            norm.num_batches_tracked.copy_(count)  # type: ignore[operator,union-attr]

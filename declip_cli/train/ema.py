@@ -1,0 +1,45 @@
+"""A running average of the weights."""
+
+import copy
+
+import torch
+from torch import Tensor
+
+from declip_cli.model.clip import DualEncoder
+
+
+class WeightAverage:
+    """Exponential moving average of an encoder's parameters and buffers.
+
+    Args:
+        encoder: what is averaged.
+        decay: share of the average kept per step; early steps use (1 + n) / (10 + n) where that is less.
+    """
+
+    def __init__(self, encoder: DualEncoder, *, decay: float) -> None:
+        self._decay = decay
+        self.num_updates = 0
+        self.state = {name: value.detach().clone() for name, value in encoder.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, encoder: DualEncoder) -> None:
+        """Take in the weights after a step."""
+        self.num_updates += 1
+        decay = min(self._decay, (1 + self.num_updates) / (10 + self.num_updates))
+        for name, value in encoder.state_dict().items():
+            if value.is_floating_point():
+                self.state[name].lerp_(value, 1 - decay)
+            else:
+                self.state[name].copy_(value)
+
+    def restore(self, state: dict[str, Tensor], num_updates: int) -> None:
+        """Go on from a saved average."""
+        self.num_updates = num_updates
+        for name, value in state.items():
+            self.state[name].copy_(value)
+
+    def averaged(self, encoder: DualEncoder) -> DualEncoder:
+        """Make a copy of the encoder that has the average for weights."""
+        other = copy.deepcopy(encoder)
+        other.load_state_dict(self.state)
+        return other
