@@ -1,6 +1,5 @@
 """Shuffled, rank-split, exactly resumable batches without end."""
 
-import os
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,7 +44,7 @@ class StreamConfig:
     rank: int = 0
     world_size: int = 1
     workers: int = 0
-    """Loader threads; 0 loads in line, -1 takes half of the cores, at most 16."""
+    """Loader threads; 0 loads in line."""
     faithful: bool = False
     """Mask texts with the original's range of random ids."""
     max_bad: float = 0.05
@@ -121,10 +120,9 @@ class TrainStream(Iterator[Batch]):
             seed=config.seed,
             cache_bytes=config.cache_mib << 20,
         )
-        workers = config.workers if config.workers >= 0 else _half_of_the_cores()
-        self._pool = ThreadPoolExecutor(workers, "declip-loader") if workers else None
+        self._pool = ThreadPoolExecutor(config.workers, "declip-loader") if config.workers else None
         tasks_per_batch = -(-config.batch_size // _ROWS_PER_TASK)
-        self._num_ahead = max(2, -(-2 * workers // tasks_per_batch))
+        self._num_ahead = max(2, -(-2 * config.workers // tasks_per_batch))
         self._pending: deque[_Pending] = deque()
         self._consumed = self._scheduled = (0, 0)  # epoch, position in its order
         self._bad: dict[int, tuple[str, str]] = {}
@@ -298,8 +296,3 @@ class TrainStream(Iterator[Batch]):
             for task in pending.tasks:
                 task.cancel()
         self._pending.clear()
-
-
-def _half_of_the_cores() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(16, cores // 2))
