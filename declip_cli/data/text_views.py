@@ -1,0 +1,139 @@
+"""A caption as a method wants to see it: plain, augmented (EDA) or masked, always as token ids."""
+
+import random
+from collections.abc import Callable
+from typing import TypeVar
+
+from declip_cli.config import AugmentConfig, TextView
+from declip_cli.data.synonyms import STOP_WORDS, synonyms
+from declip_cli.data.tokenizer import MASK, NUM_ORDINARY, VOCAB_SIZE, Tokenizer
+
+NO_LABEL = -100
+"""Label of a token that is not to be predicted; what `torch.nn.functional.cross_entropy` leaves out."""
+MASK_SHARE = 0.8
+"""Share of the tokens to predict that are hidden behind MASK."""
+RANDOM_SHARE = 0.1
+"""Share of the tokens to predict that are replaced by a random id; the rest stays as it is."""
+
+Item = TypeVar("Item")
+
+
+class TextViews:
+    """Draw views of captions; every draw follows from the generator that is passed in.
+
+    Threads may share one instance.
+
+    Args:
+        config: operations and probabilities.
+        tokenizer: makes ids of words and cuts them to the context length.
+        faithful: let the random ids of masking be special ones too, as the original does; START or END in the
+            middle of a text moves the place from which the text tower reads its feature.
+    """
+
+    def __init__(self, config: AugmentConfig, tokenizer: Tokenizer, *, faithful: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._mask_probability = config.mask_probability
+        self._num_random_ids = VOCAB_SIZE if faithful else NUM_ORDINARY
+        self._operations = [_operation(name, config) for name in config.text_operations]
+
+    def draw(self, kind: TextView, caption: str, rng: random.Random) -> tuple[list[int], list[int]]:
+        """Draw one view of one caption.
+
+        Args:
+            kind: `plain`; `augmented`: one operation, chosen evenly; `masked`: some tokens hidden.
+            caption: any text, empty too.
+            rng: decides everything that is random here.
+
+        Returns:
+            Token ids with START and END, cut to the context length; and as many labels: the id that was there
+            where a token is to be predicted, `NO_LABEL` elsewhere. A masked text may have no such token.
+
+        Source: operations: EDA, arXiv 1901.11196, and P/model/declip.py:203-212; masking: BERT, arXiv 1810.04805,
+            section 3.1, and P/model/utils/text_utils/mask_tokens.py.
+        """
+        if kind == "augmented" and self._operations:
+            caption = rng.choice(self._operations)(caption, rng)
+        ids = self._tokenizer.frame(self._tokenizer.word_ids(caption))
+        labels = [NO_LABEL] * len(ids)
+        if kind == "masked":
+            self._mask(ids, labels, rng)
+        return ids, labels
+
+    def _mask(self, ids: list[int], labels: list[int], rng: random.Random) -> None:
+        for place in range(1, len(ids) - 1):  # START and END are never hidden
+            if rng.random() >= self._mask_probability:
+                continue
+            labels[place] = ids[place]
+            choice = rng.random()
+            if choice < MASK_SHARE:
+                ids[place] = MASK
+            elif choice < MASK_SHARE + RANDOM_SHARE:
+                ids[place] = rng.randrange(self._num_random_ids)
+
+
+def _operation(name: str, config: AugmentConfig) -> Callable[[str, random.Random], str]:
+    if name == "synonym":
+        return replace_by_synonym
+    if name == "swap":
+        return swap_words
+    return lambda text, rng: delete_words(text, rng, probability=config.deletion_probability)
+
+
+def replace_by_synonym(text: str, rng: random.Random) -> str:
+    """Replace one word, wherever it stands in the text, by one of its synonyms.
+
+    Args:
+        text: any text.
+        rng: chooses the word and the synonym.
+
+    Returns:
+        The text, unchanged where no word but stop words has a synonym.
+    """
+    words = text.split()
+    candidates = [word for word in dict.fromkeys(words) if word.lower() not in STOP_WORDS]
+    for word in _shuffled(candidates, rng):
+        choices = synonyms(word)
+        if choices:
+            synonym = rng.choice(choices)
+            return " ".join(synonym if each == word else each for each in words)
+    return text
+
+
+def swap_words(text: str, rng: random.Random) -> str:
+    """Exchange two words.
+
+    Args:
+        text: any text.
+        rng: chooses the two places, which differ.
+
+    Returns:
+        The text, unchanged where it has fewer than two words.
+    """
+    words = text.split()
+    if len(words) < 2:
+        return text
+    first, second = rng.sample(range(len(words)), 2)
+    words[first], words[second] = words[second], words[first]
+    return " ".join(words)
+
+
+def delete_words(text: str, rng: random.Random, *, probability: float) -> str:
+    """Leave out words at random, but never all of them.
+
+    Args:
+        text: any text.
+        rng: decides for each word, and which one stays when all would go.
+        probability: chance of each word to go, in [0, 1].
+
+    Returns:
+        The text, unchanged where it has fewer than two words.
+    """
+    words = text.split()
+    if len(words) < 2:
+        return text
+    kept = [word for word in words if rng.random() >= probability]
+    return " ".join(kept or [rng.choice(words)])
+
+
+def _shuffled(items: list[Item], rng: random.Random) -> list[Item]:
+    return rng.sample(items, len(items))
