@@ -29,7 +29,7 @@ class Precision(StrEnum):
 def zeroshot(
     datasets: Annotated[
         Optional[list[str]],  # noqa: UP007, UP045
-        typer.Argument(metavar="DATASET…", help="Known names, `demo`, or folders of class folders."),
+        typer.Argument(metavar="DATASET", help="Known names, `demo`, or folders of class folders."),
     ] = None,
     model: Model = None,
     data_root: DataRoot = None,
@@ -98,6 +98,7 @@ def _show_list(entries: list[dict[str, Any]], *, as_json: bool) -> None:
     if as_json:
         emit({"datasets": entries}, as_json=True)
         return
+    emit_row(("name", "task", "classes", "metric", "expected", "is_there"))
     for entry in entries:
         emit_row(("yes" if value is True else "no" if value is False else value) for value in entry.values())
 

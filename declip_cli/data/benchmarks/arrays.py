@@ -37,6 +37,8 @@ class ArrayPictures(Sequence[Picture]):
     def __getitem__(self, number: int | slice) -> Picture | Sequence[Picture]:
         if isinstance(number, slice):
             return [self[n] for n in range(*number.indices(self._count))]
+        if not 0 <= number < self._count:
+            raise IndexError(number)
         return f"{self._name}/{number}", partial(self._encode, number)
 
     def _encode(self, number: int) -> bytes:
@@ -84,9 +86,7 @@ def _cifar(folder: Path, files: list[str], label_key: bytes) -> Listing:
     data = np.concatenate([table[b"data"] for table in tables]).reshape(-1, 3, 32, 32)  # (N, 3, 32, 32)
     labels = [int(label) for table in tables for label in table[label_key]]
     name = f"{folder.name}/{files[0] if len(files) == 1 else 'data_batch'}"
-    return Listing(
-        pictures=ArrayPictures(name, len(data), lambda n: data[n].transpose(1, 2, 0)), labels=labels
-    )
+    return Listing(pictures=ArrayPictures(name, len(data), lambda n: data[n].transpose(1, 2, 0)), labels=labels)
 
 
 def read_stl10(root: Path, split: str) -> Listing:

@@ -79,21 +79,10 @@ def folder_splits(folder: Path) -> dict[str, Path]:
 
     Returns:
         Split → its folder; empty where any other subfolder stands beside them, as these are then classes.
-
-    Raises:
-        EvaluateError: there is no such folder.
     """
-    if not folder.is_dir():
-        raise EvaluateError(
-            f"there is no data set or folder named {str(folder)!r}",
-            remedy="`declip zeroshot --list` shows the known names; a folder needs one subfolder per class",
-        )
     subfolders = class_folders(folder)
     found = {
-        split: folder / name
-        for split, names in _SPLIT_FOLDERS.items()
-        for name in subfolders
-        if name.lower() in names
+        split: folder / name for split, names in _SPLIT_FOLDERS.items() for name in subfolders if name.lower() in names
     }
     return found if len(found) == len(subfolders) else {}
 
@@ -119,11 +108,9 @@ def _class_names(root: Path, classes: list[str], classes_file: Path | None) -> t
     if classes_file is None:
         names = [name.replace("_", " ") for name in classes]
     else:
-        lines = read_class_names(classes_file)
-        if any("\t" in line for line in lines):
-            names = _by_folder(classes_file, lines, root, classes)
-        else:
-            names = lines
+        names = read_class_names(classes_file)
+        if any("\t" in line for line in names):
+            names = _by_folder(classes_file, names, root, classes)
         if len(names) != len(classes):
             raise EvaluateError(
                 f"{classes_file} names {len(names)} classes, {root} has {len(classes)} class folders",

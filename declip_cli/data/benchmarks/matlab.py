@@ -9,9 +9,7 @@ import numpy as np
 
 from declip_cli.errors import EvaluateError
 
-Value: TypeAlias = (
-    "np.ndarray[tuple[int, ...], np.dtype[np.generic]] | str | list[Value] | dict[str, list[Value]]"
-)
+Value: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[np.generic]] | str | list[Value] | dict[str, list[Value]]"
 """Numbers as an array, text as str, a cell array as a list, a struct array as field → one value each."""
 
 _NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
@@ -42,9 +40,7 @@ def read_mat(path: Path) -> dict[str, Value]:
             f"the data set is incomplete: cannot read {path}", remedy="unpack the data set again"
         ) from error
     if len(data) < _HEADER_BYTES or data[126:128] != b"IM":
-        raise EvaluateError(
-            f"{path} is not a MATLAB 5 file in little-endian order", remedy="download the file again"
-        )
+        raise EvaluateError(f"{path} is not a MATLAB 5 file in little-endian order", remedy="download the file again")
     try:
         return dict(_variables(data))
     except (struct.error, zlib.error, KeyError, IndexError, ValueError, UnicodeDecodeError) as error:

@@ -1,6 +1,7 @@
 """Open a classification set by name or folder, say what is there, download what can be downloaded."""
 
 import dataclasses
+import difflib
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,7 @@ def open_classification(
     elif name in KNOWN:
         opened = _open_known(KNOWN[name], resolve_data_root(data_root), split)
     else:
+        _check_known_or_folder(name)
         return _checked(open_class_folder(Path(name), split=split, classes_file=classes_file))
     if classes_file is not None:
         names = tuple(read_class_names(classes_file))
@@ -71,8 +73,8 @@ def open_classification(
                 f"{classes_file} names {len(names)} classes, {name} has {len(opened.class_names)}",
                 remedy="write one name a line, in the order of the data set's labels",
             )
-        opened = dataclasses.replace(opened, class_names=names)
-    return _checked(opened)
+        opened = _checked(dataclasses.replace(opened, class_names=names))
+    return opened
 
 
 def available_splits(name: str, *, data_root: Path | None = None) -> tuple[str, ...]:
@@ -92,7 +94,19 @@ def available_splits(name: str, *, data_root: Path | None = None) -> tuple[str, 
         return ("train", "val", "test")
     if name in KNOWN:
         return KNOWN[name].splits
+    _check_known_or_folder(name)
     return tuple(folder_splits(Path(name)))
+
+
+def _check_known_or_folder(name: str) -> None:
+    if Path(name).is_dir():
+        return
+    close = difflib.get_close_matches(name.lower(), ["demo", *KNOWN], n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise EvaluateError(
+        f"there is no data set or folder named {name!r}",
+        remedy=f"{hint}`declip zeroshot --list` shows the known names; a folder needs one subfolder per class",
+    )
 
 
 def _open_demo(split: str) -> ClassificationSet:
@@ -155,11 +169,9 @@ def _locate(benchmark: Benchmark, root: Path) -> Path | None:
 
 def _how_to_get(benchmark: Benchmark, root: Path) -> str:
     command = (
-        f"declip zeroshot {benchmark.name} --data-root {root} --download, or "
-        if benchmark.torchvision_name
-        else ""
+        f"declip zeroshot {benchmark.name} --data-root {root} --download, or " if benchmark.torchvision_name else ""
     )
-    return f"{command}put into {root}: {benchmark.wants}; from {benchmark.source}"
+    return f"{command}put into {root}/: {benchmark.wants}. Source: {benchmark.source}"
 
 
 def _checked(opened: ClassificationSet) -> ClassificationSet:
@@ -188,9 +200,7 @@ def list_known(data_root: Path | None = None) -> list[Listed]:
     for known in KNOWN.values():
         found = _locate(known, folder)
         expected = str((found or folder) / known.marker)
-        listed.append(
-            Listed(known.name, "zero-shot", known.num_classes, known.metric, expected, found is not None)
-        )
+        listed.append(Listed(known.name, "zero-shot", known.num_classes, known.metric, expected, found is not None))
     return listed
 
 
@@ -223,9 +233,7 @@ def download(name: str, *, data_root: Path | None = None) -> Path:
         for arguments in _download_arguments(benchmark):
             getattr(datasets, benchmark.torchvision_name)(str(folder), download=True, **arguments)
     except (OSError, RuntimeError, ValueError, ImportError) as error:
-        raise EvaluateError(
-            f"the download of {name} failed: {error}", remedy=_how_to_get(benchmark, folder)
-        ) from error
+        raise EvaluateError(f"the download of {name} failed: {error}", remedy=_how_to_get(benchmark, folder)) from error
     return folder
 
 

@@ -1,0 +1,164 @@
+"""Zero-shot classification, against OpenCLIP and against plain loops."""
+
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from declip_cli.data.benchmarks import ClassificationSet, open_classification
+from declip_cli.data.benchmarks.base import FilePictures
+from declip_cli.errors import EvaluateError
+from declip_cli.evaluate.features import FeatureOptions
+from declip_cli.evaluate.report import class_report, write_predictions
+from declip_cli.evaluate.zeroshot import zeroshot
+from declip_cli.model.checkpoint import PretrainedModel, load_model
+
+FP32 = FeatureOptions(precision="fp32", use_cache=False)
+
+
+def demo_set(num_pictures: int, *, num_classes: int = 40, **changes: object) -> ClassificationSet:
+    """Pictures of the demo corpus; names beyond the pictures' own are distractors."""
+    demo = open_classification("demo")
+    fields = {
+        "name": "some emoji",
+        "split": "test",
+        "class_names": demo.class_names[:num_classes],
+        "templates": (),
+        "metric": "accuracy",
+        "pictures": FilePictures([demo.pictures[n][0] for n in range(num_pictures)]),
+        "labels": list(demo.labels[:num_pictures]),
+    }
+    return ClassificationSet(**{**fields, **changes})
+
+
+def test_predictions_equal_those_of_open_clip(tiny_run: Path):
+    dataset = demo_set(24)
+    templates = ["a photo of a {}.", "a drawing of the {}.", "{}"]
+    report = zeroshot(load_model(tiny_run), dataset, templates=templates, options=FP32)
+
+    name = f"local-dir:{tiny_run / 'model'}"
+    peer, _, preprocess = open_clip.create_model_and_transforms(name)
+    peer.eval()
+    classifier = open_clip.build_zero_shot_classifier(
+        peer, open_clip.get_tokenizer(name), dataset.class_names, [t.format for t in templates], device="cpu"
+    )  # (D, C)
+    pictures = torch.stack([preprocess(open_on_white(path)) for path, _ in dataset.pictures])
+    with torch.no_grad():
+        logits = peer.encode_image(pictures, normalize=True) @ classifier  # (N, C)
+    scores, ranked = logits.topk(5)
+    assert torch.equal(report.predictions.ranked, ranked)
+    torch.testing.assert_close(report.predictions.scores, scores, atol=2e-6, rtol=1e-5)
+    right = ranked[:, 0] == torch.tensor(dataset.labels)
+    assert report.top1 == pytest.approx(float(right.float().mean()))
+
+
+def open_on_white(path: str) -> Image.Image:
+    picture = Image.open(path).convert("RGBA")
+    white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, picture).convert("RGB")
+
+
+def test_report_has_the_fields_of_the_command(tiny_model: PretrainedModel):
+    report = zeroshot(tiny_model, demo_set(6, note="told apart"), options=FP32).to_json()
+    assert report["dataset"] == "some emoji"
+    assert report["model"] == "random-0"
+    assert (report["num_images"], report["num_classes"], report["num_templates"]) == (6, 40, 80)
+    assert report["metric"] == "accuracy"
+    assert report["score"] == report["top1"]
+    assert 0 <= report["top1"] <= report["top5"] <= 1
+    assert report["chance_top5"] == pytest.approx(5 / 40)
+    assert report["note"] == "told apart"
+    assert "skipped" not in report
+    json.dumps(report, allow_nan=False)
+
+
+def test_the_metric_of_the_set_decides_the_score(tiny_model: PretrainedModel):
+    report = zeroshot(tiny_model, demo_set(6, metric="mean_per_class"), options=FP32)
+    assert report.score == report.mean_per_class
+
+
+def test_top5_needs_five_classes(tiny_model: PretrainedModel):
+    report = zeroshot(tiny_model, demo_set(4, num_classes=4), options=FP32)
+    assert report.top5 is None
+    assert "top5" not in report.to_json()
+    assert "chance_top5" not in report.to_json()
+
+
+def test_a_single_class_is_refused(tiny_model: PretrainedModel):
+    with pytest.raises(EvaluateError, match="only the class"):
+        zeroshot(tiny_model, demo_set(1, num_classes=1), options=FP32)
+
+
+def test_unreadable_pictures_are_left_out_and_reported(tiny_model: PretrainedModel, tmp_path: Path):
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no picture")
+    whole = demo_set(3)
+    paths = [whole.pictures[0][0], str(broken), whole.pictures[1][0], whole.pictures[2][0]]
+    dataset = demo_set(3, pictures=FilePictures(paths), labels=[0, 3, 1, 2])
+    report = zeroshot(tiny_model, dataset, options=FP32)
+    assert report.num_images == 3
+    assert report.predictions.labels.tolist() == [0, 1, 2]
+    assert report.predictions.keys == [paths[0], paths[2], paths[3]]
+    assert report.to_json()["num_skipped"] == 1
+    (entry,) = report.to_json()["skipped"].values()
+    assert entry == {"count": 1, "first": str(broken)}
+
+
+def test_token_wise_models_are_scored_token_by_token(tiny_token_model: PretrainedModel):
+    dataset = demo_set(5)
+    first = zeroshot(tiny_token_model, dataset, options=FP32)
+    cached = FeatureOptions(precision="fp32")
+    for _ in range(2):
+        again = zeroshot(tiny_token_model, dataset, options=cached)
+        assert torch.equal(first.predictions.ranked, again.predictions.ranked)
+    from declip_cli.evaluate.prompts import build_token_classifier, make_prompts
+
+    classes = build_token_classifier(tiny_token_model, make_prompts(dataset.class_names, "80"), options=FP32)
+    from declip_cli.data.image_views import evaluation_view
+
+    view = torch.from_numpy(evaluation_view(dataset.pictures[2][1](), side_px=16, resize_px=18))
+    with torch.no_grad():
+        scores = classes.score(tiny_token_model.encoder.encode_image_tokens(view[None]))
+    torch.testing.assert_close(first.predictions.scores[2], scores[0].topk(5).values, atol=1e-6, rtol=1e-5)
+
+
+def test_predictions_are_written_line_by_line(tiny_model: PretrainedModel, tmp_path: Path):
+    report = zeroshot(tiny_model, demo_set(4), options=FP32)
+    path = tmp_path / "predictions.jsonl"
+    assert write_predictions(path, {"some emoji": report.predictions}) == 4
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert list(lines[0]) == ["path", "label", "is_right", "top5", "scores"]
+    assert sum(line["is_right"] for line in lines) == round(report.top1 * 4)
+    assert all(line["scores"] == sorted(line["scores"], reverse=True) for line in lines)
+    assert not list(tmp_path.glob("*.tmp"))
+    write_predictions(path, {"a": report.predictions, "b": report.predictions})
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [line["dataset"] for line in lines] == ["a"] * 4 + ["b"] * 4
+
+
+def test_predictions_cannot_go_into_a_missing_folder(tiny_model: PretrainedModel, tmp_path: Path):
+    report = zeroshot(tiny_model, demo_set(4), options=FP32)
+    with pytest.raises(EvaluateError, match="cannot write the predictions"):
+        write_predictions(tmp_path / "no" / "file", {"x": report.predictions})
+
+
+def test_class_report_counts_classes_and_confusions(tiny_model: PretrainedModel):
+    predictions = zeroshot(tiny_model, demo_set(5, labels=[0, 0, 0, 1, 1]), options=FP32).predictions
+    ranked = torch.tensor([[0], [7], [7], [1], [1]])
+    known = type(predictions)(
+        keys=predictions.keys,
+        labels=predictions.labels,
+        ranked=ranked,
+        scores=predictions.scores,
+        class_names=predictions.class_names,
+    )
+    report = class_report(known)
+    names = predictions.class_names
+    assert report["per_class"] == [
+        {"class": names[0], "num_images": 3, "accuracy": pytest.approx(1 / 3)},
+        {"class": names[1], "num_images": 2, "accuracy": 1.0},
+    ]
+    assert report["confused"] == [{"class": names[0], "predicted": names[7], "count": 2, "share": pytest.approx(2 / 3)}]
