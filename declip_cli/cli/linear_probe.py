@@ -1,0 +1,62 @@
+"""`declip linear-probe`: train a linear classifier on frozen features."""
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from declip_cli.cli.console import emit, note, progress_of, user_errors
+from declip_cli.cli.loading import open_model
+from declip_cli.cli.options import BatchSize, DataRoot, Json, Model, Threads
+
+
+class FeatureChoice(StrEnum):
+    """What the classifier is trained on."""
+
+    pre = "pre"
+    post = "post"
+
+
+def linear_probe(
+    dataset: Annotated[str, typer.Argument(help="Known name, `demo`, or a folder with `train/` and `test/`.")],
+    model: Model = None,
+    data_root: DataRoot = None,
+    features: Annotated[
+        FeatureChoice, typer.Option(help="Image features before (`pre`, as CLIP did) or after the projection.")
+    ] = FeatureChoice.pre,
+    shots: Annotated[int, typer.Option(min=0, help="Training pictures per class; 0 takes all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Draws the shots and, without a val split, the held-out pictures.")] = 0,
+    baseline: Annotated[
+        bool, typer.Option("--baseline", help="Also score raw pixels; always done for `demo`.")
+    ] = False,
+    batch_size: BatchSize = 128,
+    threads: Threads = 0,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Compute all features anew.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a linear classifier on frozen image features; its penalty is chosen on validation pictures.
+
+    Example: `declip linear-probe cifar100 --model runs/declip-vit-b32 --json`
+    """
+    with user_errors():
+        from declip_cli.data.probe_sets import open_probe_sets
+        from declip_cli.evaluate import linear_probe as probe
+        from declip_cli.evaluate.features import FeatureOptions
+
+        sets = open_probe_sets(dataset, data_root=data_root)
+        opened = open_model(model, threads=threads)
+        with progress_of(dataset) as tell:
+            report = probe.linear_probe(
+                opened,
+                sets,
+                features=features.value,
+                shots=shots,
+                seed=seed,
+                with_baseline=True if baseline else None,
+                options=FeatureOptions(batch_size=batch_size, threads=threads, use_cache=not no_cache, progress=tell),
+            )
+        for cause, entry in report.skipped.items():
+            note(f"{dataset}: skipped {entry['count']} pictures, {cause} (first: {entry['first']})")
+        for line in report.notes:
+            note(f"{dataset}: {line}")
+        emit(report.to_json(), as_json=as_json)

@@ -1,0 +1,93 @@
+"""The splits that a linear probe needs: training, validation and test pictures of the same classes."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from declip_cli.data.benchmarks.base import ClassificationSet, FilePictures
+from declip_cli.data.benchmarks.registry import available_splits, open_classification
+from declip_cli.data.demo import DemoRecord, demo_records
+from declip_cli.errors import EvaluateError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeSets:
+    """Pictures to learn from and pictures to score, with labels that mean the same."""
+
+    train: ClassificationSet
+    val: ClassificationSet | None
+    """None where the data set comes without one; a part of `train` is then held out."""
+    test: ClassificationSet
+
+
+def open_probe_sets(name: str, *, data_root: Path | None = None) -> ProbeSets:
+    """Open the splits of a classification data set.
+
+    Args:
+        name: a known name, `demo`, or a folder with `train/`, `test/` and optionally `val/` that have one
+            subfolder per class.
+        data_root: where known sets lie; None takes `$DECLIP_DATA`, else `data/`.
+
+    Returns:
+        The splits. The demo's classes are the nine categories of emoji; it learns from the vendor google,
+        validates on emojione2 and tests on twitter, so that each split is drawn in another style.
+
+    Raises:
+        EvaluateError: no such set, a split is missing, or the test pictures have classes that were not trained.
+    """
+    if name == "demo":
+        return _open_demo()
+    splits = available_splits(name, data_root=data_root)
+    for wanted in ("train", "test"):
+        if wanted not in splits:
+            raise EvaluateError(
+                f"{name} has no split {wanted!r} (found: {', '.join(splits) or 'none'})",
+                remedy=_remedy(name, wanted),
+            )
+    train = open_classification(name, data_root=data_root, split="train")
+    test = open_classification(name, data_root=data_root, split="test")
+    val = open_classification(name, data_root=data_root, split="val") if "val" in splits else None
+    return ProbeSets(train=train, val=val and _aligned(val, train), test=_aligned(test, train))
+
+
+def _remedy(name: str, wanted: str) -> str:
+    if Path(name).is_dir():
+        return f"put the pictures of each class into {Path(name) / wanted / 'CLASS'}/"
+    return "choose a set with training pictures, such as cifar100 or pets"
+
+
+def _aligned(part: ClassificationSet, train: ClassificationSet) -> ClassificationSet:
+    """Number a split's classes as the training split does."""
+    if part.class_names == train.class_names:
+        return part
+    numbers = {name: number for number, name in enumerate(train.class_names)}
+    unknown = [name for name in part.class_names if name not in numbers]
+    if unknown:
+        raise EvaluateError(
+            f"the {part.split} pictures of {part.name} have the class {unknown[0]!r}, which has no training pictures "
+            f"({len(unknown)} such classes)",
+            remedy=f"add training pictures of {unknown[0]!r} or take its {part.split} pictures away",
+        )
+    labels = [numbers[part.class_names[label]] for label in part.labels]
+    return replace(part, class_names=train.class_names, labels=labels)
+
+
+def _open_demo() -> ProbeSets:
+    google = [record for record in demo_records("fit") if record.vendor == "google"]
+    names = tuple(sorted({record.category for record in google}))
+    return ProbeSets(
+        train=_demo_set(google, "train", names),
+        val=_demo_set(demo_records("validation"), "val", names),
+        test=_demo_set(demo_records("test"), "test", names),
+    )
+
+
+def _demo_set(records: list[DemoRecord], split: str, names: tuple[str, ...]) -> ClassificationSet:
+    return ClassificationSet(
+        name="demo",
+        split=split,
+        class_names=names,
+        templates=(),
+        metric="accuracy",
+        pictures=FilePictures([record.path for record in records]),
+        labels=[names.index(record.category) for record in records],
+    )
