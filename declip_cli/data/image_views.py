@@ -179,15 +179,18 @@ class ImageViews:
             left, width = round(left * scale), max(1, round(width * scale))
             top, height = round(top * scale), max(1, round(height * scale))
         side = self._side_px
-        # OpenCV's bilinear filter looks at four pixels; beyond a factor of 2 it would leave some out.
-        is_far = width > 2 * side or height > 2 * side
+        # OpenCV's bilinear filter looks at four pixels; far beyond a factor of 2 it would leave too many out.
+        is_far = width * height > (2 * side) ** 2
         interpolation = cv2.INTER_AREA if is_far else cv2.INTER_LINEAR
         region = pixels[top : top + height, left : left + width]  # (height, width, 3)
         view = cv2.resize(region, (side, side), interpolation=interpolation)  # (S, S, 3)
         view = self._colour(np.asarray(view, dtype=np.uint8), draw.colours, is_gray=draw.is_gray)
         if draw.blur_sigma_px:
             view = blur(view, draw.blur_sigma_px)
-        out[:] = view[:, ::-1] if draw.is_flipped else view
+        if draw.is_flipped:
+            cv2.flip(view, 1, dst=out)
+        else:
+            out[:] = view
 
 
 def draw_crop(width: int, height: int, area_min: float, rng: random.Random) -> Crop:
