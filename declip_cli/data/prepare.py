@@ -5,7 +5,6 @@ from array import array
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import cv2
@@ -106,7 +105,7 @@ class _Run:
         self._new_hashes = array("Q")
         self._writers: dict[str, PartWriter] = {}
         self._offenders: list[str] = []
-        self._saved = time.monotonic()
+        self._saved = 0.0
         progress = folder.progress
         for part, state in progress.get("parts", {"": {}}).items():
             self._open_part(part, state)
@@ -130,12 +129,13 @@ class _Run:
     def go(self, started: float) -> Iterator[PrepareReport]:
         cv2.setNumThreads(1)  # the pictures are shared out among threads already
         report, reported = self._report, started
-        records = islice(self._source.records, report.num_read, None)
+        records = self._source.records_from(report.num_read)
         work = partial(finish_records, config=self._config)
         outcomes = run_in_threads(work, records, workers=self._config.workers)
-        self._save()
         try:
             for outcome in outcomes:
+                if not self._saved:
+                    self._save()  # from here on a killed run can be taken up
                 report.num_read += 1
                 finished_shard = self._take(outcome)
                 now = time.monotonic()
@@ -172,7 +172,7 @@ class _Run:
 
     def _leave_out(self, outcome: LeftOut) -> None:
         merge_skipped(self._report.skipped, {outcome.cause: (1, outcome.key)})
-        if outcome.is_bad:
+        if outcome.is_bad and not self._source.is_download:
             self._report.num_bad += 1
             if len(self._offenders) < _NUM_OFFENDERS:
                 self._offenders.append(f"{outcome.key} ({outcome.cause})")

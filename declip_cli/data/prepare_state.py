@@ -31,6 +31,21 @@ def command_id(config: PrepareConfig) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+def spool_of(out: str) -> str:
+    """Name the local folder for unfinished things: the output folder itself, or one in the cache.
+
+    Args:
+        out: local path or URL of the output folder.
+
+    Returns:
+        A local path.
+    """
+    if not storage.is_remote(out):
+        return out.rstrip("/") or "/"
+    name = hashlib.sha256(out.rstrip("/").encode()).hexdigest()[:24]
+    return os.path.join(default_cache_dir(), "prepare", name)
+
+
 class OutFolder:
     """Where a run's shards, manifest and resume state lie.
 
@@ -44,11 +59,7 @@ class OutFolder:
     def __init__(self, config: PrepareConfig) -> None:
         self.path = config.out.rstrip("/") or "/"
         self._command = command_id(config)
-        if storage.is_remote(self.path):
-            name = hashlib.sha256(self.path.encode()).hexdigest()[:24]
-            self.spool = os.path.join(default_cache_dir(), "prepare", name)
-        else:
-            self.spool = self.path
+        self.spool = spool_of(self.path)
         self.progress: dict[str, Any] = {}
         """State of an interrupted run of the same command; empty for a new one."""
         self.manifest: dict[str, Any] = {}

@@ -59,7 +59,8 @@ class ShardFiles:
         try:
             if storage.is_remote(path):
                 return self._cached(shard).read(offset, num_bytes, sample)
-            return os.pread(self._handle(path).number, num_bytes, offset)
+            handle = self._handle(path)  # held while reading: another thread may push it out of the list
+            return os.pread(handle.number, num_bytes, offset)
         except OSError as error:
             raise DataError(
                 f"cannot read the shard {path}: {error}",

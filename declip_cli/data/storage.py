@@ -145,6 +145,18 @@ def names_in(folder: str) -> list[str]:
     return sorted(name for name in found if not name.startswith("."))
 
 
+def folders_in(folder: str) -> list[str]:
+    """List the names of the folders directly in a folder, sorted, hidden ones left out."""
+    if is_remote(folder):
+        system, inner = remote_system(folder)
+        entries = system.ls(inner) if system.isdir(inner) else []
+        found = [entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] != "file"]
+    else:
+        with os.scandir(folder) as local:
+            found = [entry.name for entry in local if entry.is_dir()]
+    return sorted(name for name in found if not name.startswith("."))
+
+
 def expand(pattern: str) -> list[str]:
     """Spell out `{000..127}`, `{train,val}`, `*` and `?` in a path.
 

@@ -2,12 +2,13 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from declip_cli.data import storage
 from declip_cli.data.prepare_config import PrepareConfig, SourceKind
-from declip_cli.data.sources import folder, table, tars
-from declip_cli.data.sources.records import Record, Source
+from declip_cli.data.sources import coco, flickr30k, folder, table, tars, urls, yfcc15m
+from declip_cli.data.sources.locate import locate_pictures
+from declip_cli.data.sources.records import Record, Source, skip_first
 from declip_cli.errors import DataError
 
 _HELP = "a folder, a table, a .tar pattern, a COCO or Flickr30k file, or a list of URLs; or say --kind"
@@ -30,33 +31,89 @@ def open_source(config: PrepareConfig) -> Source:
     missing = [found for found in paths if not storage.is_file(found) and not storage.is_folder(found)]
     if missing or not paths:
         raise DataError(f"no such file or folder: {(missing or [path])[0]}", remedy=f"SOURCE is {_HELP}")
-    _below(path, config.out)
-    kind = config.kind or _recognise(paths)
+    skip = _below(path, config.out)
+    kind = config.kind or recognise(paths[0])
     if len(paths) > 1 and kind != "tars":
         raise DataError(f"{path} means {len(paths)} files; only tars may be several", remedy="give one file")
-    return _open(kind, paths, config)
+    opener: Callable[[list[str], PrepareConfig], Source] | None = _OPENERS.get(kind)
+    if opener is not None:
+        return opener(paths, config)
+    return Source(kind, skip_first(folder.read_folder(path, skip=skip)))
 
 
-def _open(kind: SourceKind, paths: list[str], config: PrepareConfig) -> Source:
+def _open_captions(paths: list[str], config: PrepareConfig) -> Source:
     path = paths[0]
-    if kind == "captions":
-        lists = [path] if storage.is_file(path) else folder.find_lists(path)
-        _need(lists, path, folder.CAPTIONS_FILE)
-        root = storage.parent(path) if storage.is_file(path) else path
-        return Source(kind, folder.read_lists(lists, root=root), sum(map(_num_lines, lists)))
-    if kind == "folder":
-        return Source(kind, folder.read_folder(path, skip=_below(path, config.out)))
-    if kind == "tars":
-        shards = [shard for found in paths for shard in _tars_in(found)]
-        _need(shards, path, ".tar")
-        return Source(kind, tars.read_tars(shards))
-    return Source(kind, _table(path, config))
+    lists = [path] if storage.is_file(path) else folder.find_lists(path)
+    _need(lists, path, folder.CAPTIONS_FILE)
+    root = storage.parent(path) if storage.is_file(path) else path
+    records = folder.read_lists(lists, root=root)
+    return Source("captions", skip_first(records), sum(map(_num_lines, lists)))
 
 
-def _table(path: str, config: PrepareConfig) -> Iterator[Record]:
-    return table.read_table(
-        path, image_column=config.image_column, caption_columns=config.caption_columns, images=config.images
+def _open_tars(paths: list[str], config: PrepareConfig) -> Source:
+    shards = [shard for found in paths for shard in _tars_in(found)]
+    _need(shards, paths[0], ".tar")
+    return Source("tars", skip_first(tars.read_tars(shards)))
+
+
+def _open_table(paths: list[str], config: PrepareConfig) -> Source:
+    records = table.read_table(
+        paths[0], image_column=config.image_column, caption_columns=config.caption_columns, images=config.images
     )
+    return Source("table", skip_first(records))
+
+
+def _open_declip(paths: list[str], config: PrepareConfig) -> Source:
+    rows = (row for row in table.read_rows(paths[0]) if isinstance(row.get("filename"), str))
+    names = [row["filename"] for row, _ in zip(rows, range(100), strict=False)]
+    try:
+        images = locate_pictures(paths[0], names, images=config.images)
+    except DataError as error:
+        raise DataError(error.message, remedy="--images FOLDER, or --kind urls to download the pictures") from error
+    records = table.read_table(paths[0], image_column="filename", caption_columns=["caption"], images=images)
+    return Source("declip", skip_first(records))
+
+
+def _open_annotations(kind: SourceKind) -> Callable[[list[str], PrepareConfig], Source]:
+    def open_lists(paths: list[str], config: PrepareConfig) -> Source:
+        path = paths[0]
+        lists = [path]
+        if storage.is_folder(path):
+            lists = coco.find_annotations(path) if kind == "coco" else flickr30k.find_lists(path)
+        _need(lists, path, "captions_*.json" if kind == "coco" else "dataset_*.json or .token")
+        return Source(kind, skip_first(_annotations(lists, config.images)))
+
+    return open_lists
+
+
+def _annotations(lists: list[str], images: str) -> Iterator[Record]:
+    for path in lists:
+        if flickr30k.is_token_file(path):
+            yield from flickr30k.read_tokens(path, images=images)
+        else:
+            yield from coco.read_annotations(path, images=images)
+
+
+def _open_yfcc15m(paths: list[str], config: PrepareConfig) -> Source:
+    return Source("yfcc15m", skip_first(yfcc15m.read_yfcc15m(paths[0], images=config.images)))
+
+
+def _open_urls(paths: list[str], config: PrepareConfig) -> Source:
+    path = paths[0]
+    urls.check_list(path, config)
+    return Source("urls", lambda start: urls.read_urls(path, config, start=start), is_download=True)
+
+
+_OPENERS = {
+    "captions": _open_captions,
+    "tars": _open_tars,
+    "table": _open_table,
+    "declip": _open_declip,
+    "coco": _open_annotations("coco"),
+    "flickr30k": _open_annotations("flickr30k"),
+    "yfcc15m": _open_yfcc15m,
+    "urls": _open_urls,
+}
 
 
 def _below(path: str, out: str) -> str:
@@ -86,33 +143,59 @@ def _num_lines(path: str) -> int:
         return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
 
 
-def _recognise(paths: list[str]) -> SourceKind:
-    path = paths[0]
+def recognise(path: str) -> SourceKind:
+    """Tell what kind of source a path is.
+
+    Args:
+        path: of a file or folder that exists.
+
+    Returns:
+        The kind.
+
+    Raises:
+        DataError: it is like none.
+    """
+    name = path.rpartition("/")[2]
     if storage.is_folder(path):
         return _recognise_folder(path)
-    if path.endswith(tars.TAR_EXTENSIONS):
+    if name.endswith(tars.TAR_EXTENSIONS):
         return "tars"
-    if path.rpartition("/")[2] == folder.CAPTIONS_FILE:
+    if name == folder.CAPTIONS_FILE:
         return "captions"
-    if path.endswith(".json"):
-        return _recognise_json(path)
-    if path.endswith(table.TABLE_EXTENSIONS):
-        return "table"
+    if flickr30k.is_token_file(name):
+        return "flickr30k"
+    if name.endswith(".json") and not _is_json_lines(path):
+        return "coco"
+    if name.endswith(".tsv") and yfcc15m.is_list(path):
+        return "yfcc15m"
+    if name.endswith(table.TABLE_EXTENSIONS):
+        return _recognise_table(path)
     raise DataError(f"cannot tell what {path} is", remedy=f"SOURCE is {_HELP}")
 
 
 def _recognise_folder(path: str) -> SourceKind:
     if _tars_in(path):
         return "tars"
-    if folder.find_lists(path):
-        return "captions"
-    return "folder"
+    if coco.find_annotations(path):
+        return "coco"
+    if flickr30k.find_lists(path):
+        return "flickr30k"
+    return "captions" if folder.find_lists(path) else "folder"
 
 
-def _recognise_json(path: str) -> SourceKind:
+def _is_json_lines(path: str) -> bool:
     with storage.open_binary(path) as file:
         line = file.readline(1 << 20)
     try:
-        return "table" if isinstance(json.loads(line), dict) else "coco"
+        return isinstance(json.loads(line), dict) and b'"images"' not in line
     except ValueError:
-        return "coco"
+        return False
+
+
+def _recognise_table(path: str) -> SourceKind:
+    columns = table.columns_of(path)
+    if {"filename", "caption", "url"} <= set(columns):
+        return "declip"
+    lower = {column.lower() for column in columns}
+    has_pictures = bool(lower & set(table.IMAGE_COLUMNS))
+    return "urls" if lower & set(table.URL_COLUMNS) and not has_pictures else "table"

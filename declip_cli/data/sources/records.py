@@ -1,7 +1,8 @@
 """What every source yields: where a picture and its captions lie, still unread."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 from declip_cli.data import storage
@@ -91,9 +92,12 @@ class Source:
     """A source that has been recognised."""
 
     kind: str
-    records: Iterator[Record]
+    records_from: Callable[[int], Iterator[Record]]
+    """Records from a number on, so that a run can be taken up again."""
     total: int = 0
     """Number of records where it is cheap to know, for the progress bar; 0 is unknown."""
+    is_download: bool = False
+    """True if records come from the network, where failures are usual and no reason to stop."""
 
 
 def read_picture(path: str) -> bytes:
@@ -137,3 +141,15 @@ def file_record(folder: str, name: object, captions: list[object], *, part: str 
     if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or storage.is_remote(name):
         return BadRecord(name, "path traversal", part)
     return FileRecord(name, storage.join(folder, name), tuple(captions), part)
+
+
+def skip_first(records: Iterator[Record]) -> Callable[[int], Iterator[Record]]:
+    """Make `Source.records_from` of records that cannot be entered in the middle: the first ones are dropped.
+
+    Args:
+        records: all of them; used once.
+
+    Returns:
+        A function from the first number wanted to the records from there on.
+    """
+    return lambda start: islice(records, start, None)

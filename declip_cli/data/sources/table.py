@@ -2,9 +2,10 @@
 
 import csv
 import io
+import itertools
 import json
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from contextlib import contextmanager
 from typing import Any
 
 from declip_cli.data import storage
@@ -24,7 +25,7 @@ IMAGE_COLUMNS = (
     "image_name",
 )
 CAPTION_COLUMNS = ("caption", "captions", "text", "caption_text", "title", "comment", "sentence", "alt_text")
-URL_COLUMNS = ("url", "image_url", "URL")
+URL_COLUMNS = ("url", "image_url", "img_url", "image_link")
 
 Row = dict[str, Any]
 _MAX_FIELD_CHARS = 1 << 24
@@ -62,31 +63,40 @@ def columns_of(path: str) -> list[str]:
         DataError: the table is empty.
     """
     if path.endswith(".parquet"):
-        return [str(name) for name in _open_parquet(path).schema_arrow.names]
+        with _open_parquet(path) as table:
+            return [str(name) for name in table.schema_arrow.names]
     if path.endswith((".jsonl", ".json")):
         return next((list(row) for row in _json_rows(path) if "" not in row), [])
     with storage.open_binary(path) as raw:
         return _header(raw.readline().decode("utf-8-sig", "replace"), path)[0]
 
 
-def _header(line: str, path: str) -> tuple[list[str], str]:
-    """Return column names and the delimiter."""
+def _header(line: str, path: str) -> tuple[list[str], str, bool]:
+    """Return column names, the delimiter, and whether the line is a header at all.
+
+    Lists of URLs such as CC3M and CC12M have none: two columns, one of which is a URL.
+    """
     if not line.strip():
         raise DataError(f"the table {path} is empty", remedy="its first line must name the columns")
     delimiter = "\t" if path.endswith(".tsv") else max(",;\t|", key=line.count)
-    names = next(csv.reader([line], delimiter=delimiter))
-    return [name.strip() for name in names], delimiter
+    names = [name.strip() for name in next(csv.reader([line], delimiter=delimiter))]
+    is_url = [name.startswith(("http://", "https://")) for name in names]
+    if len(names) == 2 and sum(is_url) == 1:
+        return ["url" if yes else "caption" for yes in is_url], delimiter, False
+    return names, delimiter, True
 
 
 def _text_rows(path: str) -> Iterator[Row]:
     csv.field_size_limit(_MAX_FIELD_CHARS)
     with storage.open_binary(path) as raw:
         text = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        names, delimiter = _header(text.readline(), path)
+        first = text.readline()
+        names, delimiter, is_header = _header(first, path)
+        lines = text if is_header else itertools.chain([first], text)
         if delimiter == "\t":
-            reader = csv.reader(text, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+            reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
         else:
-            reader = csv.reader(text, delimiter=delimiter)
+            reader = csv.reader(lines, delimiter=delimiter)
         while True:
             try:
                 values = next(reader)
@@ -117,21 +127,24 @@ def _json_rows(path: str) -> Iterator[Row]:
                 yield {"": "damaged line"}
 
 
-def _open_parquet(path: str) -> Any:  # noqa: ANN401
+@contextmanager
+def _open_parquet(path: str) -> Iterator[Any]:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise DataError(f"reading {path} needs the package pyarrow", remedy="pip install 'declip[tables]'") from error
-    try:
-        return pyarrow.parquet.ParquetFile(storage.open_binary(path))
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path} is not a Parquet file: {error}", remedy="check the file") from error
+    with storage.open_binary(path) as file:
+        try:
+            yield pyarrow.parquet.ParquetFile(file)
+        except pyarrow.ArrowInvalid as error:
+            raise DataError(f"{path} is not a Parquet file: {error}", remedy="check the file") from error
 
 
 def _parquet_rows(path: str) -> Iterator[Row]:
-    for batch in _open_parquet(path).iter_batches(batch_size=1024):
-        yield from batch.to_pylist()
+    with _open_parquet(path) as table:
+        for batch in table.iter_batches(batch_size=1024):
+            yield from batch.to_pylist()
 
 
 def choose_columns(
@@ -194,16 +207,16 @@ def read_table(
 
 def _records(path: str, image: str, captions: Sequence[str], folder: str) -> Iterator[Record]:
     numbered = enumerate(read_rows(path), start=1)
-    for _, group in groupby(numbered, key=lambda pair: _sameness(pair, image)):
+    for _, group in itertools.groupby(numbered, key=lambda pair: _sameness(pair, image)):
         rows = list(group)
         number, first = rows[0]
         place = f"row {number}"
         if "" in first:
             yield BadRecord(place, first[""])
             continue
-        texts = [text for _, row in rows for column in captions for text in _as_list(row.get(column))]
+        texts = [text for _, row in rows for column in captions for text in as_list(row.get(column))]
         picture = first.get(image)
-        if not all(map(_is_unicode, texts)):
+        if not all(map(is_unicode, texts)):
             yield BadRecord(place, "caption not UTF-8")
         elif isinstance(picture, dict) and picture.get("bytes"):  # as Hugging Face writes pictures
             yield BytesRecord(str(picture.get("path") or place), picture["bytes"], tuple(texts))
@@ -222,15 +235,16 @@ def _sameness(pair: tuple[int, Row], image: str) -> object:
     return picture if isinstance(picture, str) and picture and "" not in row else number
 
 
-def _is_unicode(text: object) -> bool:
-    """Say whether a text came from UTF-8; `surrogateescape` marks the bytes that did not."""
+def is_unicode(text: object) -> bool:
+    """Say whether a cell came from UTF-8; `surrogateescape` marks the bytes that did not."""
     try:
         return not isinstance(text, str) or text.isascii() or bool(text.encode())
     except UnicodeEncodeError:
         return False
 
 
-def _as_list(value: object) -> list[object]:
+def as_list(value: object) -> list[object]:
+    """Return what a cell holds as a list: nothing, one value, or the list it is."""
     if value is None:
         return []
     return list(value) if isinstance(value, list) else [value]
