@@ -2,6 +2,7 @@
 
 import math
 import random
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from declip_cli.config import AugmentConfig, ImageView, require
-from declip_cli.data.colour import ColourName, ColourStep, apply_fused, apply_steps, blur
+from declip_cli.data.colour import ColourName, ColourStep, Scratch, apply_fused, apply_steps, blur
 from declip_cli.data.decode import (
     JpegFrame,
     Pixels,
@@ -84,15 +85,14 @@ class ImageViews:
         self._config = config
         self._side_px = side_px
         self._colour = apply_fused if config.mode == "fused" else apply_steps
+        self._of_thread = threading.local()
         halves: dict[ColourName, float] = {
             "brightness": config.brightness,
             "contrast": config.contrast,
             "saturation": config.saturation,
             "hue": config.hue,
         }
-        self._ranges = tuple(
-            (name, 0.0 if name == "hue" else 1.0, half) for name, half in halves.items() if half
-        )
+        self._ranges = tuple((name, 0.0 if name == "hue" else 1.0, half) for name, half in halves.items() if half)
         self._jitter_probability = config.jitter_probability if self._ranges else 0.0
 
     def draw(self, data: bytes, kinds: Sequence[ImageView], rng: random.Random, out: Pixels) -> None:
@@ -102,7 +102,7 @@ class ImageViews:
             data: the picture.
             kinds: V kinds of views, in order.
             rng: decides everything; the same state gives the same pixels.
-            out: filled with RGB, uint8, (V, S, S, 3).
+            out: filled with RGB, uint8, (V, S, S, 3), contiguous.
 
         Raises:
             DataError: the picture cannot be decoded.
@@ -127,10 +127,11 @@ class ImageViews:
         pixels = decode_image(data)
         return Picture(pixels.shape[1], pixels.shape[0], pixels)
 
-    def draw_from(
-        self, picture: Picture, kinds: Sequence[ImageView], rng: random.Random, out: Pixels
-    ) -> None:
+    def draw_from(self, picture: Picture, kinds: Sequence[ImageView], rng: random.Random, out: Pixels) -> None:
         """Draw the views of one opened picture; see `draw`."""
+        side = self._side_px
+        if out.shape != (len(kinds), side, side, 3) or out.dtype != np.uint8 or not out.flags.c_contiguous:
+            raise ValueError(f"views need contiguous uint8 ({len(kinds)}, {side}, {side}, 3), got {out.shape}")
         draws = [self.decide(kind, picture.width, picture.height, rng) for kind in kinds]
         pixels = picture.pixels
         if not picture.is_decoded:
@@ -183,14 +184,20 @@ class ImageViews:
         is_far = width * height > (2 * side) ** 2
         interpolation = cv2.INTER_AREA if is_far else cv2.INTER_LINEAR
         region = pixels[top : top + height, left : left + width]  # (height, width, 3)
-        view = cv2.resize(region, (side, side), interpolation=interpolation)  # (S, S, 3)
-        view = self._colour(np.asarray(view, dtype=np.uint8), draw.colours, is_gray=draw.is_gray)
-        if draw.blur_sigma_px:
-            view = blur(view, draw.blur_sigma_px)
+        scratch = self._scratch()
+        cv2.resize(region, (side, side), dst=scratch.rgb if draw.is_flipped else out, interpolation=interpolation)
         if draw.is_flipped:
-            cv2.flip(view, 1, dst=out)
-        else:
-            out[:] = view
+            cv2.flip(scratch.rgb, 1, dst=out)
+        self._colour(out, draw.colours, scratch, is_gray=draw.is_gray)
+        if draw.blur_sigma_px:
+            blur(out, draw.blur_sigma_px, scratch)
+
+    def _scratch(self) -> Scratch:
+        try:
+            scratch: Scratch = self._of_thread.scratch
+        except AttributeError:
+            scratch = self._of_thread.scratch = Scratch(self._side_px)
+        return scratch
 
 
 def draw_crop(width: int, height: int, area_min: float, rng: random.Random) -> Crop:
