@@ -32,7 +32,8 @@ MAX_CACHED_WORDS = 1_000_000
 
 _PIECES = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 _TIDY_ASCII = re.compile(r"[\t\n\f\r -~]*")
-_CODE_PAGES = re.compile("[\x80-\u25ff\ue000-\uffff]")
+_CODE_PAGES = re.compile("[\x80-\u25ff\ue000-\uffff]+")
+_CONTEXT = 4
 _MAYBE_ENTITY = re.compile(r"&[^ <&;]")
 
 
@@ -225,8 +226,13 @@ class Tokenizer:
 
 
 def _looks_wrongly_decoded(text: str) -> bool:
-    """Ask ftfy, unless no character is of a single-byte code page: only such come from wrong decoding."""
-    return _CODE_PAGES.search(text) is not None and is_bad(text)
+    """Ask ftfy about the surroundings of what belongs to a single-byte code page: only such comes from wrong decoding.
+
+    Its patterns reach at most three characters beyond such a run; a piece cut out can only look worse than the text.
+    """
+    return any(
+        is_bad(text[max(0, found.start() - _CONTEXT) : found.end() + _CONTEXT]) for found in _CODE_PAGES.finditer(text)
+    )
 
 
 def pad(rows: Sequence[Sequence[int]], length: int = 0) -> Tensor:
