@@ -13,7 +13,9 @@ _CHUNK_ROWS = 1024
 _CHUNK_SCORES_GPU = 2**26
 """Class scores held at once on a GPU: 256 MiB in float32."""
 _CURVATURE_ROWS = 16384
-"""Rows, or four per feature if that is more, from which the preconditioner is estimated."""
+"""Rows, or four per feature if that is more, from which the curvature is estimated."""
+_ROUND_STEPS = 40
+"""After so many steps the curvature is estimated anew, where the classifier now stands."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,11 +50,12 @@ class LogisticProblem:
     """Training samples for which classifiers of several penalties are wanted.
 
     Minimises (1/N) sum CE(W x + b, y) + l2 / (2 N) |W|², the objective of scikit-learn's
-    `LogisticRegression(C=1/l2)` divided by N C; the bias is not penalised. The variables
-    are changed to W = U (ev/4 + l2/N)^(-1/2) V' on centred features, where ev and V are the eigenvalues and
-    eigenvectors of their covariance, so that the curvature is near 1 in every direction whatever the
-    spectrum of the features; the optimum stays the same. Products are taken in float32 as far as they carry
-    and finished in float64 on a CPU.
+    `LogisticRegression(C=1/l2)` divided by N C; the bias is not penalised. The variables are changed to
+    W = U (ev + l2/N)^(-1/2) V' on centred features, where ev and V are the eigenvalues and eigenvectors of the
+    Hessian shared by all classes, so that the curvature is near 1 in every direction whatever the spectrum of
+    the features; the optimum stays the same. At first the Hessian is bounded by a quarter of the covariance;
+    a descent that takes long estimates it again from its own predictions. Products are taken in float32 as
+    far as that carries and finished in float64 on a CPU.
 
     Args:
         features: (N, D); not normalised.
@@ -81,10 +84,10 @@ class LogisticProblem:
         self._wide = torch.float32 if features.device.type == "mps" else torch.float64
         self._mean = features.to(self._wide).mean(0).to(features.dtype)  # (D,)
         self._rows = features - self._mean  # (N, D)
-        self._spread, self._axes = self._curvature()  # (D,), (D, D)
         is_cpu = features.device.type == "cpu"
         self._phases = (torch.float32, torch.float64) if is_cpu else (torch.float32,)
         self._chunk = _CHUNK_ROWS if is_cpu else max(1, _CHUNK_SCORES_GPU // len(self._present))
+        self._bound = self._curvature(None)
 
     def fit(
         self,
@@ -107,16 +110,21 @@ class LogisticProblem:
         Returns:
             The classifier, in the coordinates of the features as given.
         """
-        scale = (self._spread / 4 + l2 / len(self._rows)).rsqrt()  # (D,)
-        point = self._to_point(start, scale) if start else scale.new_zeros(len(self._present), len(scale) + 1)
-        phases = self._phases if is_final else self._phases[:1]
+        point = self._to_point(start)  # (C', D + 1)
+        penalty = l2 / len(self._rows)
+        frame = _Frame(*self._bound, penalty)
         num_iterations, has_converged, loss = 0, False, 0.0
-        for dtype in phases:
-            budget = max_iterations - num_iterations
-            walk = _Walk(self, l2 / len(self._rows), scale, dtype)
-            point, loss, steps, has_converged = walk.descend(point, tolerance, budget)
-            num_iterations += steps
-        weight, bias = self._from_point(point, scale)
+        for dtype in self._phases if is_final else self._phases[:1]:
+            has_converged = False
+            while not has_converged and num_iterations < max_iterations:
+                budget = min(_ROUND_STEPS, max_iterations - num_iterations)
+                walk = _Walk(self, penalty, frame, dtype)
+                inside, loss, steps, has_converged = walk.descend(frame.enter(point), tolerance, budget)
+                point = frame.leave(inside)
+                num_iterations += steps
+                if not has_converged:
+                    frame = _Frame(*self._curvature(point), penalty)
+        weight, bias = self._from_point(point)
         return LogisticFit(
             weight=weight,
             bias=bias,
@@ -126,21 +134,19 @@ class LogisticProblem:
             has_converged=has_converged,
         )
 
-    def value_and_gradient(self, point: Tensor, l2: float, scale: Tensor, dtype: torch.dtype) -> tuple[float, Tensor]:
-        """Compute the objective and its gradient in the preconditioned variables, chunk by chunk.
+    def value_and_gradient(self, point: Tensor, penalty: float, dtype: torch.dtype) -> tuple[float, Tensor]:
+        """Compute the objective and its gradient, chunk by chunk.
 
         Args:
-            point: scaled weights in the eigenbasis and, last, the bias, (C, D + 1).
-            l2: penalty per sample.
-            scale: the change of variables per direction, (D,).
+            point: weights on centred features and, last, the bias, (C, D + 1).
+            penalty: l2 / N.
             dtype: of the matrix products.
 
         Returns:
             Objective in nats; gradient, (C, D + 1).
         """
-        scaled = point[:, :-1] * scale  # (C, D)
-        weight, bias = (scaled @ self._axes.T).to(dtype), point[:, -1:].to(dtype)  # (C, D), (C, 1)
-        slope = weight.new_zeros(weight.shape)  # (C, D)
+        weight, bias = point[:, :-1].to(dtype), point[:, -1:].to(dtype)  # (C, D), (C, 1)
+        slope = torch.zeros_like(weight)  # (C, D)
         slope_bias = point.new_zeros(len(point))  # (C,)
         loss = point.new_zeros(())
         one = weight.new_ones(1, 1)
@@ -155,26 +161,35 @@ class LogisticProblem:
             residuals.scatter_add_(0, labels, -one.expand_as(labels))
             slope.addmm_(residuals, rows)
             slope_bias += residuals.sum(1, dtype=point.dtype)
-        value = float(loss) / num + 0.5 * l2 * float(scaled.square().sum())
-        gradient = (slope.to(point.dtype) @ self._axes / num + l2 * scaled) * scale  # (C, D)
+        value = float(loss) / num + 0.5 * penalty * float(point[:, :-1].square().sum())
+        gradient = slope.to(point.dtype) / num + penalty * point[:, :-1]  # (C, D)
         return value, torch.cat([gradient, slope_bias[:, None] / num], 1)  # (C, D + 1)
 
-    def _curvature(self) -> tuple[Tensor, Tensor]:
-        num = max(_CURVATURE_ROWS, 4 * self._rows.shape[1])
-        step = max(1, len(self._rows) // num)
+    def _curvature(self, point: Tensor | None) -> tuple[Tensor, Tensor, float]:
+        """Estimate the Hessian that all classes share: eigenvalues (D,), eigenvectors (D, D), that of the bias."""
+        step = max(1, len(self._rows) // max(_CURVATURE_ROWS, 4 * self._rows.shape[1]))
         rows = self._rows[::step]  # (n, D)
-        covariance = (rows.T @ rows).to(self._wide) / len(rows)  # (D, D)
-        values, axes = torch.linalg.eigh(covariance)
-        return values.clamp(min=0), axes
+        if point is None:
+            weights = rows.new_full((len(rows),), 0.25)  # (n,)
+        else:
+            scores = torch.addmm(point[:, -1].to(rows), rows, point[:, :-1].to(rows).T)  # (n, C)
+            likely = scores.softmax(1)  # (n, C)
+            weights = (likely * (1 - likely)).mean(1)  # (n,)
+        hessian = (rows.T @ (rows * weights[:, None])).to(self._wide) / len(rows)  # (D, D)
+        values, axes = torch.linalg.eigh(hessian)
+        return values.clamp(min=0), axes, float(weights.mean())
 
-    def _to_point(self, start: LogisticFit, scale: Tensor) -> Tensor:
-        weight = start.weight.to(scale)[self._present]  # (C', D)
-        bias = start.bias.to(scale)[self._present]  # (C',)
-        bias = bias.nan_to_num(neginf=0.0) + weight @ self._mean.to(scale)
-        return torch.cat([weight @ self._axes / scale, bias[:, None]], 1)  # (C', D + 1)
+    def _to_point(self, start: LogisticFit | None) -> Tensor:
+        if start is None:
+            shape = (len(self._present), self._rows.shape[1] + 1)
+            return torch.zeros(shape, dtype=self._wide, device=self._rows.device)
+        weight = start.weight.to(self._rows.device, self._wide)[self._present]  # (C', D)
+        bias = start.bias.to(weight)[self._present].nan_to_num(neginf=0.0)  # (C',)
+        bias += weight @ self._mean.to(weight)
+        return torch.cat([weight, bias[:, None]], 1)  # (C', D + 1)
 
-    def _from_point(self, point: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        present = (point[:, :-1] * scale) @ self._axes.T  # (C', D)
+    def _from_point(self, point: Tensor) -> tuple[Tensor, Tensor]:
+        present = point[:, :-1]  # (C', D)
         weight = present.new_zeros(self.num_classes, present.shape[1])  # (C, D)
         bias = present.new_full((self.num_classes,), -torch.inf)  # (C,)
         weight[self._present] = present
@@ -182,12 +197,33 @@ class LogisticProblem:
         return weight, bias
 
 
+class _Frame:
+    """The change of variables in which the curvature is near 1."""
+
+    def __init__(self, values: Tensor, axes: Tensor, bias_value: float, penalty: float) -> None:
+        self._axes = axes  # (D, D)
+        self._scale = torch.cat([values + penalty, values.new_full((1,), max(bias_value, penalty))]).rsqrt()  # (D + 1,)
+
+    def enter(self, point: Tensor) -> Tensor:
+        """Turn weights and bias into scaled variables, both (C, D + 1)."""
+        return torch.cat([point[:, :-1] @ self._axes, point[:, -1:]], 1) / self._scale
+
+    def leave(self, inside: Tensor) -> Tensor:
+        """Turn scaled variables into weights and bias, both (C, D + 1)."""
+        scaled = inside * self._scale
+        return torch.cat([scaled[:, :-1] @ self._axes.T, scaled[:, -1:]], 1)
+
+    def pull(self, gradient: Tensor) -> Tensor:
+        """Turn the gradient by weights and bias into that by the scaled variables, both (C, D + 1)."""
+        return torch.cat([gradient[:, :-1] @ self._axes, gradient[:, -1:]], 1) * self._scale
+
+
 class _Walk:
     """One descent by L-BFGS with a backtracking line search, in one precision."""
 
-    def __init__(self, problem: LogisticProblem, l2: float, scale: Tensor, dtype: torch.dtype) -> None:
-        self._problem, self._l2, self._scale, self._dtype = problem, l2, scale, dtype
-        self._noise = 4 * torch.finfo(dtype).eps
+    def __init__(self, problem: LogisticProblem, penalty: float, frame: _Frame, dtype: torch.dtype) -> None:
+        self._problem, self._penalty, self._frame, self._dtype = problem, penalty, frame, dtype
+        self._noise = 2 * torch.finfo(dtype).eps
         self._memory: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=10)
 
     def descend(self, point: Tensor, tolerance: float, budget: int) -> tuple[Tensor, float, int, bool]:
@@ -209,13 +245,14 @@ class _Walk:
         return point, value, budget, False
 
     def _evaluate(self, point: Tensor) -> tuple[float, Tensor]:
-        return self._problem.value_and_gradient(point, self._l2, self._scale, self._dtype)
+        value, gradient = self._problem.value_and_gradient(self._frame.leave(point), self._penalty, self._dtype)
+        return value, self._frame.pull(gradient)
 
     def _search(
         self, point: Tensor, value: float, direction: Tensor, decrease: float
     ) -> tuple[Tensor, float, Tensor] | None:
         length = 1.0
-        while length * decrease > self._noise * value:
+        while length * decrease > self._noise * max(value, 1.0):
             new_point = point - length * direction
             new_value, new_gradient = self._evaluate(new_point)
             if new_value <= value - 1e-4 * length * decrease:
