@@ -47,9 +47,7 @@ def test_pictures_are_encoded_one_by_one_as_together(tiny_model: PretrainedModel
 
 
 def test_features_before_the_projection_have_the_width_of_the_tower(tiny_model: PretrainedModel):
-    result = image_features(
-        tiny_model, inputs_of([picture(0)]), projected=False, normalise=False, options=FP32
-    )
+    result = image_features(tiny_model, inputs_of([picture(0)]), projected=False, normalise=False, options=FP32)
     assert result.features.shape == (1, 24)
     assert result.features.norm() != pytest.approx(1.0, abs=1e-3)
 
