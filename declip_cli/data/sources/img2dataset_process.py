@@ -5,6 +5,11 @@ import signal
 import sys
 from pathlib import Path
 
+if __name__ in ("__main__", "__mp_main__"):
+    # The archive writer of img2dataset imports torch if it is there, without need: five seconds in each of
+    # the three or more processes that img2dataset starts.
+    sys.modules["torch"] = None  # type: ignore[assignment]
+
 
 def main() -> None:
     """Download what the settings file named on the command line says."""

@@ -23,6 +23,7 @@ from declip_cli.errors import DataError
 URLS_PER_PIECE = 20_000
 """Bounds the disk taken by originals: two pieces of them, about 10 GB with photographs of 250 kB."""
 _URLS_PER_SHARD = 1_000  # a power of ten, so that img2dataset's keys are the row numbers
+_DOWNLOADER = ("-m", "declip_cli.data.sources.img2dataset_process")
 _TIMEOUT_S = 10
 _RETRIES = 1
 _THREADS = 64
@@ -148,7 +149,7 @@ class _Piece:
             settings.write_text(json.dumps(self._settings(url_list)))
             with (self._folder / "log.txt").open("ab") as log:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "declip_cli.data.sources.img2dataset_process", str(settings)],
+                    [sys.executable, *_DOWNLOADER, str(settings)],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
