@@ -230,16 +230,17 @@ def _happens(probability: float, rng: random.Random) -> bool:
     return probability > 0.0 and rng.random() < probability
 
 
-def evaluation_view(data: bytes, *, side_px: int, resize_px: int) -> Pixels:
+def evaluation_view(data: bytes, *, side_px: int, resize_px: int, interpolation: str = "bilinear") -> Pixels:
     """Cut the middle out of a picture, the same each time.
 
-    The shorter side is resized to `resize_px` with an antialiased bilinear filter, then a square of `side_px`
+    The shorter side is resized to `resize_px` with an antialiased filter, then a square of `side_px`
     is cut from the centre: to the pixel what torchvision's Resize and CenterCrop make of a Pillow picture.
 
     Args:
         data: an encoded picture.
         side_px: S, at most `resize_px`.
         resize_px: length of the shorter side before the cut.
+        interpolation: `bilinear` or `bicubic`.
 
     Returns:
         RGB, uint8, (S, S, 3).
@@ -258,5 +259,5 @@ def evaluation_view(data: bytes, *, side_px: int, resize_px: int) -> Pixels:
     shorter = min(height, width)
     new_width, new_height = (int(resize_px * side / shorter) for side in (width, height))
     left, top = (int(round((side - side_px) / 2.0)) for side in (new_width, new_height))
-    resized = Image.fromarray(pixels).resize((new_width, new_height), Image.Resampling.BILINEAR)
+    resized = Image.fromarray(pixels).resize((new_width, new_height), Image.Resampling[interpolation.upper()])
     return np.array(resized.crop((left, top, left + side_px, top + side_px)), dtype=np.uint8)  # (S, S, 3)

@@ -172,7 +172,8 @@ class _ImageJob:
         self.pool = ThreadPoolExecutor(options.threads or os.cpu_count() or 1)
         precision = resolve_precision(options.precision, self.device)
         self.use_cache = options.use_cache and bool(model.fingerprint)
-        self.key_parts = ("images", model.fingerprint, precision, label)
+        view = f"{model.image_side_px} {model.resize_px} {model.interpolation}"
+        self.key_parts = ("images", model.fingerprint, view, precision, label)
 
     def blocks(self, inputs: Sequence[ImageInput]) -> Iterator[tuple[int, list["Future[bytes | str]"]]]:
         """Yield the number of each block's first picture and its reads, one block read ahead."""
@@ -229,7 +230,10 @@ class _ImageJob:
             return content
         try:
             view = evaluation_view(
-                content, side_px=self.model.image_side_px, resize_px=self.model.resize_px
+                content,
+                side_px=self.model.image_side_px,
+                resize_px=self.model.resize_px,
+                interpolation=self.model.interpolation,
             )  # (S, S, 3)
         except DataError as error:
             return error.cause

@@ -46,6 +46,8 @@ class PretrainedModel:
     context_length: int
     fingerprint: str
     """sha256 of weights and preprocessing; empty for a model that is still being trained."""
+    interpolation: str = "bilinear"
+    """Filter with which pictures are resized: `bilinear` or `bicubic` (OpenAI, most of OpenCLIP)."""
 
 
 def default_resize_px(image_side_px: int) -> int:
@@ -211,6 +213,7 @@ def _load_foreign(path: Path, device: str | torch.device) -> PretrainedModel:
         image_side_px=architecture.image_side_px,
         resize_px=foreign.resize_px,
         context_length=architecture.text.context_length,
+        interpolation=foreign.interpolation,
         fingerprint=_fingerprint(*([path] if path.is_file() else sorted(path.glob("open_clip_*")))),
     )
 

@@ -99,6 +99,7 @@ class ForeignModel:
     project: str
     method: str
     resize_px: int
+    interpolation: str = "bilinear"
 
 
 def open_clip_state(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -220,7 +221,13 @@ def _from_open_clip(state: dict[str, Tensor], config: dict[str, Any]) -> Foreign
     encoder.pixel_mean.copy_(torch.tensor(preprocess.get("mean", _OPENAI_MEAN)))
     encoder.pixel_std.copy_(torch.tensor(preprocess.get("std", _OPENAI_STD)))
     side = encoder.architecture.image_side_px
-    return ForeignModel(encoder=encoder, project="open_clip", method="clip", resize_px=side)
+    return ForeignModel(
+        encoder=encoder,
+        project="open_clip",
+        method="clip",
+        resize_px=side,
+        interpolation=preprocess.get("interpolation", "bicubic"),
+    )
 
 
 def _infer_architecture(state: dict[str, Tensor], *, quick_gelu: bool) -> Architecture:

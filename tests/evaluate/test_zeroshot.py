@@ -7,11 +7,13 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from declip_cli.data.benchmarks import ClassificationSet, open_classification
 from declip_cli.data.benchmarks.base import FilePictures
 from declip_cli.errors import EvaluateError
 from declip_cli.evaluate.features import FeatureOptions
+from declip_cli.evaluate.prompts import load_templates
 from declip_cli.evaluate.report import class_report, write_predictions
 from declip_cli.evaluate.zeroshot import zeroshot
 from declip_cli.model.checkpoint import PretrainedModel, load_model
@@ -53,6 +55,35 @@ def test_predictions_equal_those_of_open_clip(tiny_run: Path):
     torch.testing.assert_close(report.predictions.scores, scores, atol=2e-6, rtol=1e-5)
     right = ranked[:, 0] == torch.tensor(dataset.labels)
     assert report.top1 == pytest.approx(float(right.float().mean()))
+
+
+def test_a_model_of_open_clip_predicts_here_what_it_predicts_there(tmp_path: Path):
+    config = {
+        "embed_dim": 48,
+        "quick_gelu": True,
+        "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 16},
+        "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
+    }
+    torch.manual_seed(3)
+    peer = open_clip.CLIP(**config).eval()
+    preprocessing = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    preprocessing |= {"interpolation": "bicubic", "resize_mode": "shortest", "size": 32}
+    written = {"model_cfg": config, "preprocess_cfg": preprocessing}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(written))
+    save_file(peer.state_dict(), tmp_path / "open_clip_model.safetensors")
+
+    dataset = demo_set(16)
+    report = zeroshot(load_model(tmp_path), dataset, templates="8", options=FP32)
+    name = f"local-dir:{tmp_path}"
+    peer, _, preprocess = open_clip.create_model_and_transforms(name)
+    classifier = open_clip.build_zero_shot_classifier(
+        peer.eval(), open_clip.get_tokenizer(name), dataset.class_names, [t.format for t in load_templates("8")]
+    )
+    pictures = torch.stack([preprocess(open_on_white(path)) for path, _ in dataset.pictures])
+    with torch.no_grad():
+        scores, ranked = (peer.encode_image(pictures, normalize=True) @ classifier).topk(5)
+    assert torch.equal(report.predictions.ranked, ranked)
+    torch.testing.assert_close(report.predictions.scores, scores, atol=2e-6, rtol=1e-5)
 
 
 def open_on_white(path: str) -> Image.Image:
