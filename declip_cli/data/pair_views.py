@@ -2,6 +2,7 @@
 
 import threading
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,13 +28,25 @@ class PairTexts:
     """Labels of the masked text view, as long as its ids; empty if there is none."""
 
 
+class BadSample(NamedTuple):
+    """A sample that cannot be used."""
+
+    number: int
+    key: str
+    cause: str
+    """A few words under which such samples are counted."""
+
+
 class UnreadablePair(DataError):
     """A pair that cannot be used, and which one."""
 
-    def __init__(self, error: DataError, *, number: int, key: str) -> None:
-        super().__init__(f"sample {key}: {error.message}", remedy=error.remedy, cause=error.cause)
-        self.number = number
-        self.key = key
+    def __init__(self, sample: BadSample) -> None:
+        super().__init__(
+            f"sample {sample.key} cannot be used: {sample.cause}",
+            remedy="mend the data set with declip prepare",
+            cause=sample.cause,
+        )
+        self.sample = sample
 
 
 class PairViews:
@@ -70,7 +83,7 @@ class PairViews:
         self._cache_bytes = cache_bytes
         self._cache: dict[int, tuple[Picture, tuple[str, ...]]] = {}
         self._cache_lock = threading.Lock()
-        self._bad: dict[int, UnreadablePair] = {}
+        self._bad: dict[int, BadSample] = {}
 
     def draw(self, number: int, epoch: int, images: NDArray[np.uint8]) -> PairTexts:
         """Draw all views of one pair.
@@ -91,7 +104,7 @@ class PairViews:
         try:
             self._image_views.draw_from(picture, self._views.images, rng, images)
         except DataError as error:  # the picture was not decoded before its crops were known
-            raise self._remember_bad(error, number, self._samples.read(number).key) from error
+            raise self._unreadable(number, self._samples.read(number).key, error) from error
         return self._draw_texts(number, epoch, captions)
 
     def _draw_texts(self, number: int, epoch: int, captions: tuple[str, ...]) -> PairTexts:
@@ -110,14 +123,14 @@ class PairViews:
         if kept is not None:
             return kept
         if number in self._bad:
-            raise self._bad[number]
+            raise UnreadablePair(self._bad[number])
         key = f"number {number}"
         try:
             sample = self._samples.read(number)
             key = sample.key
             opened = self._image_views.open(sample.image), sample.captions
         except DataError as error:
-            raise self._remember_bad(error, number, key) from error
+            raise self._unreadable(number, key, error) from error
         self._keep(number, *opened)
         return opened
 
@@ -127,10 +140,9 @@ class PairViews:
             with self._cache_lock:
                 self._cache[number] = (picture, captions)
 
-    def _remember_bad(self, error: DataError, number: int, key: str) -> UnreadablePair:
-        unreadable = UnreadablePair(error, number=number, key=key)
-        self._bad[number] = unreadable
-        return unreadable
+    def _unreadable(self, number: int, key: str, error: DataError) -> UnreadablePair:
+        self._bad[number] = BadSample(number, key, error.cause)
+        return UnreadablePair(self._bad[number])
 
 
 def collate_texts(

@@ -17,7 +17,7 @@ from declip_cli.batch import Batch
 from declip_cli.config import AugmentConfig, Views
 from declip_cli.data.draws import shuffled
 from declip_cli.data.image_views import ImageViews
-from declip_cli.data.pair_views import PairTexts, PairViews, UnreadablePair, collate_texts
+from declip_cli.data.pair_views import BadSample, PairTexts, PairViews, UnreadablePair, collate_texts
 from declip_cli.data.samples import SampleStore
 from declip_cli.data.text_views import TextViews
 from declip_cli.data.tokenizer import Tokenizer
@@ -61,7 +61,7 @@ class _Rows:
 
     texts: list[PairTexts]
     numbers: list[int]
-    bad: list[UnreadablePair]
+    bad: list[BadSample]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ class TrainStream(Iterator[Batch]):
         self._num_ahead = max(2, -(-2 * config.workers // tasks_per_batch))
         self._pending: deque[_Pending] = deque()
         self._consumed = self._scheduled = (0, 0)  # epoch, position in its order
-        self._bad: dict[int, tuple[str, str]] = {}
+        self._bad: dict[int, BadSample] = {}
         self.wait_seconds = 0.0
         """Time the consumer has waited for batches so far."""
 
@@ -143,9 +143,9 @@ class TrainStream(Iterator[Batch]):
     def skipped(self) -> dict[str, tuple[int, str]]:
         """Unreadable samples met by this rank so far: cause → (number of samples, first key)."""
         skipped: dict[str, tuple[int, str]] = {}
-        for cause, key in self._bad.values():
-            count, first_key = skipped.get(cause, (0, key))
-            skipped[cause] = (count + 1, first_key)
+        for bad in self._bad.values():
+            count, first_key = skipped.get(bad.cause, (0, bad.key))
+            skipped[bad.cause] = (count + 1, first_key)
         return skipped
 
     def state(self) -> dict[str, Any]:
@@ -159,7 +159,7 @@ class TrainStream(Iterator[Batch]):
             "position": self._consumed[1],
             "seed": self._config.seed,
             "fingerprint": self._samples.fingerprint,
-            "bad": [[number, cause, key] for number, (cause, key) in self._bad.items()],
+            "bad": [list(bad) for bad in self._bad.values()],
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -183,7 +183,7 @@ class TrainStream(Iterator[Batch]):
                 )
         self._drop_pending()
         self._consumed = self._scheduled = (int(state["epoch"]), int(state["position"]))
-        self._bad = {int(number): (str(cause), str(key)) for number, cause, key in state["bad"]}
+        self._bad = {bad[0]: BadSample(*bad) for bad in state["bad"]}
 
     def close(self) -> None:
         """Stop the loader threads; the stream cannot be used afterwards."""
@@ -258,10 +258,10 @@ class TrainStream(Iterator[Batch]):
                     done.texts.append(self._pairs.draw(number, pending.epoch, images[row]))
                     done.numbers.append(number)
                     break
-                except UnreadablePair as bad:
-                    done.bad.append(bad)
+                except UnreadablePair as error:
+                    done.bad.append(error.sample)
                     if attempt == _MAX_STAND_INS:
-                        raise self._too_many_bad(f"{attempt} samples in a row", done.bad) from bad
+                        raise self._too_many_bad(f"{attempt} samples in a row", done.bad) from error
                     number = self._stand_in(pending.epoch, pending.position + row, attempt)
         return done
 
@@ -272,9 +272,9 @@ class TrainStream(Iterator[Batch]):
         laps = attempt // self.steps_per_epoch
         return int(self._order(epoch, np.array([(position + attempt * self._global_size + laps) % num]))[0])
 
-    def _count_bad(self, found: Sequence[UnreadablePair]) -> None:
+    def _count_bad(self, found: Sequence[BadSample]) -> None:
         for bad in found:
-            self._bad.setdefault(bad.number, (bad.cause, bad.key))
+            self._bad.setdefault(bad.number, bad)
         if not found:
             return
         num, (epoch, position) = len(self._samples), self._consumed
@@ -282,9 +282,9 @@ class TrainStream(Iterator[Batch]):
         if len(self._bad) > self._config.max_bad * max(num_read, min(num, _MIN_ROWS_TO_JUDGE)):
             raise self._too_many_bad(f"{len(self._bad)} of {num_read} samples read so far", found)
 
-    def _too_many_bad(self, how_many: str, found: Sequence[UnreadablePair]) -> DataError:
+    def _too_many_bad(self, how_many: str, found: Sequence[BadSample]) -> DataError:
         for bad in found:
-            self._bad.setdefault(bad.number, (bad.cause, bad.key))
+            self._bad.setdefault(bad.number, bad)
         causes = ", ".join(f"{cause}: {n}, first {key}" for cause, (n, key) in self.skipped.items())
         return DataError(
             f"{how_many} cannot be used, more than data.max_bad = {self._config.max_bad:g} allows ({causes})",

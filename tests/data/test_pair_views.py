@@ -1,0 +1,130 @@
+import io
+import random
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from declip_cli.config import AugmentConfig, Views
+from declip_cli.data.image_views import ImageViews
+from declip_cli.data.pair_views import PairTexts, PairViews, UnreadablePair, collate_texts
+from declip_cli.data.samples import RawSample
+from declip_cli.data.text_views import TextViews
+from declip_cli.data.tokenizer import Tokenizer
+from declip_cli.errors import DataError
+
+SIDE = 8
+
+
+def jpeg(side):
+    file = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file, "JPEG")
+    return file.getvalue()
+
+
+class OneSample:
+    """The same pair under every number."""
+
+    fingerprint = ""
+    skipped = {}
+
+    def __init__(self, image, captions=("a dog",), error=None):
+        self.sample, self.error, self.num_reads = RawSample("first", image, captions), error, 0
+
+    def __len__(self):
+        return 10
+
+    def read(self, number):
+        self.num_reads += 1
+        if self.error:
+            raise self.error
+        return self.sample
+
+
+def pair_views(samples, texts=("plain",), cache_bytes=0):
+    augment = AugmentConfig()
+    return PairViews(
+        samples,
+        Views(images=("plain", "augmented"), texts=texts),
+        image_views=ImageViews(augment, SIDE),
+        text_views=TextViews(augment, Tokenizer(16)),
+        seed=0,
+        cache_bytes=cache_bytes,
+    )
+
+
+def draw(pairs, number=0, epoch=0):
+    images = np.zeros((2, SIDE, SIDE, 3), dtype=np.uint8)
+    return images, pairs.draw(number, epoch, images)
+
+
+def test_a_pair_comes_with_all_its_views():
+    images, texts = draw(pair_views(OneSample(jpeg(20)), texts=("plain", "augmented", "masked")))
+    assert all(view.std() > 0 for view in images)
+    assert len(texts.views) == 3
+    assert texts.views[0] == [49406, 320, 1929, 49407]
+    assert len(texts.mask_labels) == len(texts.views[2])
+
+
+def test_numbers_and_epochs_are_drawn_differently():
+    pairs = pair_views(OneSample(jpeg(40)))
+    one, again, other, later = (draw(pairs, *where)[0] for where in [(0, 0), (0, 0), (1, 0), (0, 1)])
+    assert np.array_equal(one, again)
+    assert not np.array_equal(one, other)
+    assert not np.array_equal(one, later)
+
+
+def test_text_settings_do_not_change_the_pictures():
+    plain, _ = draw(pair_views(OneSample(jpeg(40))))
+    masked, _ = draw(pair_views(OneSample(jpeg(40), captions=("one", "two")), texts=("masked", "augmented")))
+    assert np.array_equal(plain, masked)
+
+
+@pytest.mark.parametrize("side", [SIDE, 5 * SIDE])
+def test_an_unreadable_picture_is_named_by_its_key(side):
+    pairs = pair_views(OneSample(jpeg(side)[:-150]))
+    for _ in range(2):
+        with pytest.raises(UnreadablePair, match="sample first cannot be used: truncated picture") as caught:
+            draw(pairs, 7)
+        assert caught.value.sample == (7, "first", "truncated picture")
+
+
+def test_a_sample_that_cannot_be_read_is_named_by_its_number_and_not_tried_again():
+    samples = OneSample(b"", error=DataError("no such tar", remedy="look for it", cause="missing shard"))
+    pairs = pair_views(samples)
+    for _ in range(3):
+        with pytest.raises(UnreadablePair) as caught:
+            draw(pairs, 7)
+        assert caught.value.sample == (7, "number 7", "missing shard")
+    assert samples.num_reads == 1
+
+
+@pytest.mark.parametrize(("cache_bytes", "num_reads"), [(10 * 12 * 12 * 3, 1), (10 * 12 * 12 * 3 - 1, 3)])
+def test_pictures_are_kept_only_if_all_of_the_data_set_would_fit(cache_bytes, num_reads):
+    samples = OneSample(jpeg(12))
+    pairs = pair_views(samples, cache_bytes=cache_bytes)
+    for epoch in range(3):
+        draw(pairs, epoch=epoch)
+    assert samples.num_reads == num_reads
+
+
+def test_texts_are_laid_side_by_side():
+    pairs = [PairTexts(([1, 2], [3, 4, 5]), [-100, 9, -100]), PairTexts(([6], [7, 8]), [8, -100])]
+    tokens, labels = collate_texts(pairs, num_views=2, length=0)
+    assert tokens.tolist() == [[[1, 2, 0], [3, 4, 5]], [[6, 0, 0], [7, 8, 0]]]
+    assert labels.tolist() == [[-100, 9, -100], [8, -100, -100]]
+    tokens, labels = collate_texts(pairs, num_views=2, length=5)
+    assert tokens.shape == (2, 2, 5)
+    assert labels.shape == (2, 5)
+
+
+def test_views_are_the_same_from_many_threads():
+    pairs = pair_views(OneSample(jpeg(40)))
+    numbers = list(range(10)) * 20
+    random.Random(0).shuffle(numbers)
+    alone = {number: draw(pairs, number)[0] for number in range(10)}
+    with ThreadPoolExecutor(4) as pool:
+        for number, (images, _) in zip(numbers, pool.map(lambda n: draw(pairs, n), numbers), strict=True):
+            assert np.array_equal(images, alone[number])
