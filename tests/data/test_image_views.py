@@ -213,9 +213,10 @@ def test_the_comparison_would_notice_weaker_jitter(originals_views):
             assert_same_distribution(ours[:, column], originals_views[:, column])
 
 
-def test_fused_views_are_brighter_or_darker_as_often_as_exact_ones(originals_views):
+def test_fused_views_have_colours_distributed_as_the_originals(originals_views):
     ours = our_statistics(AugmentConfig(crop_area_min=0.8, mode="fused"))
-    assert_same_distribution(ours[:, 0], originals_views[:, 0])
+    for column in (0, 1, 2, 3, 5):  # but for the fine grain that rounding between the operations leaves
+        assert_same_distribution(ours[:, column], originals_views[:, column])
 
 
 def test_evaluation_view_equals_torchvision_to_the_pixel():
