@@ -21,7 +21,7 @@ from declip_cli.evaluate.features import (
 )
 from declip_cli.model.checkpoint import PretrainedModel
 
-FP32 = FeatureOptions(precision="fp32", batch_size=3, text_batch_size=2, threads=2)
+FP32 = FeatureOptions(precision="fp32", batch_size=3, threads=2)
 TEXTS = ["a cat", "a very long text about nothing at all", "!", "one two three!", "a dog on a log"]
 
 
@@ -143,7 +143,7 @@ def test_a_damaged_cache_file_is_computed_again(counting_model: PretrainedModel,
 
 
 def test_texts_keep_their_order_and_do_not_feel_their_neighbours(tiny_model: PretrainedModel):
-    features = text_features(tiny_model, TEXTS, options=FP32)
+    features = text_features(tiny_model, TEXTS, options=dataclasses.replace(FP32, batch_size=1))
     assert features.shape == (5, 10)
     tokens = Tokenizer(context_length=12).encode(TEXTS)  # padded to the context
     with torch.no_grad():

@@ -18,7 +18,7 @@ from declip_cli.evaluate.prompts import (
 )
 from declip_cli.model.checkpoint import PretrainedModel
 
-FP32 = FeatureOptions(precision="fp32", text_batch_size=4, use_cache=False)
+FP32 = FeatureOptions(precision="fp32", batch_size=2, use_cache=False)
 NAMES = ["cat", "very small dog", "house"]
 TEMPLATES = ["a {}.", "{}", "one {} of many"]
 
