@@ -35,7 +35,8 @@ def read_food101(root: Path, split: str) -> Listing:
         raise missing_file(path) from error
     classes = sorted(table)
     pairs = [(base / "images" / f"{name}.jpg", n) for n, c in enumerate(classes) for name in table[c]]
-    return _listing([path for path, _ in pairs], [label for _, label in pairs])
+    names = [name.replace("_", " ") for name in classes]
+    return _listing([path for path, _ in pairs], [label for _, label in pairs], names)
 
 
 def read_sun397(root: Path, split: str) -> Listing:

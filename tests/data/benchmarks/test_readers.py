@@ -114,6 +114,16 @@ def test_pixels_and_labels_equal_torchvision_past_its_checksums(
         assert np.abs(pixels.astype(int) - np.asarray(picture)).max() <= 3
 
 
+@pytest.mark.parametrize("name", ["food101", "dtd", "resisc45", "gtsrb train", "sst2"])
+def test_a_class_is_called_as_its_folder(name: str, tmp_path: Path):
+    name, _, split = name.partition(" ")
+    getattr(set_layouts, name)(tmp_path)
+    opened = open_classification(name, data_root=tmp_path, split=split or "test")
+    for (key, _), label in zip(opened.pictures, opened.labels, strict=True):
+        folder = Path(key).parent.name
+        assert label == int(folder) if name == "gtsrb" else opened.class_names[label] == folder.replace("_", " ")
+
+
 def test_all_five_batches_train_on_cifar10(tmp_path: Path):
     set_layouts.cifar10(tmp_path)
     assert [label for _, label in read("cifar10", tmp_path, "train")] == [
