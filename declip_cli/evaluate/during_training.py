@@ -12,7 +12,11 @@ from declip_cli.model.checkpoint import PretrainedModel
 
 Scores: TypeAlias = dict[str, Any]
 Evaluator: TypeAlias = Callable[[PretrainedModel], dict[str, Scores]]
-_LEFT_OUT = ("dataset", "split", "model", "metric", "score", "note", "skipped", "seconds", "num_templates")
+_LEFT_OUT = {"dataset", "split", "model", "metric", "score", "note", "skipped", "seconds"} | {
+    "num_templates",
+    "templates",
+    "precision",
+}
 """Fields that stay the same all through a run, or say nothing of the model."""
 
 

@@ -15,6 +15,7 @@ from declip_cli.evaluate.features import FeatureOptions, ImageFeatures, image_fe
 from declip_cli.evaluate.metrics import chance_accuracy, mean_per_class_accuracy, top_k_accuracy
 from declip_cli.evaluate.prompts import Prompts, build_classifier, build_token_classifier, make_prompts
 from declip_cli.model.checkpoint import PretrainedModel
+from declip_cli.model.precision import resolve_precision
 
 DEFAULT_TEMPLATES = "80"
 """For sets without templates of their own."""
@@ -48,6 +49,10 @@ class ZeroshotReport:
     """Pictures that were scored; unreadable ones are in `skipped`."""
     num_classes: int
     num_templates: int
+    templates: str
+    """Which prompts: an ensemble or a file as the user named it, or `own` for the set's."""
+    precision: str
+    """Number format of the forward passes: fp32 or bf16."""
     metric: Metric
     top1: float
     top5: float | None
@@ -72,6 +77,8 @@ class ZeroshotReport:
             "num_images": self.num_images,
             "num_classes": self.num_classes,
             "num_templates": self.num_templates,
+            "templates": self.templates,
+            "precision": self.precision,
             "metric": self.metric,
             "score": self.score,
             "top1": self.top1,
@@ -116,16 +123,10 @@ def zeroshot(
     """
     started = time.perf_counter()
     options = options or FeatureOptions()
-    prompts = make_prompts(dataset.class_names, templates or dataset.templates or DEFAULT_TEMPLATES)
-    num_classes = len(dataset.class_names)
-    if num_classes < 2:
-        raise EvaluateError(
-            f"{dataset.name} has only the class {dataset.class_names[0]!r}, there is nothing to tell apart",
-            remedy="add a second class",
-        )
-    predict = _rank_token_wise if model.token_wise else _rank_whole
-    ranked, scores, images = predict(model, dataset, prompts, options)
-    labels = torch.tensor([dataset.labels[number] for number in images.kept])  # (N',)
+    chosen = templates or dataset.templates or DEFAULT_TEMPLATES
+    prompts = make_prompts(dataset.class_names, chosen)
+    predictions, skipped = _predict(model, dataset, prompts, options)
+    ranked, labels, num_classes = predictions.ranked, predictions.labels, len(dataset.class_names)
     return ZeroshotReport(
         dataset=dataset.name,
         split=dataset.split,
@@ -133,21 +134,37 @@ def zeroshot(
         num_images=len(labels),
         num_classes=num_classes,
         num_templates=prompts.num_templates,
+        templates=chosen if isinstance(chosen, str) else "own",
+        precision=resolve_precision(options.precision, next(model.encoder.parameters()).device),
         metric=dataset.metric,
         top1=top_k_accuracy(ranked, labels, 1),
         top5=top_k_accuracy(ranked, labels, _TOP_K) if num_classes >= _TOP_K else None,
         mean_per_class=mean_per_class_accuracy(ranked[:, 0], labels, num_classes),
-        skipped=images.skipped_to_json(),
+        skipped=skipped,
         note=dataset.note,
         seconds=time.perf_counter() - started,
-        predictions=Predictions(
-            keys=[dataset.pictures[number][0] for number in images.kept],
-            labels=labels,
-            ranked=ranked,
-            scores=scores,
-            class_names=dataset.class_names,
-        ),
+        predictions=predictions,
     )
+
+
+def _predict(
+    model: PretrainedModel, dataset: ClassificationSet, prompts: Prompts, options: FeatureOptions
+) -> tuple[Predictions, dict[str, dict[str, int | str]]]:
+    if len(dataset.class_names) < 2:
+        raise EvaluateError(
+            f"{dataset.name} has only the class {dataset.class_names[0]!r}, there is nothing to tell apart",
+            remedy="add a second class",
+        )
+    rank = _rank_token_wise if model.token_wise else _rank_whole
+    ranked, scores, images = rank(model, dataset, prompts, options)
+    predictions = Predictions(
+        keys=[dataset.pictures[number][0] for number in images.kept],
+        labels=torch.tensor([dataset.labels[number] for number in images.kept]),  # (N',)
+        ranked=ranked,
+        scores=scores,
+        class_names=dataset.class_names,
+    )
+    return predictions, images.skipped_to_json()
 
 
 def _rank_whole(

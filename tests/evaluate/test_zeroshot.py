@@ -97,6 +97,7 @@ def test_report_has_the_fields_of_the_command(tiny_model: PretrainedModel):
     assert report["dataset"] == "some emoji"
     assert report["model"] == "random-0"
     assert (report["num_images"], report["num_classes"], report["num_templates"]) == (6, 40, 80)
+    assert (report["templates"], report["precision"]) == ("80", "fp32")
     assert report["metric"] == "accuracy"
     assert report["score"] == report["top1"]
     assert 0 <= report["top1"] <= report["top5"] <= 1
