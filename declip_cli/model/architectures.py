@@ -47,7 +47,7 @@ class Architecture:
     quick_gelu: bool = True
 
 
-_TINY_TEXT = TextDims(context_length=24, width=128, num_layers=3, num_heads=4)
+_TINY_TEXT = TextDims(context_length=24, width=128, num_layers=1, num_heads=4)
 _SMALL_TEXT = TextDims(context_length=77, width=384, num_layers=8, num_heads=6)
 ARCHITECTURES: dict[str, Architecture] = {
     "vit-b32": Architecture(vision=VitDims(patch_side_px=32, width=768, num_layers=12, num_heads=12)),
@@ -62,7 +62,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "vit-tiny32": Architecture(
         image_side_px=32,
         embed_dim=128,
-        vision=VitDims(patch_side_px=8, width=128, num_layers=4, num_heads=4),
+        vision=VitDims(patch_side_px=8, width=96, num_layers=4, num_heads=3),
         text=_TINY_TEXT,
     ),
     "rn50": Architecture(embed_dim=1024, vision=ResNetDims(num_blocks=(3, 4, 6, 3), width=64, num_heads=32)),
