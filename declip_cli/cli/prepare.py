@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from declip_cli.data.prepare import PrepareReport
 
 _DEFAULTS = PrepareConfig(source="", out="")
+_CLEAN = _DEFAULTS.clean
+_CLEANING = "Cleaning: pairs left out although they can be read"
 _KINDS = ", ".join(filter(None, get_args(SourceKind)))
 _PLAIN_LINE_EVERY_S = 10.0
 
@@ -39,6 +41,38 @@ def prepare(
     split: Annotated[
         list[str], typer.Option(help="Part of the pairs to set aside, such as val=0.01; may be repeated.")
     ] = [],  # noqa: B006
+    engine: Annotated[str, typer.Option(help="Where pictures are worked on: threads, or ray.")] = "threads",
+    min_caption_chars: Annotated[
+        int, typer.Option(help="Leave shorter captions out.", rich_help_panel=_CLEANING)
+    ] = _CLEAN.min_caption_chars,
+    max_caption_chars: Annotated[
+        int, typer.Option(help="Leave longer captions out; 0 is no limit.", rich_help_panel=_CLEANING)
+    ] = _CLEAN.max_caption_chars,
+    script: Annotated[
+        list[str],
+        typer.Option(help="Keep captions in this script, such as latin.", rich_help_panel=_CLEANING),
+    ] = [],  # noqa: B006
+    max_caption_repeats: Annotated[
+        int, typer.Option(help="Pairs that may share a caption; 0 is no limit.", rich_help_panel=_CLEANING)
+    ] = _CLEAN.max_caption_repeats,
+    min_side_px: Annotated[
+        int, typer.Option(help="Leave smaller pictures out.", rich_help_panel=_CLEANING)
+    ] = _CLEAN.min_side_px,
+    max_aspect: Annotated[
+        float,
+        typer.Option(help="Longest longer side / shorter side; 0 is no limit.", rich_help_panel=_CLEANING),
+    ] = _CLEAN.max_aspect,
+    duplicates: Annotated[
+        str,
+        typer.Option(help="keep them, or leave out exact copies, or also near ones.", rich_help_panel=_CLEANING),
+    ] = _CLEAN.duplicates,
+    exclude: Annotated[
+        list[str],
+        typer.Option(
+            help="Folder of evaluation pictures whose copies are left out; may be repeated.",
+            rich_help_panel=_CLEANING,
+        ),
+    ] = [],  # noqa: B006
     workers: Annotated[int, typer.Option(help="Threads; 0 takes the cores there are.")] = _DEFAULTS.workers,
     max_bad: Annotated[
         float, typer.Option(help="Largest share of unreadable pairs before the command stops.")
@@ -48,11 +82,12 @@ def prepare(
 ) -> None:
     """Turn pictures with captions into shards for training.
 
-    SOURCE may be a folder with `captions.jsonl`, a folder of pictures with a `.txt` of the same name beside each,
-    a CSV or TSV table, or tar shards as img2dataset writes them. What cannot be read is skipped and counted.
-    A command that was interrupted goes on when it is run again.
+    SOURCE may be a folder with `captions.jsonl`, a folder of pictures with a `.txt` or `.json` of the same name
+    beside each, a table (CSV, TSV, JSON lines, Parquet), COCO captions, Flickr30k, tar shards of img2dataset or
+    WebDataset, the lists of DeCLIP and YFCC15M, or a list of URLs to download. What cannot be read is skipped
+    and counted. A command that was interrupted goes on when it is run again.
 
-    Example: `declip prepare photos/ --out shards/`
+    Example: `declip prepare photos/ --out shards/ --split val=0.01`
     """
     with user_errors():
         config = build_config(
@@ -70,7 +105,18 @@ def prepare(
                 "split": _fractions(split),
                 "workers": workers,
                 "max_bad": max_bad,
+                "engine": engine,
                 "force": force,
+                "clean": {
+                    "min_caption_chars": min_caption_chars,
+                    "max_caption_chars": max_caption_chars,
+                    "scripts": script,
+                    "max_caption_repeats": max_caption_repeats,
+                    "min_side_px": min_side_px,
+                    "max_aspect": max_aspect,
+                    "duplicates": duplicates,
+                    "exclude": exclude,
+                },
             },
             where="prepare",
         )

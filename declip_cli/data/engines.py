@@ -4,8 +4,11 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib import import_module
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from declip_cli.errors import DataError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -44,6 +47,49 @@ def run_in_threads(
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def run_on_ray(
+    work: Callable[[Sequence[T]], list[R]], items: Iterable[T], *, workers: int = 0
+) -> Generator[R, None, None]:
+    """Apply a function to items on a Ray cluster; arguments and results as of `run_in_threads`.
+
+    The cluster is the one that `RAY_ADDRESS` names, or one of this machine's cores. Every node needs declip
+    and the same files; the results are written by the process that calls.
+
+    Args:
+        work: as of `run_in_threads`; a function that can be pickled.
+        items: as of `run_in_threads`; each can be pickled.
+        workers: tasks at a time; 0 takes the cluster's cores.
+
+    Yields:
+        One result per item, in order.
+
+    Raises:
+        DataError: Ray is not installed.
+    """
+    try:
+        ray: Any = import_module("ray")
+    except ImportError as error:
+        raise DataError("--engine ray needs the package ray", remedy="pip install 'declip[ray]'") from error
+    is_ours = not ray.is_initialized()
+    if is_ours:
+        address = os.environ.get("RAY_ADDRESS")
+        local: dict[str, Any] = {} if address else {"num_cpus": workers or num_cores(), "include_dashboard": False}
+        ray.init(address=address, log_to_driver=False, logging_level="error", **local)
+    try:
+        workers = workers or int(ray.cluster_resources().get("CPU", 1))
+        task = ray.remote(work)
+        waiting: deque[Any] = deque()
+        for batch in in_batches(items):
+            waiting.append(task.remote(batch))
+            if len(waiting) >= workers * _TASKS_AHEAD:
+                yield from ray.get(waiting.popleft())
+        while waiting:
+            yield from ray.get(waiting.popleft())
+    finally:
+        if is_ours:
+            ray.shutdown()
 
 
 def in_batches(items: Iterable[T]) -> Iterator[list[T]]:

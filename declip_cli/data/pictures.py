@@ -65,6 +65,24 @@ def shrink_picture(data: bytes, *, side_px: int, quality: int) -> SmallPicture:
     return SmallPicture(jpeg.tobytes(), pixels.shape[1], pixels.shape[0], width, height, pixels)
 
 
+def decode_for_looks(data: bytes) -> Pixels:
+    """Decode a picture as small as its perceptual hash allows.
+
+    Args:
+        data: an encoded picture.
+
+    Returns:
+        RGB, uint8, (H, W, 3).
+
+    Raises:
+        DataError: as of `decode.decode_image`.
+    """
+    frame = read_jpeg_frame(data)
+    if not is_plain_jpeg(frame):
+        return decode_image(data)
+    return decode_jpeg(data, frame, reduction=_reduction(frame, _HASHED_SIDE_PX))
+
+
 def _reduction(frame: JpegFrame, side_px: int) -> int:
     """Return the largest power of two by which JPEG can be decoded smaller and still be large enough."""
     return next((r for r in (8, 4, 2) if min(frame.height, frame.width) >= r * side_px), 1)
@@ -78,9 +96,9 @@ def _goal(height: int, width: int, side_px: int) -> tuple[int, int]:
 def shrink_pixels(pixels: Pixels, height: int, width: int) -> Pixels:
     """Resize to a smaller size without aliasing.
 
-    Whole factors of two and more are averaged first; the rest, below 2, is a small Gaussian blur and bicubic
-    interpolation. On photographs this is as close to Pillow's antialiased bicubic filter as OpenCV's area
-    averaging is, and three to four times faster.
+    Below half the size is averaged by area. Between, a 3 × 3 Gaussian blur and bicubic interpolation are closer
+    to Pillow's antialiased bicubic filter than area averaging is, and several times faster; the blur's width
+    was fitted to that filter on six photographs.
 
     Args:
         pixels: uint8, (H, W, 3).
@@ -90,14 +108,11 @@ def shrink_pixels(pixels: Pixels, height: int, width: int) -> Pixels:
     Returns:
         Pixels, uint8, (height, width, 3).
     """
-    factor = min(pixels.shape[0] // height, pixels.shape[1] // width)
-    if factor >= 2:
-        size = (pixels.shape[1] // factor, pixels.shape[0] // factor)
-        trimmed = pixels[: size[1] * factor, : size[0] * factor]
-        pixels = np.asarray(cv2.resize(trimmed, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
     if pixels.shape[:2] == (height, width):
         return pixels
-    ratio = max(pixels.shape[0] / height, pixels.shape[1] / width)
-    sigma = 0.45 * (ratio**2 - 1) ** 0.5
-    blurred = cv2.GaussianBlur(pixels, (3, 3), sigma) if sigma > 0.2 else pixels
+    beyond = max(pixels.shape[0] / height, pixels.shape[1] / width) - 1.0
+    if beyond > 1.05:
+        return np.asarray(cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA), dtype=np.uint8)
+    sigma = 0.385 + 0.22 * beyond + 0.17 * beyond**2
+    blurred = cv2.GaussianBlur(pixels, (3, 3), sigma)
     return np.asarray(cv2.resize(blurred, (width, height), interpolation=cv2.INTER_CUBIC), dtype=np.uint8)

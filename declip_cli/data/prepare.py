@@ -1,18 +1,19 @@
 """From a source to shards: the one loop of `declip prepare`. It prints nothing and yields where it stands."""
 
 import time
-from array import array
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 import cv2
 
-from declip_cli.data.engines import run_in_threads
-from declip_cli.data.hashes import HashCounter, hash64
+from declip_cli.data.engines import run_in_threads, run_on_ray
+from declip_cli.data.exclude import look_at
+from declip_cli.data.hashes import hash64
 from declip_cli.data.prepare_config import PrepareConfig
 from declip_cli.data.prepare_state import OutFolder
+from declip_cli.data.seen import Seen
 from declip_cli.data.shard_writer import PartWriter
 from declip_cli.data.shards import merge_skipped
 from declip_cli.data.sources.find import open_source
@@ -101,8 +102,8 @@ class _Run:
 
     def __init__(self, config: PrepareConfig, source: Source, folder: OutFolder, report: PrepareReport) -> None:
         self._config, self._source, self._folder, self._report = config, source, folder, report
-        self._seen = HashCounter()
-        self._new_hashes = array("Q")
+        self._excluded = look_at(config.clean.exclude, workers=config.workers)
+        self._seen = Seen(config.clean, self._excluded.looks)
         self._writers: dict[str, PartWriter] = {}
         self._offenders: list[str] = []
         self._saved = 0.0
@@ -113,8 +114,7 @@ class _Run:
             report.was_resumed = True
             report.num_read, report.num_bad = progress["num_read"], progress["num_bad"]
             report.skipped = {cause: (count, first) for cause, (count, first) in progress["skipped"].items()}
-            for hashed in array("Q", folder.load_memory()):
-                self._seen.add(hashed)
+            self._seen.restore(folder.load_memory())
 
     def _open_part(self, part: str, state: dict[str, Any]) -> PartWriter:
         writer = PartWriter(
@@ -131,7 +131,8 @@ class _Run:
         report, reported = self._report, started
         records = self._source.records_from(report.num_read)
         work = partial(finish_records, config=self._config)
-        outcomes = run_in_threads(work, records, workers=self._config.workers)
+        run = run_on_ray if self._config.engine == "ray" else run_in_threads
+        outcomes = run(work, records, workers=self._config.workers)
         try:
             for outcome in outcomes:
                 if not self._saved:
@@ -158,14 +159,11 @@ class _Run:
 
     def _take(self, outcome: Pair | LeftOut) -> bool:
         """Write one outcome or count why not; return True if that finished a shard."""
+        if isinstance(outcome, Pair):
+            outcome = self._seen.check(outcome)
         if isinstance(outcome, LeftOut):
             self._leave_out(outcome)
             return False
-        key_hash = hash64("\0".join((outcome.key, *outcome.captions)).encode())
-        if self._seen.add(key_hash):
-            self._leave_out(LeftOut(outcome.key, "duplicate key", is_bad=True))
-            return False
-        self._new_hashes.append(key_hash)
         part = self._part_of(outcome)
         writer = self._writers.get(part) or self._open_part(part, {})
         return writer.add(outcome)
@@ -204,8 +202,7 @@ class _Run:
             "skipped": report.skipped,
             "parts": {part: writer.state() for part, writer in self._writers.items()},
         }
-        self._folder.save_progress(facts, self._new_hashes.tobytes())
-        self._new_hashes = array("Q")
+        self._folder.save_progress(facts, self._seen.new_bytes())
         self._saved = time.monotonic()
 
     def _update(self, started: float) -> PrepareReport:
@@ -237,17 +234,23 @@ class _Run:
             "kind": report.kind,
             "image_side_px": self._config.image_side_px,
             "quality": self._config.quality,
+            "clean": asdict(self._config.clean),
             "num_pairs": writer.num_pairs,
             "shards": writer.shards,
         }
         if part:
             return facts | {"part": part}
-        totals = {
+        totals: dict[str, Any] = {
             "num_read": report.num_read,
             "num_skipped": sum(count for count, _ in report.skipped.values()),
             "skipped": _skipped_to_json(report.skipped),
             "parts": {name: other.num_pairs for name, other in self._writers.items() if name},
         }
+        if self._config.clean.exclude:
+            totals["excluded"] = {
+                "num_pictures": self._excluded.num_pictures,
+                "num_unreadable": self._excluded.num_unreadable,
+            }
         return facts | totals
 
 
