@@ -79,10 +79,10 @@ def run_on_ray(
         ray.init(address=address, log_to_driver=False, logging_level="error", **local)
     try:
         workers = workers or int(ray.cluster_resources().get("CPU", 1))
-        task = ray.remote(work)
+        task, shared_work = ray.remote(_call), ray.put(work)
         waiting: deque[Any] = deque()
         for batch in in_batches(items):
-            waiting.append(task.remote(batch))
+            waiting.append(task.remote(shared_work, batch))
             if len(waiting) >= workers * _TASKS_AHEAD:
                 yield from ray.get(waiting.popleft())
         while waiting:
@@ -90,6 +90,10 @@ def run_on_ray(
     finally:
         if is_ours:
             ray.shutdown()
+
+
+def _call(work: Callable[[Sequence[T]], list[R]], batch: Sequence[T]) -> list[R]:
+    return work(batch)
 
 
 def in_batches(items: Iterable[T]) -> Iterator[list[T]]:

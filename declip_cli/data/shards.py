@@ -1,7 +1,6 @@
 """Image-text pairs in tar shards, read by number."""
 
 import hashlib
-import io
 import json
 import os
 from bisect import bisect_right
@@ -15,7 +14,7 @@ from declip_cli.data import storage
 from declip_cli.data.samples import RawSample
 from declip_cli.data.shard_files import ShardFiles
 from declip_cli.data.shard_index import ShardIndex, load_index
-from declip_cli.data.tar_samples import captions_of, read_groups
+from declip_cli.data.tar_samples import captions_of, group_of
 from declip_cli.errors import DataError
 
 MANIFEST = "manifest.json"
@@ -54,14 +53,12 @@ class ShardStore:
         sample = number - self._firsts[shard]
         piece = self._files.read(shard, offset=offset, num_bytes=num_bytes, sample=sample)
         name = f"{self._shards[shard]} (sample {sample})"
-        groups = list(read_groups(io.BytesIO(piece), name, with_contents=True, has_end_mark=False))
-        group = groups[0] if groups else None
-        if group is None or len(groups) > 1 or group.problem:
-            problem = groups[-1].problem if groups else ""
+        group = group_of(piece, name)
+        if group.problem:
             raise DataError(
                 f"the shard has changed or is damaged at {name}",
                 remedy="delete its .index file, or prepare the data again",
-                cause=problem or "damaged tar",
+                cause=group.problem,
             )
         return RawSample(group.key, group.parts[group.picture_extension], captions_of(group))
 

@@ -1,11 +1,12 @@
 """Which members of a tar archive make one image-text pair, in the layout of WebDataset and img2dataset."""
 
+import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from declip_cli.data.tar_format import Member, read_members
+from declip_cli.data.tar_format import Member, plain_members, read_members
 from declip_cli.errors import DataError
 
 PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jp2", "ppm", "jfif")
@@ -89,6 +90,29 @@ def read_groups(file: BinaryIO, archive: str, *, with_contents: bool, has_end_ma
         return
     if group.parts:
         yield finish(group)
+
+
+def group_of(piece: bytes, name: str) -> Group:
+    """Read the one sample that a piece of an archive holds.
+
+    Args:
+        piece: its members, headers included.
+        name: for messages.
+
+    Returns:
+        The sample; if the piece is no longer one, its `problem` says why.
+    """
+    members = plain_members(piece)
+    split = [(*split_name(member), data) for member, data in members]
+    parts = {extension: data for _, extension, data in split}
+    if members and len(parts) == len(members) and len({key for key, _, _ in split}) == 1:
+        group = Group(split[0][0], parts)
+        if group.picture_extension and group.has_caption:
+            return group
+    groups = list(read_groups(io.BytesIO(piece), name, with_contents=True, has_end_mark=False))
+    if len(groups) == 1:
+        return groups[0]
+    return Group(name, problem=groups[-1].problem or "damaged tar" if groups else "truncated tar")
 
 
 def _finisher() -> Callable[[Group], Group]:

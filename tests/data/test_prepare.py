@@ -4,11 +4,12 @@ import json
 import shutil
 import tarfile
 
+import fsspec
 import pytest
 from PIL import Image
 
 from declip_cli.data.prepare import prepare
-from declip_cli.data.prepare_config import PrepareConfig
+from declip_cli.data.prepare_config import CleanConfig, PrepareConfig
 from declip_cli.data.samples import open_samples
 from declip_cli.errors import ConfigError, DataError
 
@@ -263,3 +264,118 @@ def test_nothing_found_and_nothing_there_are_errors(tmp_path):
 def test_options_out_of_range_are_errors(options, message):
     with pytest.raises(ConfigError, match=message):
         PrepareConfig(source="a", out="b", **options)
+
+
+def test_filters_leave_pairs_out_by_cause_and_do_not_count_as_bad(tmp_path, make_picture):
+    source = tmp_path / "in"
+    source.mkdir()
+    test_set = tmp_path / "test_set"
+    test_set.mkdir()
+    leaked = Image.open(io.BytesIO(make_picture(50, width=300, height=200)))
+    leaked.resize((150, 100)).save(test_set / "leaked.png")
+    (test_set / "broken.jpg").write_bytes(b"")
+    rows = [
+        ("kept", make_picture(0, width=80, height=60), "a fine caption"),
+        ("copy", make_picture(0, width=80, height=60), "an exact copy"),
+        ("near", make_picture(0, width=80, height=60, format="PNG"), "a near copy"),
+        ("leak", make_picture(50, width=300, height=200), "a test picture"),
+        ("tiny", make_picture(3, width=20, height=60), "a tiny picture"),
+        ("wide", make_picture(4, width=300, height=60), "a wide picture"),
+        ("short", make_picture(5, width=80, height=60), "hm"),
+        ("other", make_picture(6, width=80, height=60), "красный автобус"),
+        ("again", make_picture(7, width=80, height=60), "A fine  caption"),
+        ("good", make_picture(8, width=80, height=60), "another caption"),
+    ]
+    lines = []
+    for name, picture, caption in rows:
+        (source / name).write_bytes(picture)
+        lines.append(json.dumps({"file": name, "caption": caption}))
+    (source / "captions.jsonl").write_text("\n".join(lines))
+    clean = CleanConfig(
+        min_caption_chars=3,
+        scripts=("latin",),
+        max_caption_repeats=1,
+        min_side_px=30,
+        max_aspect=3.0,
+        duplicates="near",
+        exclude=(str(test_set),),
+    )
+    report = run(source, tmp_path / "out", clean=clean, max_bad=0.0)
+    assert report.skipped == {
+        "duplicate picture": (1, "copy"),
+        "near-duplicate picture": (1, "near"),
+        "excluded picture": (1, "leak"),
+        "picture too small": (1, "tiny"),
+        "aspect ratio": (1, "wide"),
+        "caption too short": (1, "short"),
+        "other script": (1, "other"),
+        "repeated caption": (1, "again"),
+    }
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["num_pairs"] == 2
+    assert manifest["skipped"]["excluded picture"] == {"count": 1, "first": "leak"}
+    assert manifest["excluded"] == {"num_pictures": 2, "num_unreadable": 1}
+    assert manifest["clean"]["min_side_px"] == 30
+    shards = run(source, tmp_path / "again", clean=CleanConfig(exclude=(str(tmp_path / "out"),)))
+    assert shards.skipped["excluded picture"][0] == 4  # kept, its copies, and good
+
+
+def test_a_folder_to_exclude_that_holds_no_picture_is_an_error(tmp_path, make_picture):
+    source = write_pairs(tmp_path / "in", make_picture, num=1)
+    (tmp_path / "empty").mkdir()
+    for name, message in (("empty", "no picture to exclude in"), ("nowhere", "no such folder")):
+        with pytest.raises(DataError, match=message):
+            run(source, tmp_path / "out", clean=CleanConfig(exclude=(str(tmp_path / name),)))
+
+
+def test_a_stopped_run_remembers_what_it_has_seen(tmp_path, make_picture, monkeypatch):
+    source = write_pairs(tmp_path / "in", make_picture, num=40)
+    for number in range(20, 40):
+        (source / f"{number}.jpg").write_bytes(make_picture(number - 20))
+    monkeypatch.setattr("declip_cli.data.prepare._REPORT_EVERY_S", -1.0)
+    options = {"shard_samples": 7, "clean": CleanConfig(duplicates="near")}
+    run(source, tmp_path / "whole", **options)
+    reports = prepare(PrepareConfig(source=str(source), out=str(tmp_path / "out"), **options))
+    for report in reports:
+        if report.num_read >= 25:
+            reports.close()
+    report = run(source, tmp_path / "out", **options)
+    assert report.num_pairs == 20
+    assert report.skipped == {"duplicate picture": (20, "20.jpg")}
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_sources_and_output_may_be_urls(tmp_path, make_picture):
+    fs = fsspec.filesystem("memory")
+    source = write_pairs(tmp_path / "in", make_picture, num=12)
+    fs.put(f"{source}/", "/bucket/photos/", recursive=True)
+    report = run("memory://bucket/photos", "memory://bucket/shards", shard_samples=5, split={"val": 0.3})
+    run(source, tmp_path / "local", shard_samples=5, split={"val": 0.3})
+    names = sorted(name.removeprefix("/bucket/shards/") for name in fs.find("/bucket/shards"))
+    assert names == sorted(str(path) for path in contents(tmp_path / "local"))
+    assert fs.cat("/bucket/shards/00000.tar") == (tmp_path / "local/00000.tar").read_bytes()
+    assert run("memory://bucket/photos", "memory://bucket/shards", shard_samples=5, split={"val": 0.3}).was_there
+    store = open_samples(["memory://bucket/shards"], cache_dir=str(tmp_path / "cache"))
+    local = open_samples([str(tmp_path / "local")])
+    assert len(store) == len(local) == report.parts["train"]
+    assert [store.read(n) for n in range(len(store))] == [local.read(n) for n in range(len(local))]
+    again = run("memory://bucket/shards/{00000..00001}.tar", tmp_path / "again")
+    assert again.num_pairs == report.parts["train"]
+    fs.rm("/bucket", recursive=True)
+
+
+def test_an_interrupted_run_to_a_url_goes_on(tmp_path, make_picture, monkeypatch):
+    source = write_pairs(tmp_path / "in", make_picture, num=40)
+    monkeypatch.setattr("declip_cli.data.prepare._REPORT_EVERY_S", -1.0)
+    reports = prepare(PrepareConfig(source=str(source), out="memory://resumed", shard_samples=9))
+    for report in reports:
+        if report.num_read >= 25:
+            reports.close()
+    report = run(source, "memory://resumed", shard_samples=9)
+    assert report.was_resumed
+    run(source, tmp_path / "whole", shard_samples=9)
+    fs = fsspec.filesystem("memory")
+    for path, data in contents(tmp_path / "whole").items():
+        if path.suffix == ".tar":
+            assert fs.cat(f"/resumed/{path}") == data
+    fs.rm("/resumed", recursive=True)
