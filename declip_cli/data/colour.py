@@ -14,9 +14,19 @@ ColourName: TypeAlias = Literal["brightness", "contrast", "saturation", "hue"]
 
 # Pillow cuts fractions off, OpenCV rounds to the nearest; 0.499 and not 0.5 keeps whole numbers as they are.
 _CUT = -0.499
-_LUMA = (0.299, 0.587, 0.114)
-_RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
-_YIQ_TO_RGB = np.linalg.inv(_RGB_TO_YIQ)
+_LUMA = np.array([0.299, 0.587, 0.114])
+_LUMA_ROWS = np.tile(_LUMA, (3, 1))
+_UNCHANGED = np.eye(3, 4)
+_RGB_TO_YIQ = np.array([_LUMA, [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
+# A rotation by t in the chroma plane is _HUE_KEPT + cos t _HUE_COS + sin t _HUE_SIN.
+_HUE_KEPT, _HUE_COS, _HUE_SIN = (
+    np.linalg.inv(_RGB_TO_YIQ) @ np.array(part, dtype=np.float64) @ _RGB_TO_YIQ
+    for part in (
+        [[1, 0, 0], [0, 0, 0], [0, 0, 0]],
+        [[0, 0, 0], [0, 1, 0], [0, 0, 1]],
+        [[0, 0, 0], [0, 0, 1], [0, -1, 0]],
+    )
+)
 _SMALLEST_BLUR_SIGMA_PX = 0.28
 """Below this the neighbours' weight is under half a grey level of 255."""
 
@@ -147,7 +157,7 @@ def apply_fused(pixels: Pixels, steps: Sequence[ColourStep], scratch: Scratch, *
 
     It differs from `apply_steps` in that nothing is clipped or rounded between the operations, hue turns in
     YIQ space (where luma stays as it is) instead of HSV, and the mean grey for contrast is that of every
-    fourth row and column.
+    eighth row.
 
     Args:
         pixels: RGB, uint8, (S, S, 3), changed in place.
@@ -157,7 +167,7 @@ def apply_fused(pixels: Pixels, steps: Sequence[ColourStep], scratch: Scratch, *
     """
     if not steps and not is_gray:
         return
-    mean = np.array(cv2.mean(np.ascontiguousarray(pixels[::4, ::4]))[:3])  # (3,)
+    mean = np.array(cv2.mean(np.ascontiguousarray(pixels[::8]))[:3])  # (3,)
     cv2.transform(pixels, colour_matrix(steps, mean, is_gray=is_gray), dst=scratch.rgb)
     pixels[:] = scratch.rgb
 
@@ -173,24 +183,20 @@ def colour_matrix(steps: Sequence[ColourStep], mean: NDArray[np.float64], *, is_
     Returns:
         Linear part and offset, (3, 4).
     """
-    luma = np.tile(_LUMA, (3, 1))  # (3, 3)
-    matrix = np.eye(3, 4)  # (3, 4)
+    mean_and_one = np.append(mean, 1.0)  # (4,)
+    matrix = _UNCHANGED  # (3, 4)
     for name, amount in steps:
         if name == "hue":
-            matrix = _hue_matrix(amount) @ matrix
+            angle = 2.0 * math.pi * amount
+            matrix = (_HUE_KEPT + math.cos(angle) * _HUE_COS + math.sin(angle) * _HUE_SIN) @ matrix
         elif name == "saturation":
-            matrix = (amount * np.eye(3) + (1.0 - amount) * luma) @ matrix
+            matrix = amount * matrix + (1.0 - amount) * (_LUMA_ROWS @ matrix)
         else:
-            gray = luma[0] @ (matrix[:, :3] @ mean + matrix[:, 3])  # ()
-            matrix *= amount
-            matrix[:, 3] += (1.0 - amount) * gray if name == "contrast" else 0.0
-    return luma @ matrix if is_gray else matrix
-
-
-def _hue_matrix(turns: float) -> NDArray[np.float64]:
-    cos, sin = math.cos(2 * math.pi * turns), math.sin(2 * math.pi * turns)
-    rotation = np.array([[1.0, 0.0, 0.0], [0.0, cos, sin], [0.0, -sin, cos]])
-    return np.asarray(_YIQ_TO_RGB @ rotation @ _RGB_TO_YIQ)  # (3, 3)
+            gray = _LUMA @ (matrix @ mean_and_one)  # ()
+            matrix = amount * matrix
+            if name == "contrast":
+                matrix[:, 3] += (1.0 - amount) * gray
+    return _LUMA_ROWS @ matrix if is_gray else matrix
 
 
 _OPERATIONS: dict[ColourName, Callable[[Pixels, float, Scratch], None]] = {
