@@ -33,10 +33,9 @@ class DeClip(Method):
     def views(self) -> Views:
         """Two strong pictures, the masked caption and an augmented one; only what the weights ask for."""
         needs_two_images = self.config.pairs > 1 or self.has("simsiam")
-        needs_two_texts = self.config.pairs == 4 or self.has("nn")
         images: tuple[ImageView, ...] = ("augmented", "augmented") if needs_two_images else ("augmented",)
         first: TextView = "masked" if self.has("mlm") else "plain"
-        return Views(images=images, texts=(first, "augmented") if needs_two_texts else (first,))
+        return Views(images=images, texts=(first, "augmented") if self.config.pairs == 4 else (first,))
 
     def embed(self, batch: Batch) -> Embeddings:
         """Run both towers on all views; predict the masked tokens of the first text."""

@@ -115,7 +115,7 @@ def masked_language(losses: Tensor, counts: Tensor, *, per_rank: bool) -> Tensor
         Nats per token, (); 0 if no token is masked.
     """
     if per_rank:
-        return losses.sum() / counts.sum().clamp_min(1)
+        return losses.sum() / counts.detach().sum().clamp_min(1)
     # The mean over ranks is taken later, so this rank's share is scaled up by their number.
     return world_size() * losses.sum() / sum_over_ranks(counts.sum().detach()).clamp_min(1)
 

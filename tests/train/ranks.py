@@ -1,0 +1,72 @@
+"""What each of two processes does in test_processes.py."""
+
+import os
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+
+from declip_cli.distributed import average_gradients
+from declip_cli.model.batch_norm import FullBatchNorm, use_full_batch_norm
+from declip_cli.train.big_batch import forward_backward
+from tests.golden_files import golden_batch, golden_method, load_golden
+
+
+def step(name, *, rank, num_ranks, micro_batch_size=0, **options):
+    """Take one forward and backward pass on this rank's share of a recording."""
+    golden = load_golden(name)
+    method = golden_method(golden, **options)
+    if num_ranks > 1 and not options["faithful"]:
+        use_full_batch_norm(method, is_accelerator=False)
+    batch = golden_batch(golden, rank, num_ranks)
+    result = forward_backward(method, batch, micro_batch_size=micro_batch_size, autocast=nullcontext)
+    terms = torch.stack([*result.terms.terms.values(), result.terms.total])
+    if num_ranks > 1:
+        average_gradients(method.parameters())
+        dist.all_reduce(terms)
+        terms /= num_ranks
+    method.remember(result.embeddings)
+    found = {f"grad/{k}": p.grad.clone() for k, p in method.named_parameters() if p.grad is not None}
+    found |= {f"term/{k}": v for k, v in zip([*result.terms.terms, "total"], terms, strict=True)}
+    if hasattr(method, "queue"):
+        found["queue"] = method.queue.rows.clone()
+    return found
+
+
+def run(jobs, folder):
+    torch.set_num_threads(1)
+    rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", rank=rank, world_size=num_ranks)
+    for number, (name, options) in enumerate(jobs):
+        found = step(name, rank=rank, num_ranks=num_ranks, **options)
+        torch.save(found, f"{folder}/{number}-{rank}.pt")
+
+
+def batch_norm_step(norm, rows):
+    """Normalise some rows of a fixed batch, (6, 3, 4, 5), and pull the sum of cubes back."""
+    inputs = torch.randn(6, 3, 4, 5, generator=torch.Generator().manual_seed(0))[rows].requires_grad_()
+    out = norm(inputs)
+    out.pow(3).sum().backward()
+    return {
+        "out": out.detach(),
+        "input": inputs.grad,
+        "weight": norm.weight.grad,
+        "mean": norm.running_mean.clone(),
+        "var": norm.running_var.clone(),
+    }
+
+
+def run_batch_norm(folder):
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    found = batch_norm_step(FullBatchNorm(torch.nn.BatchNorm2d(3)), slice(3 * rank, 3 * rank + 3))
+    torch.save(found, f"{folder}/{rank}.pt")
+
+
+def fail_on_rank_one():
+    from declip_cli.errors import TrainError
+
+    if os.environ["RANK"] == "1":
+        raise TrainError("the second process cannot go on", remedy="mend it")
+    dist.init_process_group("gloo")
+    dist.barrier()

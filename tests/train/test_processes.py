@@ -1,0 +1,79 @@
+"""Two processes: the recorded numbers in the faithful mode, one process's numbers in the default mode."""
+
+import pytest
+import torch
+
+from declip_cli.errors import TrainError
+from declip_cli.model.interop import rename_original
+from declip_cli.train.launch import start_processes
+from tests.golden_files import golden_cases, load_golden
+from tests.train.ranks import batch_norm_step, fail_on_rank_one, run, run_batch_norm, step
+
+METHODS = ("clip", "slip", "filip", "declip", "defilip")
+RECORDED = golden_cases(world=2, methods=METHODS)
+DEFAULT = [f"{method}_vit_seed1_world1" for method in METHODS] + ["clip_rn_seed1_world1"]
+JOBS = [
+    *(
+        (name, {"faithful": True, **({"weights": {"clip": 1e-12}} if name.startswith("filip") else {})})
+        for name in RECORDED
+    ),
+    *((name, {"faithful": False}) for name in DEFAULT),
+    *((name, {"faithful": False, "micro_batch_size": 3}) for name in DEFAULT if "_vit_" in name),
+]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    start_processes(run, (JOBS, str(folder)), num_processes=2)
+
+    def load(job, rank):
+        return torch.load(folder / f"{JOBS.index(job)}-{rank}.pt", weights_only=True)
+
+    return load
+
+
+@pytest.mark.parametrize("job", JOBS[: len(RECORDED)], ids=lambda job: job[0])
+def test_faithful_ranks_equal_the_recording(two_ranks, job):
+    found, meta = two_ranks(job, 0), load_golden(job[0]).meta
+    for name, value in meta["components"].items():
+        if name != "clip_pairs":
+            assert found[f"term/{name}"].item() == pytest.approx(value, rel=1e-4), name
+    assert found["term/total"].item() == pytest.approx(meta["total"], rel=1e-4)
+    for name, norm in meta["grad_norms"].items():
+        gradient = found[f"grad/{rename_original(name)}"]
+        assert gradient.norm().item() == pytest.approx(norm, rel=1e-3, abs=1e-6), name
+    if "queue" in found:
+        recorded = torch.from_numpy(load_golden(job[0]).arrays["bank_after"]).T
+        torch.testing.assert_close(found["queue"], recorded, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("job", JOBS[len(RECORDED) :], ids=lambda job: f"{job[0]}-{len(job[1])}")
+def test_two_ranks_of_half_a_batch_equal_one_of_the_whole(two_ranks, job):
+    name, options = job
+    # A deep ReLU network with BatchNorm over 8 pictures magnifies rounding: pixels changed by 1e-7 already change
+    # its gradients by 2e-3. Its BatchNorm across ranks is checked tightly on its own below.
+    allowed = 1e-2 if "_rn_" in name else 1e-4
+    alone = step(name, rank=0, num_ranks=1, faithful=False)
+    for rank in (0, 1):
+        found = two_ranks(job, rank)
+        assert set(found) == set(alone)
+        for key, value in alone.items():
+            # Biases before a BatchNorm have zero gradient; what is found there is rounding noise.
+            assert (found[key] - value).norm() < allowed * value.norm() + 1e-6, (key, rank)
+
+
+def test_batch_norm_over_two_ranks_equals_the_library_on_the_whole_batch(two_ranks, tmp_path):
+    start_processes(run_batch_norm, (str(tmp_path),), num_processes=2)
+    whole = batch_norm_step(torch.nn.BatchNorm2d(3), slice(None))
+    halves = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    torch.testing.assert_close(torch.cat([half["out"] for half in halves]), whole["out"])
+    torch.testing.assert_close(torch.cat([half["input"] for half in halves]), whole["input"])
+    torch.testing.assert_close(halves[0]["weight"] + halves[1]["weight"], whole["weight"])
+    torch.testing.assert_close(halves[1]["mean"], whole["mean"])
+    torch.testing.assert_close(halves[1]["var"], whole["var"])
+
+
+def test_a_failing_rank_stops_the_run_with_its_own_error():
+    with pytest.raises(TrainError, match=r"the second process cannot go on \(process 1 of 2\)"):
+        start_processes(fail_on_rank_one, (), num_processes=2)
