@@ -6,9 +6,6 @@ import threading
 from collections import OrderedDict
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from declip_cli.data import storage
 from declip_cli.errors import DataError
 
@@ -97,10 +94,10 @@ class _CachedShard:
         self._data = os.path.join(cache_dir, f"{name}.tar")
         self._marks_path = os.path.join(cache_dir, f"{name}.marks")
         self._handle: _Handle | None = None
-        self._marks: NDArray[np.uint8] = np.zeros(0, np.uint8)
+        self._marks = bytearray()
         if os.path.exists(self._data) and os.path.exists(self._marks_path):
             with open(self._marks_path, "rb") as file:
-                self._marks = np.frombuffer(file.read(), dtype=np.uint8)
+                self._marks = bytearray(file.read())
 
     def _stamp(self) -> str:
         facts: dict[str, Any] = self._system.info(self._path)
@@ -124,3 +121,5 @@ class _CachedShard:
                     os.pwrite(number, piece, position)
                 finally:
                     os.close(number)
+        self._marks.extend(bytes(max(0, sample + 1 - len(self._marks))))
+        self._marks[sample] = 1

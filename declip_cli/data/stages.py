@@ -24,7 +24,7 @@ class Pair:
     original_width: int
     original_height: int
     picture_hash: int
-    """Of the picture file as it came."""
+    """Of the picture file as it came; 0 where it was not asked for."""
     looks_hash: int
     """Perceptual hash; 0 where it was not asked for or the picture has no structure."""
 
@@ -75,6 +75,6 @@ def _finish(record: Record, config: PrepareConfig) -> Pair | LeftOut:
         height=small.height,
         original_width=small.original_width,
         original_height=small.original_height,
-        picture_hash=hash64(sample.image),
+        picture_hash=hash64(sample.image) if clean.duplicates != "keep" else 0,
         looks_hash=perceptual_hash(small.pixels) if clean.needs_perceptual_hash else 0,
     )

@@ -10,6 +10,8 @@ import typer
 from typer.testing import CliRunner
 
 from declip_cli.cli.prepare import prepare
+from declip_cli.data.prepare import prepare as prepare_shards
+from declip_cli.data.prepare_config import PrepareConfig
 from declip_cli.data.samples import open_samples
 
 app = typer.Typer()
@@ -125,3 +127,30 @@ def test_ctrl_c_leaves_a_state_from_which_the_command_goes_on(tmp_path, make_pic
     result = declip_prepare(source, "--out", tmp_path / "out", "--shard-samples", "20", "--json")
     assert json.loads(result.stdout)["num_pairs"] == 500
     assert len(open_samples([str(tmp_path / "out")])) == 500
+
+
+def test_filters_and_parts_are_options(photos, tmp_path):
+    result = declip_prepare(
+        photos, "--out", tmp_path / "out", "--min-caption-chars", 5, "--max-caption-chars", 50, "--script", "latin",
+        "--max-caption-repeats", 3, "--min-side-px", 10, "--max-aspect", 4, "--duplicates", "near",
+        "--exclude", photos, "--split", "val=0.2", "--json",
+    )  # fmt: skip
+    assert result.exit_code == 1
+    assert "no image-text pair found" in result.stderr
+    assert "excluded picture: 6, first 0.jpg" in result.stderr
+    result = declip_prepare(photos, "--out", tmp_path / "out2", "--duplicates", "some")
+    assert result.exit_code == 1
+    assert "prepare.clean.duplicates must be one of keep, exact, near" in result.stderr
+
+
+def test_defaults_of_the_options_are_those_of_the_configuration(photos, tmp_path):
+    declip_prepare(photos, "--out", tmp_path / "out")
+    for _ in prepare_shards(PrepareConfig(source=str(photos), out=str(tmp_path / "out"))):
+        pass  # would be refused as another command if an option had another default
+
+
+def test_the_help_is_complete_without_torch():
+    result = declip_prepare("--help")
+    assert "Example" in result.stdout
+    program = "import sys; import declip_cli.cli.prepare; sys.exit('torch' in sys.modules or 'cv2' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -3,8 +3,10 @@ import io
 import json
 import shutil
 import tarfile
+import zlib
 
 import fsspec
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -379,3 +381,53 @@ def test_an_interrupted_run_to_a_url_goes_on(tmp_path, make_picture, monkeypatch
         if path.suffix == ".tar":
             assert fs.cat(f"/resumed/{path}") == data
     fs.rm("/resumed", recursive=True)
+
+
+def encoded(image, format, **options):
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def bomb():
+    """A PNG file of 3 kB that claims 50,000 x 50,000 pixels."""
+    data = bytearray(encoded(Image.new("1", (1000, 1000)), "PNG"))
+    data[16:24] = (50_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    return bytes(data)
+
+
+def test_unusual_pictures_are_handled_or_counted(tmp_path, make_picture):
+    red = Image.new("RGB", (40, 30), (200, 30, 40))
+    clear = Image.new("RGBA", (40, 30), (200, 30, 40, 0))
+    deep = Image.fromarray(np.full((30, 40), 51_400, np.uint16))
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    frames = {"save_all": True, "append_images": [Image.new("RGB", (40, 30), "blue")], "duration": 50}
+    pictures = {
+        "cmyk.jpg": encoded(red.convert("CMYK"), "JPEG"),
+        "deep.png": encoded(deep, "PNG"),
+        "palette.png": encoded(red.convert("P", palette=Image.Palette.ADAPTIVE), "PNG"),
+        "moving.gif": encoded(red, "GIF", **frames),
+        "clear.png": encoded(clear, "PNG"),
+        "rotated.jpg": encoded(red, "JPEG", exif=exif),
+        "bomb.png": bomb(),
+        "wrong_name.png": make_picture(0),
+    }
+    source = tmp_path / "in"
+    source.mkdir()
+    for name, data in pictures.items():
+        (source / name).write_bytes(data)
+        (source / name).with_suffix(".txt").write_text(name)
+    report = run(source, tmp_path / "out", max_bad=0.5)
+    assert report.skipped == {"too many pixels": (1, "bomb.png")}
+    store = open_samples([str(tmp_path / "out")])
+    found = {}
+    for number in range(len(store)):
+        sample = store.read(number)
+        found[sample.captions[0]] = Image.open(io.BytesIO(sample.image)).convert("RGB")
+    assert found["rotated.jpg"].size == (30, 40)
+    expected = dict.fromkeys(("cmyk.jpg", "palette.png", "moving.gif", "rotated.jpg"), (200, 30, 40))
+    expected |= {"deep.png": (200, 200, 200), "clear.png": (255, 255, 255)}
+    for name, colour in expected.items():
+        assert found[name].getpixel((15, 15)) == pytest.approx(colour, abs=6), name

@@ -4,6 +4,7 @@ import os
 import tarfile
 import threading
 
+import fsspec
 import pytest
 
 from declip_cli.data.samples import open_samples
@@ -237,3 +238,33 @@ def test_a_prepared_folder_with_a_damaged_shard_is_refused(tmp_path):
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(DataError, match="manifest.json is damaged"):
         open_samples([str(tmp_path)])
+
+
+def test_remote_shards_are_fetched_piece_by_piece_and_once(tmp_path, monkeypatch):
+    fs = fsspec.filesystem("memory")
+    fs.makedirs("/far", exist_ok=True)
+    for shard in range(2):
+        path = write_tar(tmp_path / f"{shard}.tar", pairs(range(5 * shard, 5 * shard + 5)))
+        fs.put(str(path), f"/far/{shard}.tar")
+    asked = []
+    cat_file = type(fs).cat_file
+
+    def counted(self, path, start=None, end=None, **options):
+        asked.append(end - start)
+        return cat_file(self, path, start=start, end=end, **options)
+
+    monkeypatch.setattr(type(fs), "cat_file", counted)
+    cache = str(tmp_path / "cache")
+    store = open_samples(["memory://far/{0..1}.tar"], cache_dir=cache)
+    assert asked == []
+    for _ in range(2):
+        assert [store.read(n).captions for n in (7, 0, 9)] == [("text 7",), ("text 0",), ("text 9",)]
+    assert len(asked) == 3
+    assert all(num_bytes <= 4 * 512 for num_bytes in asked)
+    again = open_samples(["memory://far/{0..1}.tar"], cache_dir=cache)
+    assert [again.read(n).captions for n in (0, 1)] == [("text 0",), ("text 1",)]
+    assert len(asked) == 4
+    assert again.fingerprint == store.fingerprint
+    fs.rm("/far", recursive=True)
+    with pytest.raises(DataError, match="cannot read the shard"):
+        again.read(3)

@@ -1,0 +1,126 @@
+"""Pictures a second of one core, against img2dataset's resizer: python tests/benchmarks/prepare.py.
+
+Both make the shorter side 256 px and write JPEG of quality 95. `picture` is the resizer alone; `whole` is all of
+`declip prepare` (reading files, decoding, resizing, encoding, hashing, writing shards) against that resizer. The
+last line is the peak memory of a million records in the table reader and the cleaning.
+"""
+
+import argparse
+import importlib.metadata
+import io
+import json
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+from lines import compare, report
+
+from declip_cli.data.clean import caption_problem
+from declip_cli.data.pictures import shrink_picture
+from declip_cli.data.prepare import prepare
+from declip_cli.data.prepare_config import CleanConfig, PrepareConfig
+from declip_cli.data.seen import Looks, Seen
+from declip_cli.data.sources.find import open_source
+from declip_cli.data.stages import Pair
+
+SIDE_PX, QUALITY = 256, 95
+SIZES = ((500, 375), (1024, 768), (1600, 1200))
+
+
+def write_folder(folder: Path, pictures: list[bytes]) -> None:
+    """Write pictures with a captions.jsonl."""
+    lines = []
+    for number, picture in enumerate(pictures):
+        (folder / f"{number}.jpg").write_bytes(picture)
+        lines.append(json.dumps({"file": f"{number}.jpg", "caption": f"photograph {number}"}))
+    (folder / "captions.jsonl").write_text("\n".join(lines))
+
+
+def prepare_folder(source: Path) -> None:
+    """Run all of `declip prepare` in one worker thread."""
+    with tempfile.TemporaryDirectory() as out:
+        for _ in prepare(PrepareConfig(source=str(source), out=f"{out}/shards", workers=1)):
+            pass
+
+
+def measure_speed(num: int, runs: int) -> None:
+    """Compare with img2dataset's resizer at three sizes."""
+    from img2dataset.resizer import Resizer
+    from loader import photograph_jpegs
+
+    resizer = Resizer(SIDE_PX, "keep_ratio", True, encode_quality=QUALITY)
+    clock = {"runs": runs, "clock": time.process_time, "unit": "images/s"}
+    clock["peer_name"] = f"img2dataset {importlib.metadata.version('img2dataset')} resizer"
+    for width, height in SIZES:
+        pictures = list(photograph_jpegs(num, width=width, height=height))
+
+        def ours(pictures: list[bytes] = pictures) -> None:
+            for picture in pictures:
+                shrink_picture(picture, side_px=SIDE_PX, quality=QUALITY)
+
+        def peer(pictures: list[bytes] = pictures) -> None:
+            for picture in pictures:
+                assert resizer(io.BytesIO(picture))[5] is None
+
+        name = f"{width}x{height}"
+        compare(f"prepare_picture_{name}", ours, peer, amount=num, **clock)
+        with tempfile.TemporaryDirectory() as folder:
+            write_folder(Path(folder), pictures)
+            compare(f"prepare_whole_{name}", partial(prepare_folder, Path(folder)), peer, amount=num, **clock)
+
+
+def clean_records(num: int) -> None:
+    """Send records of a table through the reader and every filter; print the peak memory in MiB."""
+    clean = CleanConfig(min_caption_chars=5, scripts=("latin",), max_caption_repeats=3, duplicates="near")
+    seen, rng, num_left = Seen(clean, Looks()), random.Random(0), 0
+    with tempfile.TemporaryDirectory() as folder:
+        table = Path(folder) / "table.csv"
+        with table.open("w") as file:
+            file.write("image,caption\n")
+            file.writelines(f"{n:09d}.jpg,photograph {n // 2} of something that people like\n" for n in range(num))
+        source = open_source(PrepareConfig(source=str(table), out=f"{folder}/out"))
+        for number, record in enumerate(source.records_from(0)):
+            captions = tuple(text for text in record.captions if not caption_problem(text, clean))
+            hashes = {"picture_hash": rng.getrandbits(63) + 1, "looks_hash": rng.getrandbits(64) | 1}
+            sizes = dict.fromkeys(("width", "height", "original_width", "original_height"), 256)
+            pair = Pair(key=record.key, part="", captions=captions, jpeg=b"", **sizes, **hashes)
+            num_left += isinstance(seen.check(pair), Pair)
+            if number % 10_000 == 0:
+                seen.new_bytes()
+    assert num_left > 0.99 * num
+    sys.stdout.write(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}\n")
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=100, help="pictures of each size")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--records", type=int, default=1_000_000, help="for the memory; 0 leaves it out")
+    parser.add_argument("--only-clean", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.only_clean:
+        clean_records(arguments.records)
+        return
+    measure_speed(arguments.images, arguments.runs)
+    if arguments.records:
+        command = [sys.executable, __file__, "--only-clean", "--records", str(arguments.records)]
+        peak_mib = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        report(
+            f"prepare_memory_{arguments.records}_records",
+            peak_mib,
+            1024.0,
+            peer_name="the goal",
+            unit="MiB",
+            runs=1,
+            ratio=1024.0 / peak_mib,
+        )
+
+
+if __name__ == "__main__":
+    main()
