@@ -126,7 +126,7 @@ def read_pcam(root: Path, split: str) -> Listing:
         h5py = importlib.import_module("h5py")
     except ImportError as error:
         raise EvaluateError(
-            "pcam is stored as HDF5, which needs the package h5py", remedy="pip install h5py"
+            "pcam is stored as HDF5, which needs the package h5py", remedy="pip install 'declip[pcam]'"
         ) from error
     stem = f"camelyonpatch_level_2_split_{ {'val': 'valid'}.get(split, split) }"
     files = [root / "pcam" / f"{stem}_{kind}.h5" for kind in "xy"]

@@ -248,7 +248,7 @@ def test_pcam_needs_h5py_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "pcam").mkdir()
     with pytest.raises(EvaluateError, match="h5py") as error:
         open_classification("pcam", data_root=tmp_path)
-    assert error.value.remedy == "pip install h5py"
+    assert error.value.remedy == "pip install 'declip[pcam]'"
 
 
 def test_pcam_reads_pixels_and_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
