@@ -103,10 +103,11 @@ class TrainStream(Iterator[Batch]):
     def __init__(self, samples: SampleStore, config: StreamConfig) -> None:
         global_size = config.batch_size * config.world_size
         if len(samples) < global_size:
+            largest = len(samples) // config.world_size
             raise DataError(
                 f"the data set has {len(samples)} pairs, fewer than one batch of {global_size} "
                 f"({config.batch_size} on each of {config.world_size} processes)",
-                remedy=f"--batch-size {max(2, len(samples) // config.world_size)}",
+                remedy=f"--batch-size {largest}" if largest >= 2 else "prepare more pairs",
             )
         cv2.setNumThreads(0)  # the threads are here; OpenCV's own would only compete with them
         self._samples = samples
@@ -201,7 +202,7 @@ class TrainStream(Iterator[Batch]):
         return batch
 
     def _next(self) -> Batch:
-        while len(self._pending) < (self._num_ahead if self._pool else 1):
+        while len(self._pending) <= (self._num_ahead if self._pool else 0):
             self._pending.append(self._schedule())
         pending = self._pending.popleft()
         every_row = range(self._config.batch_size)

@@ -216,6 +216,9 @@ def test_too_few_pairs_for_one_batch_is_an_error():
     with pytest.raises(DataError, match="has 23 pairs, fewer than one batch of 24 .12 on each of 2") as caught:
         stream(batch_size=12, world_size=2)
     assert caught.value.remedy == "--batch-size 11"
+    with pytest.raises(DataError) as caught:
+        stream(MemoryStore(3), world_size=2)
+    assert caught.value.remedy == "prepare more pairs"
     assert stream(batch_size=23).steps_per_epoch == 1
 
 
@@ -305,6 +308,17 @@ def test_time_spent_waiting_is_counted():
     assert source.wait_seconds == 0
     next(source)
     assert source.wait_seconds >= 4 * 0.002
+
+
+def test_batches_are_made_while_the_consumer_works():
+    store = MemoryStore()
+    source = stream(store, workers=1, cache_mib=0)
+    next(source)
+    deadline = time.monotonic() + 10
+    while store.num_reads < 3 * SIZE and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert store.num_reads == 3 * SIZE  # two batches ahead, and no more
+    source.close()
 
 
 def test_a_failure_of_the_program_itself_is_not_swallowed():
