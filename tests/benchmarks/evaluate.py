@@ -78,7 +78,7 @@ def main() -> None:
     """Run the parts that were asked for, all by default."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", help="of " + ", ".join(PARTS))
-    parser.add_argument("--classes", type=int, default=10, help="ImageNet classes in the classifier")
+    parser.add_argument("--classes", type=int, default=4, help="ImageNet classes in the classifier")
     parser.add_argument("--arch", default="vit-b32")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
