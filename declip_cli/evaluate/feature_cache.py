@@ -4,6 +4,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -68,7 +69,8 @@ def store_features(key: str, tensors: Mapping[str, Tensor], notes: Mapping[str, 
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, dict(notes))
         temporary.replace(path)
     except (OSError, SafetensorError):
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _path(key: str) -> Path:

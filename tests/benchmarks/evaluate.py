@@ -21,7 +21,6 @@ from declip_cli.model.checkpoint import load_model, save_model
 from declip_cli.model.clip import DualEncoder
 from declip_cli.model.precision import autocast
 
-
 PARTS = ("zeroshot",)
 
 
