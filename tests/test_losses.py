@@ -1,0 +1,194 @@
+"""The losses against plain loops written from the papers' equations."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from declip_cli import losses
+from declip_cli.losses import (
+    info_nce,
+    masked_cross_entropy,
+    most_relevant_tokens,
+    negative_cosine,
+    nt_xent,
+    token_wise_similarity,
+)
+
+
+def unit(*shape, seed=0):
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def dot(a, b):
+    return sum(x * y for x, y in zip(a.tolist(), b.tolist(), strict=True))
+
+
+def log_sum_exp(values):
+    return math.log(sum(math.exp(value) for value in values))
+
+
+@pytest.mark.parametrize(("b", "m"), [(1, 1), (4, 4), (3, 12)])
+def test_info_nce_equals_the_loop_of_the_paper(b, m):
+    query, keys, targets = unit(b, 5), unit(m, 5, seed=1), torch.arange(b) + (m - b)
+    expected = 0.0
+    for row in range(b):
+        logits = [14.3 * dot(query[row], key) for key in keys]
+        expected += (log_sum_exp(logits) - logits[targets[row]]) / b
+    loss = info_nce(query, keys, targets, logit_scale=torch.tensor(14.3))
+    assert loss.shape == ()
+    assert loss.item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_info_nce_spreads_a_share_of_the_target_when_smoothed():
+    query, keys, targets = unit(3, 5), unit(7, 5, seed=1), torch.tensor([4, 0, 6])
+    expected = 0.0
+    for row in range(3):
+        logits = [9.0 * dot(query[row], key) for key in keys]
+        wanted = [0.2 / 7 + (0.8 if column == targets[row] else 0.0) for column in range(7)]
+        expected += sum(w * (log_sum_exp(logits) - logit) for w, logit in zip(wanted, logits, strict=True)) / 3
+    loss = info_nce(query, keys, targets, logit_scale=torch.tensor(9.0), label_smoothing=0.2)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_info_nce_is_log_m_when_nothing_is_told_apart():
+    same = unit(1, 8).expand(6, 8)
+    loss = info_nce(same, same, torch.arange(6), logit_scale=torch.tensor(14.3))
+    assert loss.item() == pytest.approx(math.log(6), rel=1e-6)
+
+
+def test_info_nce_is_computed_in_float32_under_autocast():
+    query, keys, rows = unit(4, 64), unit(9, 64, seed=1), torch.arange(4)
+    expected = info_nce(query, keys, rows, logit_scale=torch.tensor(100.0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(info_nce(query, keys, rows, logit_scale=torch.tensor(100.0)), expected)
+
+
+def test_negative_cosine_gives_the_target_no_gradient():
+    p, z = unit(4, 8).requires_grad_(), unit(4, 8, seed=1).requires_grad_()
+    negative_cosine(p, z).backward()
+    assert p.grad is not None
+    assert z.grad is None
+
+
+def test_negative_cosine_is_minus_the_mean_cosine_whatever_the_lengths():
+    p, z = unit(3, 7), unit(3, 7, seed=1)
+    expected = -sum(dot(a, b) for a, b in zip(p, z, strict=True)) / 3
+    lengths = torch.tensor([[0.1], [2.0], [30.0]])
+    assert negative_cosine(p * lengths, z * 5).item() == pytest.approx(expected, rel=1e-5)
+    assert negative_cosine(p, 3 * p).item() == pytest.approx(-1.0)
+
+
+def test_nt_xent_equals_equation_1_of_simclr():
+    views, temperature = unit(5, 2, 6), 0.1
+    # z_2k-1 and z_2k are the two views of picture k; 2N rows in all.
+    rows = [views[picture, view] for picture in range(5) for view in (0, 1)]
+    expected = 0.0
+    for i in range(10):
+        partner = i + 1 if i % 2 == 0 else i - 1
+        logits = {k: dot(rows[i], rows[k]) / temperature for k in range(10) if k != i}
+        expected += (log_sum_exp(logits.values()) - logits[partner]) / 10
+    loss = nt_xent(views, views, torch.arange(5), temperature=temperature)
+    assert loss.shape == ()
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_nt_xent_of_two_ranks_averages_to_that_of_one():
+    views = unit(6, 2, 5)
+    whole = nt_xent(views, views, torch.arange(6), temperature=0.2)
+    halves = [nt_xent(views[s : s + 3], views, torch.arange(s, s + 3), temperature=0.2) for s in (0, 3)]
+    assert torch.stack(halves).mean().item() == pytest.approx(whole.item(), rel=1e-6)
+
+
+def test_nt_xent_is_log_of_2m_minus_1_when_nothing_is_told_apart():
+    same = unit(1, 1, 4).expand(7, 2, 4)
+    assert nt_xent(same, same, torch.arange(7), temperature=0.5).item() == pytest.approx(math.log(13), rel=1e-6)
+
+
+def test_masked_cross_entropy_adds_up_per_text():
+    logits = torch.randn(4, 11, generator=torch.Generator().manual_seed(0))
+    labels, owners = torch.tensor([3, 0, 10, 3]), torch.tensor([0, 2, 2, 2])
+    expected = [0.0, 0.0, 0.0, 0.0, 0.0]
+    for row, label, owner in zip(logits.tolist(), labels.tolist(), owners.tolist(), strict=True):
+        expected[owner] += log_sum_exp(row) - row[label]
+    found = masked_cross_entropy(logits, labels, owners, num_owners=5)
+    assert found.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_masked_cross_entropy_of_no_masked_token_is_zero_with_gradient():
+    logits = torch.zeros(0, 11, requires_grad=True)
+    none = torch.zeros(0, dtype=torch.int64)
+    found = masked_cross_entropy(logits, none, none, num_owners=3)
+    assert found.tolist() == [0.0, 0.0, 0.0]
+    found.sum().backward()
+    assert logits.grad.shape == (0, 11)
+
+
+def test_most_relevant_tokens_are_those_with_the_largest_summed_similarity():
+    tokens, partners = unit(3, 9, 5), unit(3, 4, 5, seed=1)
+    mask = torch.arange(9) < torch.tensor([[9], [6], [5]])
+    partner_mask = torch.arange(4) < torch.tensor([[4], [2], [1]])
+    kept, kept_mask = most_relevant_tokens(tokens, partners, mask=mask, partner_mask=partner_mask, top_k=6)
+    assert kept.shape == (3, 6, 5)
+    for b in range(3):
+        relevance = {
+            t: sum(dot(tokens[b, t], partners[b, p]) for p in range(4) if partner_mask[b, p])
+            for t in range(9)
+            if mask[b, t]
+        }
+        best = sorted(relevance, key=relevance.get, reverse=True)[:6]
+        rows = {tuple(row) for row, counts in zip(kept[b].tolist(), kept_mask[b], strict=True) if counts}
+        assert rows == {tuple(tokens[b, t].tolist()) for t in best}
+        assert int(kept_mask[b].sum()) == len(best)
+
+
+def test_most_relevant_tokens_pads_short_texts_with_rows_that_do_not_count():
+    tokens, mask = unit(2, 3, 5), torch.tensor([[True, True, True], [True, False, False]])
+    kept, kept_mask = most_relevant_tokens(
+        tokens, unit(2, 4, 5), mask=mask, partner_mask=torch.ones(2, 4, dtype=torch.bool), top_k=7
+    )
+    assert kept.shape == (2, 7, 5)
+    assert torch.equal(kept[:, :3], tokens)
+    assert kept_mask.tolist() == [[True, True, True] + [False] * 4, [True] + [False] * 6]
+
+
+def token_case():
+    queries, keys = unit(5, 4, 6).requires_grad_(), unit(7, 3, 6, seed=1).requires_grad_()
+    query_mask = torch.arange(4) < torch.tensor([[4], [1], [2], [3], [4]])
+    key_mask = torch.arange(3) < torch.tensor([[3], [2], [1], [3], [1], [2], [3]])
+    return queries, keys, {"query_mask": query_mask, "key_mask": key_mask}
+
+
+def test_token_wise_similarity_equals_equations_3_to_5_of_filip():
+    queries, keys, masks = token_case()
+    expected = torch.zeros(5, 7)
+    for i in range(5):
+        for j in range(7):
+            best = []
+            for k in range(4):
+                if masks["query_mask"][i, k]:
+                    counted = [r for r in range(3) if masks["key_mask"][j, r]]
+                    best.append(max(dot(queries[i, k], keys[j, r]) for r in counted))
+            expected[i, j] = sum(best) / len(best)
+    found = token_wise_similarity(queries, keys, **masks)
+    assert found.shape == (5, 7)
+    torch.testing.assert_close(found.detach(), expected)
+
+
+def test_token_wise_similarity_in_chunks_has_the_same_values_and_gradients(monkeypatch):
+    results = []
+    for elements in (2**25, 4 * 7 * 3 * 2):  # all queries at once; two at a time
+        monkeypatch.setattr(losses, "_PAIR_ELEMENTS", elements)
+        queries, keys, masks = token_case()
+        scores = token_wise_similarity(queries, keys, **masks)
+        scores.pow(2).sum().backward()
+        results.append((scores.detach(), queries.grad, keys.grad))
+    for whole, chunked in zip(*results, strict=True):
+        torch.testing.assert_close(chunked, whole)
+
+
+def test_a_text_without_tokens_scores_zero_and_not_nan():
+    queries, keys, masks = token_case()
+    masks["query_mask"] = masks["query_mask"] & (torch.arange(5) != 2)[:, None]
+    assert token_wise_similarity(queries, keys, **masks)[2].tolist() == [0.0] * 7
