@@ -140,6 +140,8 @@ def _run(config: PrepareConfig) -> "PrepareReport":
     reports = prepare_shards(config)
     with _interrupts() as is_stopped, _progress() as show:
         for report in reports:
+            if report.kind == "urls" and not report.num_read:
+                note("downloading; pictures come in pieces, after a few minutes each")
             show(report)
             if is_stopped():
                 reports.close()
@@ -159,6 +161,7 @@ def _interrupts() -> Iterator[Any]:
 
     def stop(number: int, frame: object) -> None:
         stops.append(number)
+        note("stopping; Ctrl-C again stops at once and loses the work since the last shard or minute")
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = signal.signal(signal.SIGINT, stop)

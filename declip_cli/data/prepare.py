@@ -187,12 +187,14 @@ class _Run:
             )
 
     def _part_of(self, pair: Pair) -> str:
+        if pair.part:
+            return pair.part
         position = hash64(pair.key.encode()) / 2**64
         for part, fraction in self._config.split.items():
             if position < fraction:
                 return part
             position -= fraction
-        return pair.part
+        return ""
 
     def _save(self) -> None:
         report = self._report
@@ -242,6 +244,7 @@ class _Run:
             return facts | {"part": part}
         totals: dict[str, Any] = {
             "num_read": report.num_read,
+            "num_shards": report.num_shards,
             "num_skipped": sum(count for count, _ in report.skipped.values()),
             "skipped": _skipped_to_json(report.skipped),
             "parts": {name: other.num_pairs for name, other in self._writers.items() if name},
@@ -265,4 +268,4 @@ def _report_from_manifest(report: PrepareReport, folder: OutFolder) -> None:
     report.skipped = {cause: (entry["count"], entry["first"]) for cause, entry in manifest["skipped"].items()}
     report.parts = {"train": manifest["num_pairs"]} | manifest["parts"]
     report.num_pairs = sum(report.parts.values())
-    report.num_shards = len(manifest["shards"])
+    report.num_shards = manifest["num_shards"]

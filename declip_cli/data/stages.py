@@ -53,21 +53,21 @@ def finish_records(records: Sequence[Record], config: PrepareConfig) -> list[Pai
 
 
 def _finish(record: Record, config: PrepareConfig) -> Pair | LeftOut:
-    clean = config.clean
+    clean, key = config.clean, record.key.encode("utf-8", "backslashreplace").decode()
     try:
         sample = record.load()
         kept = [(text, caption_problem(text, clean)) for text in sample.captions]
         captions = tuple(text for text, problem in kept if not problem)
         if not captions:
-            return LeftOut(record.key, kept[0][1], is_bad=False)
+            return LeftOut(key, kept[0][1], is_bad=False)
         small = shrink_picture(sample.image, side_px=config.image_side_px, quality=config.quality)
     except DataError as error:
-        return LeftOut(record.key, error.cause, is_bad=True)
+        return LeftOut(key, error.cause, is_bad=True)
     problem = picture_problem(small.original_width, small.original_height, clean)
     if problem:
-        return LeftOut(record.key, problem, is_bad=False)
+        return LeftOut(key, problem, is_bad=False)
     return Pair(
-        key=record.key,
+        key=key,
         part=record.part,
         captions=captions,
         jpeg=small.jpeg,

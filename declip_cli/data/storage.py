@@ -120,13 +120,21 @@ def walk(folder: str) -> Iterator[str]:
         yield from _walk_local(folder, "")
 
 
-def _walk_local(root: str, below: str) -> Iterator[str]:
-    with os.scandir(os.path.join(root, below)) as entries:
-        found = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+def _walk_local(root: str, below: str, above: tuple[str, ...] = ()) -> Iterator[str]:
+    """Follow links to folders, but not around in circles."""
+    folder = os.path.join(root, below)
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"cannot list the folder {folder}: {error.strerror}", remedy="check its permissions") from error
     yield from (below + name for name, is_folder in found if not is_folder)
     for name, is_folder in found:
         if is_folder:
-            yield from _walk_local(root, f"{below}{name}/")
+            yield from _walk_local(root, f"{below}{name}/", (*above, real))
 
 
 def _folder_and_name(path: str) -> tuple[str, str]:

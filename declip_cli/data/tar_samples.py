@@ -204,6 +204,8 @@ def clean_captions(captions: list[Any], key: str) -> tuple[str, ...]:
     """
     if any(not isinstance(caption, str) for caption in captions):
         raise DataError(f"a caption of {key} is not text", remedy="write captions as strings", cause="caption not text")
+    if not all(map(is_unicode, captions)):
+        raise _not_utf8(key)
     stripped = tuple(text for caption in captions if (text := " ".join(caption.replace("\0", " ").split())))
     if not stripped:
         raise DataError(f"{key} has no caption", remedy="give it a caption or leave it out", cause="empty caption")
@@ -226,11 +228,30 @@ def decode_text(data: bytes, key: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"the caption of {key} is not UTF-8",
-            remedy="convert it with iconv -t utf-8",
-            cause="caption not UTF-8",
-        ) from error
+        raise _not_utf8(key) from error
+
+
+def _not_utf8(key: str) -> DataError:
+    return DataError(
+        f"the caption of {key} is not UTF-8",
+        remedy="convert it with iconv -t utf-8",
+        cause="caption not UTF-8",
+    )
+
+
+def is_unicode(value: object) -> bool:
+    """Say whether a value can be written as UTF-8, as text with half of a surrogate pair cannot.
+
+    Args:
+        value: a text; anything else is taken as it is.
+
+    Returns:
+        False for a text from bytes that were not UTF-8, read with `surrogateescape`, or from broken JSON escapes.
+    """
+    try:
+        return not isinstance(value, str) or value.isascii() or bool(value.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _parse_json(data: bytes, key: str) -> dict[str, Any]:

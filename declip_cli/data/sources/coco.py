@@ -6,10 +6,10 @@ from typing import Any
 
 from declip_cli.data import storage
 from declip_cli.data.sources.locate import locate_pictures
-from declip_cli.data.sources.records import Record, file_record
+from declip_cli.data.sources.records import BadRecord, Record, file_record
 from declip_cli.errors import DataError
 
-_TRAINING_SPLITS = ("", "train", "restval")
+_SPLITS = {"": "", "train": "", "restval": "", "val": "val", "test": "test"}
 
 
 def find_annotations(folder: str) -> list[str]:
@@ -89,8 +89,10 @@ def _karpathy_records(rows: list[dict[str, Any]], path: str, images: str) -> Ite
     for row in rows:
         captions: list[object] = [sentence.get("raw") for sentence in row.get("sentences", [])]
         split = row.get("split", "")
-        part = "" if split in _TRAINING_SPLITS else split
-        yield file_record(folder, _karpathy_name(row), captions, part=part)
+        if split not in _SPLITS:
+            yield BadRecord(_karpathy_name(row), "unknown split")
+        else:
+            yield file_record(folder, _karpathy_name(row), captions, part=_SPLITS[split])
 
 
 def _karpathy_name(row: dict[str, Any]) -> str:

@@ -4,11 +4,13 @@ import json
 import os
 from collections.abc import Callable, Iterator
 
+from declip_cli.config import require
 from declip_cli.data import storage
+from declip_cli.data.demo import demo_records
 from declip_cli.data.prepare_config import PrepareConfig, SourceKind
 from declip_cli.data.sources import coco, flickr30k, folder, table, tars, urls, yfcc15m
 from declip_cli.data.sources.locate import locate_pictures
-from declip_cli.data.sources.records import Record, Source, skip_first
+from declip_cli.data.sources.records import FileRecord, Record, Source, skip_first
 from declip_cli.errors import DataError
 
 _HELP = "a folder, a table, a .tar pattern, a COCO or Flickr30k file, or a list of URLs; or say --kind"
@@ -26,6 +28,8 @@ def open_source(config: PrepareConfig) -> Source:
     Raises:
         DataError: it is missing, or cannot be read as any kind or as the kind asked for.
     """
+    if config.source == "demo":
+        return Source("demo", skip_first(_demo_records()), len(demo_records("")) + len(demo_records("test")))
     path = config.source.rstrip("/") or "/"
     paths = storage.expand(path)
     missing = [found for found in paths if not storage.is_file(found) and not storage.is_folder(found)]
@@ -35,10 +39,32 @@ def open_source(config: PrepareConfig) -> Source:
     kind = config.kind or recognise(paths[0])
     if len(paths) > 1 and kind != "tars":
         raise DataError(f"{path} means {len(paths)} files; only tars may be several", remedy="give one file")
+    _refuse_options(kind, config)
     opener: Callable[[list[str], PrepareConfig], Source] | None = _OPENERS.get(kind)
     if opener is not None:
         return opener(paths, config)
     return Source(kind, skip_first(folder.read_folder(path, skip=skip)))
+
+
+def _refuse_options(kind: SourceKind, config: PrepareConfig) -> None:
+    """Raise ConfigError for options that this kind of source would not look at."""
+    has_columns = bool(config.image_column or config.caption_columns)
+    require(
+        kind in ("table", "urls") or not has_columns,
+        f"--image-column and --caption-column are for tables, but {config.source} is taken for: {kind}",
+        remedy="leave them away, or --kind table",
+    )
+    require(
+        kind in ("table", "declip", "coco", "flickr30k", "yfcc15m") or not config.images,
+        f"--images is for lists of file names, but {config.source} is taken for: {kind}",
+        remedy="leave it away, or say --kind",
+    )
+
+
+def _demo_records() -> Iterator[Record]:
+    for part in ("", "test"):
+        for record in demo_records(part):
+            yield FileRecord(record.key, str(record.path), (record.caption,), part)
 
 
 def _open_captions(paths: list[str], config: PrepareConfig) -> Source:

@@ -10,6 +10,7 @@ from typing import Any
 
 from declip_cli.data import storage
 from declip_cli.data.sources.records import BadRecord, BytesRecord, FileRecord, Record
+from declip_cli.data.tar_samples import is_unicode
 from declip_cli.errors import DataError
 
 TABLE_EXTENSIONS = (".csv", ".tsv", ".jsonl", ".parquet", ".json")
@@ -68,7 +69,7 @@ def columns_of(path: str) -> list[str]:
     if path.endswith((".jsonl", ".json")):
         return next((list(row) for row in _json_rows(path) if "" not in row), [])
     with storage.open_binary(path) as raw:
-        return _header(raw.readline().decode("utf-8-sig", "replace"), path)[0]
+        return _header(raw.readline(_MAX_FIELD_CHARS).decode("utf-8-sig", "replace"), path)[0]
 
 
 def _header(line: str, path: str) -> tuple[list[str], str, bool]:
@@ -90,7 +91,7 @@ def _text_rows(path: str) -> Iterator[Row]:
     csv.field_size_limit(_MAX_FIELD_CHARS)
     with storage.open_binary(path) as raw:
         text = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        first = text.readline()
+        first = text.readline(_MAX_FIELD_CHARS)
         names, delimiter, is_header = _header(first, path)
         lines = text if is_header else itertools.chain([first], text)
         if delimiter == "\t":
@@ -233,14 +234,6 @@ def _sameness(pair: tuple[int, Row], image: str) -> object:
     number, row = pair
     picture = row.get(image)
     return picture if isinstance(picture, str) and picture and "" not in row else number
-
-
-def is_unicode(text: object) -> bool:
-    """Say whether a cell came from UTF-8; `surrogateescape` marks the bytes that did not."""
-    try:
-        return not isinstance(text, str) or text.isascii() or bool(text.encode())
-    except UnicodeEncodeError:
-        return False
 
 
 def as_list(value: object) -> list[object]:

@@ -18,6 +18,7 @@ from declip_cli.data.prepare_state import spool_of
 from declip_cli.data.sources import table
 from declip_cli.data.sources.records import BadRecord, BytesRecord, Record
 from declip_cli.data.tar_format import read_members
+from declip_cli.data.tar_samples import is_unicode
 from declip_cli.errors import DataError
 
 URLS_PER_PIECE = 20_000
@@ -98,7 +99,7 @@ def _row(row: table.Row, number: int, url: str, captions: list[str]) -> _Row:
     address = row.get(url)
     if not isinstance(address, str) or not address.isprintable() or not address:
         return _Row(f"row {number}", (), "missing URL")
-    if not all(map(table.is_unicode, (address, *texts))):
+    if not all(map(is_unicode, (address, *texts))):
         return _Row(f"row {number}", (), "caption not UTF-8")
     return _Row(address, texts)
 

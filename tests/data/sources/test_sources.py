@@ -4,6 +4,7 @@ import bz2
 import gzip
 import io
 import json
+import os
 import tarfile
 
 import pyarrow
@@ -13,7 +14,7 @@ import pytest
 from declip_cli.data.prepare import prepare
 from declip_cli.data.prepare_config import PrepareConfig
 from declip_cli.data.samples import open_samples
-from declip_cli.errors import DataError
+from declip_cli.errors import ConfigError, DataError
 
 
 def round_trip(source, tmp_path, *, out="out", **options):
@@ -325,3 +326,51 @@ def test_a_kind_that_does_not_fit_is_an_error(tmp_path, make_picture):
     (tmp_path / "a.json").write_text("{}")
     with pytest.raises(DataError, match="neither COCO captions nor"):
         round_trip(tmp_path / "a.json", tmp_path, kind="coco")
+
+
+def test_the_demo_corpus_is_a_source_whose_test_vendor_is_set_apart(tmp_path):
+    config = PrepareConfig(source="demo", out=str(tmp_path / "out"))
+    *_, report = prepare(config)
+    assert report.parts == {"train": 3034, "test": 1217}
+    assert report.num_read == report.total
+
+
+def test_options_that_a_source_would_not_look_at_are_refused(tmp_path, make_picture):
+    write_pictures(tmp_path / "in", make_picture, "a.jpg")
+    (tmp_path / "in/a.txt").write_text("a")
+    with pytest.raises(ConfigError, match="are for tables, but .* is taken for: folder"):
+        round_trip(tmp_path / "in", tmp_path, image_column="file")
+    with pytest.raises(ConfigError, match="--images is for lists of file names"):
+        round_trip(tmp_path / "in", tmp_path, images=str(tmp_path))
+
+
+def test_text_that_is_no_unicode_is_counted_whatever_brought_it(tmp_path, make_picture):
+    write_pictures(tmp_path / "in", make_picture, "a.jpg", "b.jpg")
+    os.rename(tmp_path / "in/b.jpg", os.fsencode(tmp_path / "in") + b"/caf\xe9.jpg")
+    (tmp_path / "in/captions.jsonl").write_text('{"file": "a.jpg", "caption": "half \\ud83d"}\n')
+    with pytest.raises(DataError, match="no image-text pair found .*caption not UTF-8: 1, first a.jpg"):
+        round_trip(tmp_path / "in", tmp_path, max_bad=1.0)
+    (tmp_path / "in/captions.jsonl").unlink()
+    (tmp_path / "in/a.txt").write_bytes(b"caf\xe9")
+    with open(os.fsencode(tmp_path / "in") + b"/caf\xe9.txt", "wb") as file:
+        file.write("a café".encode())
+    _, pairs, report = round_trip(tmp_path / "in", tmp_path, out="out2", max_bad=1.0)
+    assert pairs["train"] == [(make_picture(1), ("a café",))]
+    assert report.skipped == {"caption not UTF-8": (1, "a.jpg")}
+
+
+def test_linked_folders_are_followed_but_not_in_circles(tmp_path, make_picture):
+    write_pictures(tmp_path / "far", make_picture, "a.jpg")
+    (tmp_path / "far/a.txt").write_text("a")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/link").symlink_to(tmp_path / "far")
+    (tmp_path / "far/back").symlink_to(tmp_path / "in")
+    assert round_trip(tmp_path / "in", tmp_path)[2].num_pairs == 1
+
+
+def test_an_unknown_split_of_a_list_is_counted(tmp_path, make_picture):
+    write_pictures(tmp_path / "in", make_picture, "1.jpg", "2.jpg")
+    images = [{"filename": f"{n}.jpg", "sentences": [{"raw": "x"}], "split": s} for n, s in ((1, "train"), (2, "../x"))]
+    (tmp_path / "in/dataset_x.json").write_text(json.dumps({"images": images}))
+    _, _, report = round_trip(tmp_path / "in", tmp_path, max_bad=0.5)
+    assert report.skipped == {"unknown split": (1, "2.jpg")}
