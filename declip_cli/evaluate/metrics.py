@@ -55,3 +55,23 @@ def mean_per_class_accuracy(predicted: Tensor, labels: Tensor, num_classes: int)
 def chance_accuracy(num_classes: int, k: int = 1) -> float:
     """Return what guessing k different classes reaches, in accuracy as in mean per class."""
     return min(1.0, k / num_classes)
+
+
+def recall_at(ranks: Tensor, k: int) -> float:
+    """Count how often a right answer is among the first k.
+
+    Args:
+        ranks: place of the best right answer of each query, 1 is the best, int64, (N,).
+        k: how many count.
+
+    Returns:
+        A fraction in [0, 1].
+    """
+    return int((ranks <= k).sum()) / len(ranks)
+
+
+def median_rank(ranks: Tensor) -> float:
+    """Return the middle rank, or halfway between the two middle ones."""
+    ordered = ranks.sort().values
+    middle = len(ordered) // 2
+    return float(ordered[middle]) if len(ordered) % 2 else float(ordered[middle - 1 : middle + 1].double().mean())
