@@ -1,22 +1,29 @@
 """Zero-shot classification, against OpenCLIP and against plain loops."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
+from declip_cli.config import ModelConfig
 from declip_cli.data.benchmarks import ClassificationSet, open_classification
 from declip_cli.data.benchmarks.base import FilePictures
+from declip_cli.data.image_views import evaluation_view
+from declip_cli.data.tokenizer import Tokenizer
 from declip_cli.errors import EvaluateError
 from declip_cli.evaluate.features import FeatureOptions
-from declip_cli.evaluate.prompts import load_templates
+from declip_cli.evaluate.prompts import build_token_classifier, load_templates, make_prompts
 from declip_cli.evaluate.report import class_report, write_predictions
-from declip_cli.evaluate.zeroshot import zeroshot
-from declip_cli.model.checkpoint import PretrainedModel, load_model
+from declip_cli.evaluate.zeroshot import ZeroshotReport, zeroshot
+from declip_cli.model.architectures import find_architecture
+from declip_cli.model.checkpoint import PretrainedModel, load_model, save_model
+from declip_cli.model.clip import DualEncoder
 
 FP32 = FeatureOptions(precision="fp32", use_cache=False)
 
@@ -38,19 +45,53 @@ def demo_set(num_pictures: int, *, num_classes: int = 40, **changes: object) -> 
 
 def test_predictions_equal_those_of_open_clip(tiny_run: Path):
     dataset = demo_set(24)
-    templates = ["a photo of a {}.", "a drawing of the {}.", "{}"]
+    templates = ("a photo of a {}.", "a drawing of the {}.", "{}")
     report = zeroshot(load_model(tiny_run), dataset, templates=templates, options=FP32)
+    assert_equal_to_open_clip(report, tiny_run / "model", dataset, templates)
 
-    name = f"local-dir:{tiny_run / 'model'}"
+
+def test_predictions_of_a_trained_model_equal_those_of_open_clip(tmp_path: Path):
+    dataset = demo_set(32)
+    config = ModelConfig(arch="vit-tiny32")
+    torch.manual_seed(0)
+    encoder = DualEncoder(find_architecture(config))
+    train_on(encoder, dataset, num_steps=20)
+    save_model(encoder, tmp_path / "model", config=config, method="clip")
+    report = zeroshot(load_model(tmp_path), dataset, templates=("{}",), options=FP32)
+    assert report.top1 > 0.2  # chance is 1 in 40
+    assert_equal_to_open_clip(report, tmp_path / "model", dataset, ("{}",))
+
+
+def train_on(encoder: DualEncoder, dataset: ClassificationSet, *, num_steps: int) -> None:
+    """Fit pictures to their names with CLIP's loss."""
+    views = [evaluation_view(load(), side_px=32, resize_px=32) for _, load in dataset.pictures]
+    images = torch.stack([torch.from_numpy(view) for view in views])
+    names = [dataset.class_names[label] for label in dataset.labels]
+    tokens = Tokenizer(encoder.architecture.text.context_length).encode(names, pad_to_context=False)
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3)
+    right = torch.arange(len(images))
+    for _ in range(num_steps):
+        rows, columns = (F.normalize(f, dim=-1) for f in (encoder.encode_image(images), encoder.encode_text(tokens)))
+        logits = 20 * rows @ columns.T
+        loss = F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def assert_equal_to_open_clip(
+    report: ZeroshotReport, folder: Path, dataset: ClassificationSet, templates: Sequence[str]
+) -> None:
+    """Let OpenCLIP read weights, pictures and prompts by itself and compare predictions."""
+    name = f"local-dir:{folder}"
     peer, _, preprocess = open_clip.create_model_and_transforms(name)
-    peer.eval()
+    fills = [template.format for template in templates]
     classifier = open_clip.build_zero_shot_classifier(
-        peer, open_clip.get_tokenizer(name), dataset.class_names, [t.format for t in templates], device="cpu"
+        peer.eval(), open_clip.get_tokenizer(name), dataset.class_names, fills
     )  # (D, C)
     pictures = torch.stack([preprocess(open_on_white(path)) for path, _ in dataset.pictures])
     with torch.no_grad():
-        logits = peer.encode_image(pictures, normalize=True) @ classifier  # (N, C)
-    scores, ranked = logits.topk(5)
+        scores, ranked = (peer.encode_image(pictures, normalize=True) @ classifier).topk(5)  # (N, 5)
     assert torch.equal(report.predictions.ranked, ranked)
     torch.testing.assert_close(report.predictions.scores, scores, atol=2e-6, rtol=1e-5)
     right = ranked[:, 0] == torch.tensor(dataset.labels)
@@ -74,16 +115,7 @@ def test_a_model_of_open_clip_predicts_here_what_it_predicts_there(tmp_path: Pat
 
     dataset = demo_set(16)
     report = zeroshot(load_model(tmp_path), dataset, templates="8", options=FP32)
-    name = f"local-dir:{tmp_path}"
-    peer, _, preprocess = open_clip.create_model_and_transforms(name)
-    classifier = open_clip.build_zero_shot_classifier(
-        peer.eval(), open_clip.get_tokenizer(name), dataset.class_names, [t.format for t in load_templates("8")]
-    )
-    pictures = torch.stack([preprocess(open_on_white(path)) for path, _ in dataset.pictures])
-    with torch.no_grad():
-        scores, ranked = (peer.encode_image(pictures, normalize=True) @ classifier).topk(5)
-    assert torch.equal(report.predictions.ranked, ranked)
-    torch.testing.assert_close(report.predictions.scores, scores, atol=2e-6, rtol=1e-5)
+    assert_equal_to_open_clip(report, tmp_path, dataset, load_templates("8"))
 
 
 def open_on_white(path: str) -> Image.Image:
@@ -146,11 +178,7 @@ def test_token_wise_models_are_scored_token_by_token(tiny_token_model: Pretraine
     for _ in range(2):
         again = zeroshot(tiny_token_model, dataset, options=cached)
         assert torch.equal(first.predictions.ranked, again.predictions.ranked)
-    from declip_cli.evaluate.prompts import build_token_classifier, make_prompts
-
     classes = build_token_classifier(tiny_token_model, make_prompts(dataset.class_names, "80"), options=FP32)
-    from declip_cli.data.image_views import evaluation_view
-
     view = torch.from_numpy(evaluation_view(dataset.pictures[2][1](), side_px=16, resize_px=18))
     with torch.no_grad():
         scores = classes.score(tiny_token_model.encoder.encode_image_tokens(view[None]))
