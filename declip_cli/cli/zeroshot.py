@@ -51,7 +51,7 @@ def zeroshot(
     report: Annotated[
         bool, typer.Option("--report", help="Add accuracy per class and the most confused pairs.")
     ] = False,
-    list_sets: Annotated[bool, typer.Option("--list", help="List the known data sets.")] = False,
+    list_sets: Annotated[bool, typer.Option("--list", help="List the known data sets and what is there.")] = False,
     download: Annotated[bool, typer.Option("--download", help="Fetch the data sets over the network first.")] = False,
     precision: Annotated[Precision, typer.Option(help="`auto` is bf16 where native.")] = Precision.auto,
     batch_size: BatchSize = 128,
@@ -100,15 +100,24 @@ def _show_list(entries: list[dict[str, Any]], *, as_json: bool) -> None:
         return
     emit_row(("name", "task", "classes", "metric", "expected", "is_there"))
     for entry in entries:
-        emit_row(("yes" if value is True else "no" if value is False else value) for value in entry.values())
+        classes, there = entry["num_classes"] or "-", "yes" if entry["is_there"] else "no"
+        emit_row((entry["name"], entry["task"], classes, entry["metric"], entry["expected"], there))
 
 
 def _listed(data_root: Path | None) -> list[dict[str, Any]]:
     from dataclasses import asdict
 
-    from declip_cli.data.benchmarks.registry import list_known
+    from declip_cli.data.benchmarks.base import resolve_data_root
+    from declip_cli.data.benchmarks.registry import Listed, list_known
+    from declip_cli.data.retrieval_sets import KNOWN_RETRIEVAL, locate_known
 
-    return [asdict(entry) for entry in list_known(data_root)]
+    listed = list_known(data_root)
+    root = resolve_data_root(data_root)
+    for known in KNOWN_RETRIEVAL.values():
+        path = locate_known(known, root)
+        expected = str(path or root / known.files[0])
+        listed.append(Listed(known.name, "retrieval", 0, "recall", expected, path is not None))
+    return [asdict(entry) for entry in listed]
 
 
 def _download(names: list[str], data_root: Path | None) -> None:
@@ -120,7 +129,13 @@ def _download(names: list[str], data_root: Path | None) -> None:
 
 def _open(name: str, data_root: Path | None, classes: Path | None) -> "ClassificationSet":
     from declip_cli.data.benchmarks import available_splits, open_classification
+    from declip_cli.data.retrieval_sets import KNOWN_RETRIEVAL
 
+    if name in KNOWN_RETRIEVAL:
+        raise EvaluateError(
+            f"{name} has captions and no classes, so there is nothing to classify",
+            remedy=f"declip retrieve {name}",
+        )
     splits = available_splits(name, data_root=data_root)
     split = next((split for split in ("test", "val", "train") if split in splits), "test")
     return open_classification(name, data_root=data_root, split=split, classes_file=classes)

@@ -3,10 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from declip_cli.data.benchmarks import ClassificationSet, available_splits, open_classification
-from declip_cli.evaluate.features import FeatureOptions
+from declip_cli.data.benchmarks.folders import class_folders
+from declip_cli.data.benchmarks.known import KNOWN
+from declip_cli.data.retrieval_sets import KNOWN_RETRIEVAL, RetrievalSet, has_shards, open_retrieval
+from declip_cli.data.sources.folder import CAPTIONS_FILE
+from declip_cli.evaluate.retrieve import retrieve
 from declip_cli.evaluate.zeroshot import zeroshot
 from declip_cli.model.checkpoint import PretrainedModel
 
@@ -45,16 +49,43 @@ def make_evaluator(names: Sequence[str], *, data_root: Path | None = None) -> Ev
     return evaluate
 
 
+class _Part(Protocol):
+    def score(self, model: PretrainedModel) -> Scores: ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Classification:
     dataset: ClassificationSet
 
     def score(self, model: PretrainedModel) -> Scores:
-        report = zeroshot(model, self.dataset, options=FeatureOptions())
-        return {key: value for key, value in report.to_json().items() if key not in _LEFT_OUT}
+        return _that_change(zeroshot(model, self.dataset).to_json())
 
 
-def _open(name: str, data_root: Path | None) -> list[_Classification]:
+@dataclass(frozen=True, slots=True)
+class _Retrieval:
+    dataset: RetrievalSet
+
+    def score(self, model: PretrainedModel) -> Scores:
+        return _that_change(retrieve(model, self.dataset).to_json())
+
+
+def _that_change(report: dict[str, Any]) -> Scores:
+    return {key: value for key, value in report.items() if key not in _LEFT_OUT}
+
+
+def _open(name: str, data_root: Path | None) -> list[_Part]:
+    if name == "demo":
+        retrieval = _Retrieval(open_retrieval(name, data_root=data_root))
+        return [_Classification(open_classification(name, data_root=data_root)), retrieval]
+    if name in KNOWN_RETRIEVAL or (name not in KNOWN and _has_captions(Path(name))):
+        return [_Retrieval(open_retrieval(name, data_root=data_root))]
     splits = available_splits(name, data_root=data_root)
     split = next((split for split in ("test", "val", "train") if split in splits), "test")
     return [_Classification(open_classification(name, data_root=data_root, split=split))]
+
+
+def _has_captions(folder: Path) -> bool:
+    """Say whether a folder holds captions rather than classes."""
+    return folder.is_dir() and (
+        has_shards(str(folder)) or (folder / CAPTIONS_FILE).exists() or not class_folders(folder)
+    )

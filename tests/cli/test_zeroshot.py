@@ -98,12 +98,21 @@ def test_class_names_fit_one_set_only(photos: Path, tmp_path: Path):
     assert "names the classes of one data set (got 2)" in result.stderr
 
 
+def test_a_retrieval_set_is_referred_to_its_command():
+    result = run("flickr30k")
+    assert result.exit_code == 1
+    assert "fix: declip retrieve flickr30k" in result.stderr
+
+
 def test_list_shows_every_set(tmp_path: Path):
     result = run("--list", "--data-root", tmp_path)
     rows = [line.split("\t") for line in result.stdout.splitlines()]
     assert rows[0] == ["name", "task", "classes", "metric", "expected", "is_there"]
-    assert ["cars", "zero-shot", "196", "accuracy", str(tmp_path / "stanford_cars" / "devkit"), "no"] in rows
+    path = str(tmp_path / "stanford_cars" / "devkit")
+    assert ["cars", "zero-shot, linear-probe", "196", "accuracy", path, "no"] in rows
+    assert ["coco", "retrieval", "-", "recall", str(tmp_path / "dataset_coco.json"), "no"] in rows
     listed = json.loads(run("--list", "--data-root", tmp_path, "--json").stdout)["datasets"]
     assert len(listed) == len(rows) - 1
+    assert listed[-1]["task"] == "retrieval"
     assert listed[0]["name"] == "demo"
     assert listed[0]["is_there"] is True

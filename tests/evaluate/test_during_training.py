@@ -23,6 +23,23 @@ def test_every_name_gets_its_scores(tmp_path: Path, tiny_model: PretrainedModel)
     assert all(isinstance(value, int | float) for entry in scores.values() for value in entry.values())
 
 
+def test_the_demo_is_scored_both_ways(tiny_model: PretrainedModel):
+    scores = make_evaluator(["demo"])(dataclasses.replace(tiny_model, fingerprint=""))["demo"]
+    assert scores["num_classes"] == 1217
+    assert 0 <= scores["top1"] <= scores["top5"] <= 1
+    assert set(scores["text_to_image"]) == set(scores["image_to_text"])
+    assert 0 <= scores["text_to_image"]["recall_at_10"] <= 1
+
+
+def test_a_folder_with_captions_is_scored_by_retrieval(tmp_path: Path, tiny_model: PretrainedModel):
+    for name in ("a", "b"):
+        set_layouts.put_picture(tmp_path / f"{name}.jpg")
+    set_layouts.put_lines(tmp_path / "captions.jsonl", [f'{{"file": "{n}.jpg", "caption": "an {n}"}}' for n in "ab"])
+    scores = make_evaluator([str(tmp_path)])(tiny_model)[str(tmp_path)]
+    assert scores["text_to_image"]["recall_at_5"] == 1
+    assert "top1" not in scores
+
+
 def test_a_wrong_name_is_told_before_training(tmp_path: Path):
     with pytest.raises(EvaluateError, match="no data set or folder named"):
         make_evaluator(["demmo"])

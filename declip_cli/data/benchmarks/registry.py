@@ -196,11 +196,21 @@ def list_known(data_root: Path | None = None) -> list[Listed]:
         One entry per set, the demo first.
     """
     folder = resolve_data_root(data_root)
-    listed = [Listed("demo", "zero-shot", len(_open_demo("test").class_names), "accuracy", "built in", True)]
+    listed = [
+        Listed(
+            "demo",
+            "zero-shot, linear-probe, retrieve",
+            len(_open_demo("test").class_names),
+            "accuracy",
+            "built in",
+            True,
+        )
+    ]
     for known in KNOWN.values():
         found = _locate(known, folder)
         expected = str((found or folder) / known.marker)
-        listed.append(Listed(known.name, "zero-shot", known.num_classes, known.metric, expected, found is not None))
+        task = "zero-shot, linear-probe" if "train" in known.splits else "zero-shot"
+        listed.append(Listed(known.name, task, known.num_classes, known.metric, expected, found is not None))
     return listed
 
 
