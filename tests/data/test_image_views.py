@@ -236,3 +236,16 @@ def test_evaluation_view_needs_a_picture_as_large_as_the_view():
 def test_an_unreadable_picture_says_why():
     with pytest.raises(DataError, match="a picture cannot be read: empty file"):
         drawn(AugmentConfig(), b"")
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        np.zeros((1, 32, 32, 3), dtype=np.uint8),
+        np.zeros((2, 32, 32, 3), dtype=np.float32),
+        np.zeros((2, 32, 64, 3), dtype=np.uint8)[:, :, ::2],
+    ],
+)
+def test_views_are_not_drawn_into_memory_of_another_layout(out):
+    with pytest.raises(ValueError, match="views need contiguous uint8"):
+        ImageViews(STILL, 32).draw(encode(photograph()), ("plain", "plain"), random.Random(0), out)
