@@ -43,6 +43,23 @@ def require_fractions(section: str, values: dict[str, float]) -> None:
         )
 
 
+def require_at_least(lowest: int, section: str, values: dict[str, float]) -> None:
+    """Raise ConfigError unless every value is at least as large as a bound.
+
+    Args:
+        lowest: the bound.
+        section: the configuration section, for the message.
+        values: key → value.
+
+    Raises:
+        ConfigError: a value is too small.
+    """
+    rule = f"must be at least {lowest}" if lowest else "cannot be negative"
+    for key, value in values.items():
+        message = f"{section}.{key} {rule} (got {value})"
+        require(value >= lowest, message, remedy=f"--set {section}.{key}={lowest}")
+
+
 @dataclass(frozen=True, slots=True)
 class Views:
     """Which views of a pair a method wants from the loader, in order."""
@@ -102,7 +119,13 @@ class AugmentConfig:
     """Share of tokens to predict in a `masked` text; of these 80 % masked, 10 % random, 10 % kept."""
 
     def __post_init__(self) -> None:
-        fractions: tuple[str, ...] = ("plain_crop_area_min", "crop_area_min", "jitter_probability", "brightness", "contrast")
+        fractions: tuple[str, ...] = (
+            "plain_crop_area_min",
+            "crop_area_min",
+            "jitter_probability",
+            "brightness",
+            "contrast",
+        )
         fractions += ("saturation", "grayscale_probability", "blur_probability", "flip_probability")
         fractions += ("deletion_probability", "mask_probability")
         require_fractions("augment", {key: getattr(self, key) for key in fractions})
@@ -110,6 +133,12 @@ class AugmentConfig:
             0.0 <= self.hue <= 0.5,
             f"augment.hue is in [0, 0.5] (got {self.hue})",
             remedy="--set augment.hue=0.1",
+        )
+        require(
+            self.blur_sigma_min_px <= self.blur_sigma_max_px,
+            "augment.blur_sigma_min_px must not exceed blur_sigma_max_px "
+            f"(got {self.blur_sigma_min_px}, {self.blur_sigma_max_px})",
+            remedy="--set augment.blur_sigma_min_px=0.1",
         )
         unknown = set(self.text_operations) - {"synonym", "swap", "delete"}
         require(
@@ -134,6 +163,10 @@ class DataConfig:
     part: str = ""
     """Named part of the demo corpus (`train`, `fit`, `validation`); empty is all training pairs."""
 
+    def __post_init__(self) -> None:
+        require_fractions("data", {"max_bad": self.max_bad})
+        require_at_least(-1, "data", {"workers": self.workers})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MethodConfig:
@@ -154,11 +187,8 @@ class MethodConfig:
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        require(
-            self.queue_size >= 1,
-            f"method.queue_size must be at least 1 (got {self.queue_size})",
-            remedy="--set method.queue_size=65536",
-        )
+        require_at_least(1, "method", {"queue_size": self.queue_size, "token_wise_top_k": self.token_wise_top_k})
+        require_at_least(0, "method.weights", self.weights)
         require_fractions("method", {"label_smoothing": self.label_smoothing})
         require(
             self.simclr_temperature > 0,
@@ -203,6 +233,19 @@ class OptimConfig:
             f"--learning-rate must be positive (got {self.learning_rate_peak})",
             remedy="--learning-rate 1e-3",
         )
+        for key in ("learning_rate_start", "learning_rate_end", "text_learning_rate_peak"):
+            require_at_least(0, "optim", {key: getattr(self, key)})
+        require(
+            self.learning_rate_start <= self.learning_rate_peak,
+            "optim.learning_rate_start must not exceed the peak "
+            f"(got {self.learning_rate_start}, {self.learning_rate_peak})",
+            remedy="--set optim.learning_rate_start=0",
+        )
+        for key in ("weight_decay", "gradient_clip_norm", "momentum"):
+            require_at_least(0, "optim", {key: getattr(self, key)})
+        for key in ("beta1", "beta2"):
+            value = getattr(self, key)
+            require(0 <= value < 1, f"optim.{key} is in [0, 1) (got {value})", remedy=f"--set optim.{key}=0.9")
         require(
             0 < self.layer_decay <= 1,
             f"optim.layer_decay is in (0, 1] (got {self.layer_decay})",
@@ -255,9 +298,10 @@ class TrainConfig:
     """Processes to start; 0: one per GPU, else 1. Ignored under a launcher that already set the ranks."""
 
     def __post_init__(self) -> None:
-        for key in ("epochs", "steps", "micro_batch_size", "threads", "time_limit_s", "processes"):
-            value = getattr(self, key)
-            require(value >= 0, f"train.{key} cannot be negative (got {value})", remedy=f"--set train.{key}=0")
+        at_least_0: tuple[str, ...] = ("epochs", "steps", "micro_batch_size", "threads", "time_limit_s", "processes")
+        at_least_0 += ("checkpoint_every_steps", "checkpoint_every_minutes", "eval_every_steps")
+        require_at_least(0, "train", {key: getattr(self, key) for key in at_least_0})
+        require_at_least(1, "train", {"log_every_steps": self.log_every_steps})
         require(
             self.batch_size >= 2,
             f"--batch-size must be at least 2, a contrastive loss needs negatives (got {self.batch_size})",
