@@ -94,7 +94,7 @@ def prepare(config: PrepareConfig) -> Generator[PrepareReport, None, None]:
         return
     yield report
     run = _Run(config, source, folder, report)
-    yield from run.go(started)
+    yield from run.go()
 
 
 class _Run:
@@ -102,6 +102,7 @@ class _Run:
 
     def __init__(self, config: PrepareConfig, source: Source, folder: OutFolder, report: PrepareReport) -> None:
         self._config, self._source, self._folder, self._report = config, source, folder, report
+        self._started = time.monotonic()
         self._excluded = look_at(config.clean.exclude, workers=config.workers)
         self._seen = Seen(config.clean, self._excluded.looks)
         self._writers: dict[str, PartWriter] = {}
@@ -126,9 +127,9 @@ class _Run:
         self._writers[part] = writer
         return writer
 
-    def go(self, started: float) -> Iterator[PrepareReport]:
+    def go(self) -> Iterator[PrepareReport]:
         cv2.setNumThreads(1)  # the pictures are shared out among threads already
-        report, reported = self._report, started
+        report, reported = self._report, self._started
         records = self._source.records_from(report.num_read)
         work = partial(finish_records, config=self._config)
         run = run_on_ray if self._config.engine == "ray" else run_in_threads
@@ -144,9 +145,10 @@ class _Run:
                     self._save()
                 if now - reported > _REPORT_EVERY_S:
                     reported = now
-                    yield self._update(started)
+                    yield self._update()
+            self._check_any()
             self._check_bad(least=1)
-            self._finish(started)
+            self._finish()
         except (GeneratorExit, DataError) as error:
             if not isinstance(error, DataError) or error.cause == _TOO_MANY_BAD:
                 self._save()
@@ -179,11 +181,23 @@ class _Run:
     def _check_bad(self, *, least: int) -> None:
         report = self._report
         if report.num_bad > self._config.max_bad * max(report.num_read, least):
+            self._check_any()
             raise DataError(
                 f"{report.num_bad} of {report.num_read} pairs cannot be read, more than --max-bad "
                 f"{self._config.max_bad:g}; the first: {', '.join(self._offenders)}",
                 remedy="run the same command with a larger --max-bad to go on, or mend them and add --force",
                 cause=_TOO_MANY_BAD,
+            )
+
+    def _check_any(self) -> None:
+        report = self._update()
+        if not report.num_pairs:
+            causes = "; ".join(f"{cause}: {n}, first {key}" for cause, (n, key) in report.skipped.items())
+            self._folder.forget_progress()
+            raise DataError(
+                f"no image-text pair found in {self._config.source} ({causes or 'it is empty'}), "
+                f"which was taken for: {report.kind}",
+                remedy="give pictures a caption (NAME.txt beside NAME.jpg, a captions.jsonl, a table), or say --kind",
             )
 
     def _part_of(self, pair: Pair) -> str:
@@ -207,26 +221,18 @@ class _Run:
         self._folder.save_progress(facts, self._seen.new_bytes())
         self._saved = time.monotonic()
 
-    def _update(self, started: float) -> PrepareReport:
+    def _update(self) -> PrepareReport:
         report = self._report
         report.parts = {part or "train": writer.num_pairs for part, writer in self._writers.items()}
         report.num_pairs = sum(report.parts.values())
         report.num_shards = sum(writer.num_shards for writer in self._writers.values())
-        report.seconds = time.monotonic() - started
+        report.seconds = time.monotonic() - self._started
         return report
 
-    def _finish(self, started: float) -> None:
-        report = self._update(started)
-        if not report.num_pairs:
-            causes = "; ".join(f"{cause}: {n}, first {key}" for cause, (n, key) in report.skipped.items())
-            self._folder.forget_progress()
-            raise DataError(
-                f"no image-text pair found in {self._config.source} ({causes or 'it is empty'})",
-                remedy="check the source; --kind says what it is if it was taken for something else",
-            )
+    def _finish(self) -> None:
         for writer in self._writers.values():
             writer.finish_shard()
-        self._update(started)
+        self._update()
         self._folder.finish({part: self._manifest(part) for part in self._writers})
 
     def _manifest(self, part: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from PIL import Image
 
 from declip_cli.data.clean import caption_problem, perceptual_hash, picture_problem
 from declip_cli.data.decode import decode_image
+from declip_cli.data.demo import demo_records
 from declip_cli.data.prepare_config import CleanConfig
 from declip_cli.data.seen import Looks, Seen
 from declip_cli.data.stages import LeftOut, Pair
@@ -181,3 +182,11 @@ def test_what_was_seen_can_be_written_down_and_taken_up():
         "near-duplicate picture",
         "duplicate key",
     ]
+
+
+def test_symmetric_icons_look_the_same_when_encoded_again():
+    within = []
+    for record in demo_records("test")[::20]:
+        pixels = decode_image(record.path.read_bytes())
+        within.append(distance(pixels, encode(pixels, quality=75)) <= 4)
+    assert sum(within) >= 0.95 * len(within)
