@@ -152,6 +152,8 @@ def _score(
     for dataset in datasets:
         with progress_of(dataset.name) as tell:
             report = zeroshot(model, dataset, templates=templates, options=replace(options, progress=tell))
+        if report.num_cut:
+            note(f"{dataset.name}: {report.num_cut} prompts are longer than {model.context_length} tokens and were cut")
         for cause, skipped in report.skipped.items():
             note(f"{dataset.name}: skipped {skipped['count']} pictures, {cause} (first: {skipped['first']})")
         reports.append(report)

@@ -16,7 +16,7 @@ from declip_cli.model.precision import autocast, resolve_precision
 
 __all__ = [
     "BLOCK_SIZE", "FeatureOptions", "ImageFeatures", "ImageInput", "Progress", "Skipped",
-    "image_features", "length_sorted_batches", "map_images", "text_features",
+    "count_cut", "image_features", "length_sorted_batches", "map_images", "text_features",
 ]  # fmt: skip
 
 
@@ -181,6 +181,21 @@ def _encode_texts(
                 options.progress(num_done, len(texts))
     assert features is not None
     return features
+
+
+def count_cut(texts: Sequence[str], context_length: int) -> int:
+    """Count the texts that are longer than a model reads, and lose their ends.
+
+    Args:
+        texts: N texts.
+        context_length: longest text in tokens.
+
+    Returns:
+        How many are cut.
+    """
+    tokenizer = Tokenizer(context_length=context_length)
+    tokenizer.encode(texts, pad_to_context=False)
+    return tokenizer.num_truncated
 
 
 def length_sorted_batches(

@@ -11,7 +11,7 @@ from torch import Tensor
 from declip_cli.data.benchmarks.base import ClassificationSet, Metric
 from declip_cli.errors import EvaluateError
 from declip_cli.evaluate.feature_cache import content_key, to_bytes
-from declip_cli.evaluate.features import FeatureOptions, ImageFeatures, image_features, map_images
+from declip_cli.evaluate.features import FeatureOptions, ImageFeatures, count_cut, image_features, map_images
 from declip_cli.evaluate.metrics import chance_accuracy, mean_per_class_accuracy, top_k_accuracy
 from declip_cli.evaluate.prompts import Prompts, build_classifier, build_token_classifier, make_prompts
 from declip_cli.model.checkpoint import PretrainedModel
@@ -51,6 +51,8 @@ class ZeroshotReport:
     num_templates: int
     templates: str
     """Which prompts: an ensemble or a file as the user named it, or `own` for the set's."""
+    num_cut: int
+    """Prompts longer than the model reads; their ends were left out."""
     precision: str
     """Number format of the forward passes: fp32 or bf16."""
     metric: Metric
@@ -89,6 +91,8 @@ class ZeroshotReport:
         report["chance_top1"] = chance_accuracy(self.num_classes)
         if self.top5 is not None:
             report["chance_top5"] = chance_accuracy(self.num_classes, _TOP_K)
+        if self.num_cut:
+            report["num_prompts_cut"] = self.num_cut
         if self.skipped:
             report["num_skipped"] = sum(int(entry["count"]) for entry in self.skipped.values())
             report["skipped"] = self.skipped
@@ -135,6 +139,7 @@ def zeroshot(
         num_classes=num_classes,
         num_templates=prompts.num_templates,
         templates=chosen if isinstance(chosen, str) else "own",
+        num_cut=count_cut(prompts.flat(), model.context_length),
         precision=resolve_precision(options.precision, next(model.encoder.parameters()).device),
         metric=dataset.metric,
         top1=top_k_accuracy(ranked, labels, 1),

@@ -144,6 +144,14 @@ def test_the_metric_of_the_set_decides_the_score(tiny_model: PretrainedModel):
     assert report.score == report.mean_per_class
 
 
+def test_prompts_that_are_too_long_are_counted(tiny_model: PretrainedModel):
+    templates = ("{}", "a {} and one two three four five six seven eight nine ten eleven")
+    report = zeroshot(tiny_model, demo_set(4, num_classes=6), templates=templates, options=FP32)
+    assert report.to_json()["num_prompts_cut"] == 6
+    whole = zeroshot(tiny_model, demo_set(4, num_classes=6), templates=("{}",), options=FP32)
+    assert "num_prompts_cut" not in whole.to_json()
+
+
 def test_top5_needs_five_classes(tiny_model: PretrainedModel):
     report = zeroshot(tiny_model, demo_set(4, num_classes=4), options=FP32)
     assert report.top5 is None
