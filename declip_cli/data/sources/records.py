@@ -1,5 +1,6 @@
 """What every source yields: where a picture and its captions lie, still unread."""
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -114,14 +115,14 @@ def read_picture(path: str) -> bytes:
     """
     try:
         with storage.open_binary(path) as file:
-            data = file.read(MAX_MEMBER_BYTES + 1)
+            if file.seek(0, os.SEEK_END) > MAX_MEMBER_BYTES:
+                raise DataError(f"{path} is too big for a picture", remedy="leave it out", cause="too big")
+            file.seek(0)
+            return file.read()
     except FileNotFoundError as error:
         raise DataError(f"no picture at {path}", remedy="check --images", cause="missing file") from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error}", remedy="check the file", cause="unreadable file") from error
-    if len(data) > MAX_MEMBER_BYTES:
-        raise DataError(f"{path} is too big for a picture", remedy="leave it out", cause="too big")
-    return data
 
 
 def file_record(folder: str, name: object, captions: list[object], *, part: str = "") -> Record:

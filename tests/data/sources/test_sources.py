@@ -374,3 +374,13 @@ def test_an_unknown_split_of_a_list_is_counted(tmp_path, make_picture):
     (tmp_path / "in/dataset_x.json").write_text(json.dumps({"images": images}))
     _, _, report = round_trip(tmp_path / "in", tmp_path, max_bad=0.5)
     assert report.skipped == {"unknown split": (1, "2.jpg")}
+
+
+def test_files_too_big_for_a_picture_are_counted_unread(tmp_path, make_picture):
+    write_pictures(tmp_path / "in", make_picture, "a.jpg", "b.jpg")
+    for name in "ab":
+        (tmp_path / f"in/{name}.txt").write_text(name)
+    with (tmp_path / "in/b.jpg").open("r+b") as file:
+        file.truncate(300 << 20)  # a hole, which takes no disk
+    _, _, report = round_trip(tmp_path / "in", tmp_path, max_bad=0.5)
+    assert report.skipped == {"too big": (1, "b.jpg")}
