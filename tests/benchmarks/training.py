@@ -1,0 +1,206 @@
+"""Training steps: samples/s and share of the peak against OpenCLIP's CLIP step, and memory of micro-batches.
+
+On synthetic pairs, so that only the step counts. `--memory` measures the peak memory of a batch of 1,024 in
+micro-batches of 64 against a batch of 64, for every method.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from contextlib import nullcontext
+
+import open_clip
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from declip_cli.batch import Batch
+from declip_cli.config import MethodConfig, ModelConfig, RunConfig, TrainConfig
+from declip_cli.methods.base import Method
+from declip_cli.methods.registry import METHODS, build_method
+from declip_cli.train.big_batch import forward_backward
+from declip_cli.train.optim import build_optimizers, clamp_logit_scales
+
+PEERS = {"vit-b32": "ViT-B-32-quickgelu", "vit-b16": "ViT-B-16-quickgelu", "rn50": "RN50-quickgelu"}
+TEXT_LENGTHS = (16, 8)
+"""Mean and standard deviation of caption lengths in tokens, as in web captions."""
+
+
+def make_batch(method: Method, size: int, device: torch.device) -> Batch:
+    """Draw pairs of noise with captions of realistic lengths, cut to the longest."""
+    generator = torch.Generator().manual_seed(0)
+    views, architecture = method.views, method.encoder.architecture
+    side, context = architecture.image_side_px, architecture.text.context_length
+    shape = (size, len(views.images), side, side, 3)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    tokens = torch.randint(1, 49000, (size, len(views.texts), context), generator=generator)
+    lengths = (torch.randn(size, len(views.texts), generator=generator) * TEXT_LENGTHS[1] + TEXT_LENGTHS[0]).long()
+    lengths = lengths.clamp(4, context)
+    position = torch.arange(context)
+    tokens = tokens.masked_fill(position == 0, 49406).masked_fill(position == lengths[..., None] - 1, 49407)
+    tokens = tokens.masked_fill(position >= lengths[..., None], 0)
+    longest = context if views.pad_to_context else int(lengths.max())
+    labels = torch.full((size, context), -100)
+    if "masked" in views.texts:
+        is_masked = (torch.rand(size, context, generator=generator) < 0.15) & (position < lengths[:, :1] - 1)
+        labels = torch.where(is_masked & (position > 0), tokens[:, 0], labels)
+    return Batch(
+        images=images, tokens=tokens[..., :longest], mask_labels=labels[:, :longest], numbers=torch.arange(size)
+    ).to(device)
+
+
+def autocast(precision: str, device: torch.device):
+    return lambda: torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def our_step(arch: str, method_name: str, options: argparse.Namespace, device: torch.device):
+    """Build one whole training step: views to updated weights and queue."""
+    config = RunConfig(model=ModelConfig(arch=arch), method=MethodConfig(name=method_name), train=TrainConfig(steps=1))
+    method = build_method(config.model, config.method).to(device).train()
+    if options.compile:
+        method.encoder.visual.compile()
+        method.encoder.text.compile()
+    optimizers = build_optimizers(method, config)
+    batch = make_batch(method, options.batch_size, device)
+
+    def step() -> None:
+        result = forward_backward(
+            method,
+            batch,
+            micro_batch_size=options.micro_batch_size,
+            autocast=autocast(options.precision, device),
+        )
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        clamp_logit_scales(method, (0.0, 4.6052))
+        method.remember(result.embeddings)
+
+    return step
+
+
+def peer_step(arch: str, options: argparse.Namespace, device: torch.device):
+    """Build OpenCLIP's CLIP step on its own model and loss; texts padded to 77, as its tokenizer gives them."""
+    model = open_clip.create_model(PEERS[arch], device=device).train()
+    loss = open_clip.ClipLoss()
+    if options.compile:
+        model = torch.compile(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    images = torch.randn(options.batch_size, 3, 224, 224, device=device)
+    tokens: Tensor = torch.randint(1, 49000, (options.batch_size, 77), device=device)
+    tokens[:, 15:] = 0
+    tokens[:, 15] = 49407
+
+    def step() -> None:
+        with autocast(options.precision, device)():
+            image, text, scale = model(images, tokens)
+            total = loss(image, text, scale)
+        total.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def seconds_per_step(step, options: argparse.Namespace, device: torch.device) -> list[float]:
+    for _ in range(options.warm_up):
+        step()
+    times = []
+    for _ in range(options.runs):
+        wait(device)
+        started = time.perf_counter()
+        for _ in range(options.steps):
+            step()
+        wait(device)
+        times.append((time.perf_counter() - started) / options.steps)
+    return times
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def throughput(options: argparse.Namespace, device: torch.device) -> None:
+    for arch in options.arch:
+        peer = seconds_per_step(peer_step(arch, options, device), options, device)
+        free(device)
+        for name in options.method:
+            step = our_step(arch, name, options, device)
+            times = seconds_per_step(step, options, device)
+            line = {
+                "name": f"train {name} {arch} {options.precision}{' compiled' if options.compile else ''}",
+                "ours": round(options.batch_size / statistics.median(times), 1),
+                "peer": round(options.batch_size / statistics.median(peer), 1),
+                "peer_name": f"OpenCLIP {open_clip.__version__} CLIP step",
+                "ratio": round(statistics.median(peer) / statistics.median(times), 3),
+                "unit": "pairs/s",
+                "runs": len(times),
+                "batch_size": options.batch_size,
+            }
+            if options.peak_tflops:
+                if not options.compile:
+                    with FlopCounterMode(display=False) as counter:
+                        step()
+                    flops = counter.get_total_flops() / statistics.median(times)
+                    line["share_of_peak"] = round(flops / options.peak_tflops / 1e12, 3)
+            if device.type == "cuda":
+                line["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+            print(json.dumps(line), flush=True)
+            del step
+            free(device)
+
+
+def free(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    torch.compiler.reset()
+
+
+def memory(options: argparse.Namespace, device: torch.device) -> None:
+    for arch in options.arch:
+        for name in options.method:
+            peaks = {}
+            for size, micro in ((64, 0), (1024, 64)):
+                options.batch_size, options.micro_batch_size = size, micro
+                step = our_step(arch, name, options, device)
+                step()
+                free(device)
+                step()
+                peaks[size] = torch.cuda.max_memory_allocated() / 2**30
+                del step
+                free(device)
+            line = {
+                "name": f"memory {name} {arch} 1024 in 64s",
+                "ours": round(peaks[1024], 2),
+                "peer": round(peaks[64], 2),
+                "peer_name": "the same method at batch 64",
+                "ratio": round(peaks[1024] / peaks[64], 3),
+                "unit": "GiB",
+                "runs": 1,
+            }
+            print(json.dumps(line), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", nargs="+", default=["vit-b32"], choices=PEERS)
+    parser.add_argument("--method", nargs="+", default=["clip", "declip"], choices=METHODS)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--micro-batch-size", type=int, default=0)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--memory", action="store_true", help="measure memory instead of time (GPU only)")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--warm-up", type=int, default=1)
+    parser.add_argument("--peak-tflops", type=float, default=0.0, help="of the device, to print the share reached")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    (memory if options.memory else throughput)(options, device)
+
+
+if __name__ == "__main__":
+    main()
