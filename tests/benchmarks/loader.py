@@ -166,7 +166,7 @@ def main() -> None:
     """Print one line per mode and peer."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=1024)
-    parser.add_argument("--batches", type=int, default=4, help="timed batches of each loader in a run")
+    parser.add_argument("--batches", type=int, default=8, help="timed batches of each loader in a run")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--workers", type=int, default=0)
     options = parser.parse_args()
