@@ -1,7 +1,7 @@
 """`declip retrieve`: score retrieval on a data set, or search pictures by text or picture."""
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -74,11 +74,26 @@ def retrieve(
             emit(report.to_json(), as_json=as_json)
             return
         asked = Query(text=query, image=query_image)
-        listed = _list(source, data_root)
-        found = _search(listed, asked, open_model(model, threads=threads), k, index, index_dir, options)
+        is_saved = index_dir is None and _is_index(source)
+        settings = _Settings(k, index, Path(source) if is_saved else index_dir)
+        listed = None if is_saved else _list(source, data_root)
+        found = _search(listed, asked, open_model(model, threads=threads), settings, options)
         if html is not None:
             _write(html, found, asked)
         _show(found, k, as_json=as_json)
+
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    k: int
+    index: str
+    index_dir: Path | None
+
+
+def _is_index(source: str) -> bool:
+    from declip_cli.evaluate.index_folder import is_index_folder
+
+    return is_index_folder(Path(source))
 
 
 def _refuse(options: dict[str, object]) -> None:
@@ -109,18 +124,23 @@ def _list(source: str, data_root: Path | None) -> "PictureList":
 
 
 def _search(
-    listed: "PictureList",
+    listed: "PictureList | None",
     query: "Query",
     model: "PretrainedModel",
-    k: int,
-    index: str,
-    index_dir: Path | None,
+    settings: "_Settings",
     options: "FeatureOptions",
 ) -> "SearchReport":
-    from declip_cli.evaluate.search import search
+    from declip_cli.evaluate.search import search, search_saved
 
-    with progress_of(listed.name) as tell:
-        report = search(model, listed, query, k=k, index=index or "Flat", options=replace(options, progress=tell))
+    with progress_of(listed.name if listed is not None else "index") as tell:
+        options = replace(options, progress=tell)
+        if settings.index_dir is not None:
+            report = search_saved(
+                model, listed, query, folder=settings.index_dir, k=settings.k, index=settings.index, options=options
+            )
+        else:
+            assert listed is not None
+            report = search(model, listed, query, k=settings.k, index=settings.index or "Flat", options=options)
     _tell_skipped(report.skipped)
     return report
 

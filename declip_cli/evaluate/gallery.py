@@ -33,7 +33,7 @@ li {{ display: flex; flex-direction: column; overflow: hidden; border: 1px solid
   border-radius: .5rem; }}
 .picture {{ display: flex; align-items: center; justify-content: center; height: 13rem; background: #fff;
   color: #555; }}
-.picture img {{ max-width: 100%; max-height: 100%; }}
+.picture img {{ max-width: 100%; max-height: 100%; min-height: 8rem; object-fit: contain; }}
 .words {{ padding: .6rem .75rem; overflow-wrap: anywhere; }}
 .words p {{ margin: 0 0 .3rem; }}
 .place {{ display: flex; justify-content: space-between; font-variant-numeric: tabular-nums; }}

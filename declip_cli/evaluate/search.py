@@ -23,6 +23,7 @@ from declip_cli.evaluate.features import (
     map_images,
     text_features,
 )
+from declip_cli.evaluate.index_folder import IndexFolder
 from declip_cli.evaluate.nearest import EXACT, ApproximateIndex, Rows, Vectors, search_exact
 from declip_cli.evaluate.token_wise import encode_image_tokens, encode_text_tokens
 from declip_cli.model.checkpoint import PretrainedModel
@@ -146,11 +147,72 @@ def search(
     )
 
 
+def search_saved(
+    model: PretrainedModel,
+    listed: PictureList | None,
+    query: Query,
+    *,
+    folder: Path,
+    k: int = 10,
+    index: str = "",
+    options: FeatureOptions | None = None,
+) -> SearchReport:
+    """Bring a saved index up to date with a list of pictures and search it.
+
+    Args:
+        model: a trained model with one embedding per picture.
+        listed: what the index shall hold; None searches what it holds, without a look at the pictures.
+        query: text or picture.
+        folder: of the index; made if it does not exist.
+        k: how many hits are wanted.
+        index: `Flat`, or another description for faiss's index factory; empty keeps the saved one's.
+        options: batch size, precision, threads; vectors are kept in the index and not in the cache.
+
+    Returns:
+        The hits, best first, and what changed in the index.
+
+    Raises:
+        EvaluateError: the index belongs to another model, cannot be made, or is empty.
+    """
+    started = time.perf_counter()
+    if model.token_wise:
+        _need_exact(index or "--index-dir")
+    options = replace(options or FeatureOptions(), use_cache=False)
+    encode = partial(image_features, model, options=replace(options, progress=None))
+    with IndexFolder(folder, fingerprint=model.fingerprint, model_name=model.name) as saved:
+        changes = saved.update(listed.pictures, encode, progress=options.progress) if listed is not None else None
+        if not len(saved):
+            raise EvaluateError(
+                f"none of the pictures of {listed.name if listed else folder} can be searched",
+                remedy="check that the files are pictures",
+            )
+        saved.rebuild(index)
+        matches = saved.search(query_vector(model, query, options).numpy(), k)
+        spec, num_indexed, skipped = saved.spec, len(saved), saved.skipped()
+    readers = {picture.path: picture.read for picture in listed.pictures} if listed is not None else {}
+    pictures = [
+        ListedPicture(match.path, readers.get(match.path) or partial(read_file, match.path), "", match.caption)
+        for match in matches
+    ]
+    return SearchReport(
+        query=query.words,
+        collection=listed.name if listed is not None else str(folder),
+        model=model.name,
+        index=spec,
+        hits=make_hits(pictures, [match.score for match in matches]),
+        num_indexed=num_indexed,
+        changes=changes.to_json() if changes is not None else {},
+        skipped=(_skipped(listed) if listed is not None else {}) | skipped,
+        seconds=time.perf_counter() - started,
+    )
+
+
 def _need_exact(index: str) -> None:
     if index != EXACT:
+        option = index if index.startswith("--") else f"--index {index}"
         raise EvaluateError(
-            f"--index {index} needs one vector per picture; a token-wise model (FILIP) has one per patch",
-            remedy="leave --index away, or use a model of another method",
+            f"{option} needs one vector per picture; a token-wise model (FILIP) has one per patch",
+            remedy="leave it away, or use a model of another method",
         )
 
 
