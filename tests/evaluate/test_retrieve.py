@@ -1,0 +1,82 @@
+"""Retrieval reports: fields, several captions, unreadable pictures, folds, token-wise models."""
+
+import torch
+
+from declip_cli.data.retrieval_sets import RetrievalSet, open_retrieval
+from declip_cli.evaluate.features import FeatureOptions, image_features, text_features
+from declip_cli.evaluate.ranking import paired_ranks
+from declip_cli.evaluate.retrieve import retrieve
+
+FRESH = FeatureOptions(use_cache=False, threads=1, precision="fp32")
+WORDS = ["red", "green", "blue", "cat", "dog", "tree", "house", "car"]
+
+
+def make_set(make_picture, num: int, *, fold_size: int = 0, broken: tuple[int, ...] = ()) -> RetrievalSet:
+    def read(number):
+        return b"junk" if number in broken else make_picture(number)
+
+    return RetrievalSet(
+        name="made up",
+        pictures=[(f"{number}.jpg", lambda number=number: read(number)) for number in range(num)],
+        texts=[f"a {WORDS[number % 8]} and {WORDS[caption]} {number}" for number in range(num) for caption in (1, 2)],
+        owners=[number for number in range(num) for _ in (1, 2)],
+        fold_size=fold_size,
+    )
+
+
+def test_report_has_the_promised_fields(tiny_model, make_picture):
+    report = retrieve(tiny_model, make_set(make_picture, 12), options=FRESH).to_json()
+    assert {"dataset", "model", "num_images", "num_texts", "rsum", "seconds"} <= report.keys()
+    assert (report["num_images"], report["num_texts"]) == (12, 24)
+    for direction in ("image_to_text", "text_to_image"):
+        assert {"recall_at_1", "recall_at_5", "recall_at_10", "median_rank", "mean_rank"} == report[direction].keys()
+        recalls = [report[direction][f"recall_at_{k}"] for k in (1, 5, 10)]
+        assert recalls == sorted(recalls)
+    six = [report[d][f"recall_at_{k}"] for d in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
+    assert report["rsum"] == sum(six)
+
+
+def test_scores_are_those_of_the_features(tiny_model, make_picture):
+    made = make_set(make_picture, 15)
+    report = retrieve(tiny_model, made, options=FRESH)
+    images = image_features(tiny_model, made.pictures, options=FRESH).features
+    texts = text_features(tiny_model, made.texts, options=FRESH)
+    ranks = paired_ranks(images, texts, torch.tensor(made.owners))
+    assert report.scores.text_to_image.mean_rank == float(ranks.text_to_image.double().mean())
+    assert report.scores.image_to_text.recall[5] == float((ranks.image_to_text <= 5).double().mean())
+
+
+def test_captions_of_unreadable_pictures_are_left_out(tiny_model, make_picture):
+    report = retrieve(tiny_model, make_set(make_picture, 12, broken=(3, 7)), options=FRESH).to_json()
+    assert (report["num_images"], report["num_texts"]) == (10, 20)
+    assert report["num_skipped"] == 2
+    assert next(iter(report["skipped"].values()))["first"] == "3.jpg"
+
+
+def test_folds_are_scored_among_themselves_and_averaged(tiny_model, make_picture):
+    whole = retrieve(tiny_model, make_set(make_picture, 12, fold_size=4), options=FRESH).to_json()
+    folds = whole["mean_of_3_folds"]
+    assert folds["num_images"] == 4
+    made = make_set(make_picture, 12)
+    ranks = []
+    for fold in range(3):
+        part = RetrievalSet(
+            name="part",
+            pictures=made.pictures[4 * fold : 4 * fold + 4],
+            texts=made.texts[8 * fold : 8 * fold + 8],
+            owners=[owner - 4 * fold for owner in made.owners[8 * fold : 8 * fold + 8]],
+        )
+        ranks.append(retrieve(tiny_model, part, options=FRESH).scores.text_to_image.mean_rank)
+    assert abs(folds["text_to_image"]["mean_rank"] - sum(ranks) / 3) < 1e-9
+
+
+def test_token_wise_models_are_scored_token_by_token(tiny_token_model, make_picture):
+    report = retrieve(tiny_token_model, make_set(make_picture, 9, broken=(2,)), options=FRESH).to_json()
+    assert (report["num_images"], report["num_texts"]) == (8, 16)
+    assert 1 <= report["text_to_image"]["mean_rank"] <= 8
+
+
+def test_demo_is_the_vendor_never_trained_on():
+    demo = open_retrieval("demo")
+    assert len(demo.pictures) == len(demo.texts) == 1217
+    assert demo.pictures[0][0].startswith("twitter/")
