@@ -158,10 +158,10 @@ def linear_probe(
     Source: CLIP, arXiv 2103.00020, appendix A.3: no normalisation, no augmentation.
     """
     started = time.perf_counter()
+    options = options or FeatureOptions()
     job = _Job(model, sets, shots=shots, seed=seed)
-    found = job.run(model, _encoder(model, features), f"probe {features}", options or FeatureOptions())
-    with_baseline = sets.test.name == "demo" if with_baseline is None else with_baseline
-    baseline = _raw_pixels(job, options or FeatureOptions()) if with_baseline else None
+    found = job.run(model, _encoder(model, features), f"probe {features}", options)
+    is_wanted = sets.test.name == "demo" if with_baseline is None else with_baseline
     return LinearProbeReport(
         dataset=sets.test.name,
         model=model.name,
@@ -180,7 +180,7 @@ def linear_probe(
         mean_per_class=found.mean_per_class,
         majority_top1=_majority(found.train.labels, found.test.labels),
         has_converged=found.fit.has_converged,
-        baseline=baseline,
+        baseline=_raw_pixels(job, options) if is_wanted else None,
         skipped=job.skipped_to_json(),
         notes=job.notes(),
         seconds=time.perf_counter() - started,

@@ -23,7 +23,7 @@ from declip_cli.evaluate.features import (
     map_images,
     text_features,
 )
-from declip_cli.evaluate.index_folder import IndexFolder
+from declip_cli.evaluate.index_folder import IndexFolder, Match
 from declip_cli.evaluate.nearest import EXACT, ApproximateIndex, Rows, Vectors, search_exact
 from declip_cli.evaluate.token_wise import encode_image_tokens, encode_text_tokens
 from declip_cli.model.checkpoint import PretrainedModel
@@ -180,7 +180,7 @@ def search_saved(
     options = replace(options or FeatureOptions(), use_cache=False)
     encode = partial(image_features, model, options=replace(options, progress=None))
     with IndexFolder(folder, fingerprint=model.fingerprint, model_name=model.name) as saved:
-        changes = saved.update(listed.pictures, encode, progress=options.progress) if listed is not None else None
+        changes = saved.update(listed.pictures, encode, progress=options.progress).to_json() if listed else {}
         if not len(saved):
             raise EvaluateError(
                 f"none of the pictures of {listed.name if listed else folder} can be searched",
@@ -188,23 +188,25 @@ def search_saved(
             )
         saved.rebuild(index)
         matches = saved.search(query_vector(model, query, options).numpy(), k)
-        spec, num_indexed, skipped = saved.spec, len(saved), saved.skipped()
-    readers = {picture.path: picture.read for picture in listed.pictures} if listed is not None else {}
-    pictures = [
+        return SearchReport(
+            query=query.words,
+            collection=listed.name if listed else str(folder),
+            model=model.name,
+            index=saved.spec,
+            hits=make_hits(_matched(matches, listed), [match.score for match in matches]),
+            num_indexed=len(saved),
+            changes=changes,
+            skipped=(_skipped(listed) if listed else {}) | saved.skipped(),
+            seconds=time.perf_counter() - started,
+        )
+
+
+def _matched(matches: Sequence[Match], listed: PictureList | None) -> list[ListedPicture]:
+    readers = {picture.path: picture.read for picture in listed.pictures} if listed else {}
+    return [
         ListedPicture(match.path, readers.get(match.path) or partial(read_file, match.path), "", match.caption)
         for match in matches
     ]
-    return SearchReport(
-        query=query.words,
-        collection=listed.name if listed is not None else str(folder),
-        model=model.name,
-        index=spec,
-        hits=make_hits(pictures, [match.score for match in matches]),
-        num_indexed=num_indexed,
-        changes=changes.to_json() if changes is not None else {},
-        skipped=(_skipped(listed) if listed is not None else {}) | skipped,
-        seconds=time.perf_counter() - started,
-    )
 
 
 def _need_exact(index: str) -> None:
