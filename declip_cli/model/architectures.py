@@ -109,6 +109,11 @@ def find_architecture(config: ModelConfig) -> Architecture:
         f"model.context_length must be at least 3: start, one token, end (got {length})",
         remedy="--set model.context_length=77",
     )
+    require(
+        config.embed_dim >= 0,
+        f"model.embed_dim cannot be negative (got {config.embed_dim})",
+        remedy=f"--set model.embed_dim={base.embed_dim}",
+    )
     text = TextDims(
         context_length=length,
         width=base.text.width,

@@ -1,15 +1,20 @@
 """OpenAI's modified ResNet: pixels → image features and a map of patch states."""
 
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from declip_cli.model.batch_norm import FullBatchNorm
 from declip_cli.model.vision_transformer import ImageStates
 
 _EXPANSION = 4
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FullBatchNorm)
 
 
 class Bottleneck(nn.Module):
@@ -45,6 +50,25 @@ class Bottleneck(nn.Module):
         out = F.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(self.avgpool(out)))
         return F.relu(out + self.downsample(maps))
+
+
+def _recomputation_contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return the contexts of a checkpointed block's first run and of its second, in backward."""
+    return nullcontext(), _unchanged_norms(block)
+
+
+@contextmanager
+def _unchanged_norms(block: nn.Module) -> Iterator[None]:
+    """Leave running statistics alone, so that a batch counts once."""
+    norms = [module for module in block.modules() if isinstance(module, _NORMS)]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, torch.zeros((), dtype=torch.int64, device=norm.weight.device)
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 class AttentionPool(nn.Module):
@@ -129,7 +153,8 @@ class ModifiedResNet(nn.Module):
         for stage in (1, 2, 3, 4):
             for block in getattr(self, f"layer{stage}"):
                 if self.gradient_checkpointing and torch.is_grad_enabled():
-                    maps = checkpoint(block, maps, use_reentrant=False)
+                    contexts = partial(_recomputation_contexts, block)
+                    maps = checkpoint(block, maps, use_reentrant=False, context_fn=contexts)
                 else:
                     maps = block(maps)
         patches = maps.flatten(2).transpose(1, 2)  # (B, P, E)
