@@ -142,8 +142,13 @@ class IndexFolder:
             spec: `Flat`, or a description for `faiss.index_factory`; empty keeps what there is.
 
         Raises:
-            EvaluateError: the index cannot be made.
+            EvaluateError: there is no picture, or the index cannot be made.
         """
+        if not len(self):
+            raise EvaluateError(
+                f"the index {self._folder} holds no picture that can be read",
+                remedy="check that the files are pictures",
+            )
         spec = spec or self.spec
         with self._database.writing():
             if len(self._database.dead_rows()) > _MAX_DEAD * self._database.num_rows:
@@ -165,8 +170,6 @@ class IndexFolder:
             The best first; pictures with the same content follow each other by path.
         """
         vectors, dead = self._vectors(), self._database.dead_rows()
-        if not len(vectors):
-            return []
         name = self._database.fact("index_file")
         if name:
             index = ApproximateIndex.read(self._folder / name, self.spec, is_mapped=True)

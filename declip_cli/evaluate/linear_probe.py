@@ -162,25 +162,32 @@ def linear_probe(
     job = _Job(model, sets, shots=shots, seed=seed)
     found = job.run(model, _encoder(model, features), f"probe {features}", options)
     is_wanted = sets.test.name == "demo" if with_baseline is None else with_baseline
+    baseline = _raw_pixels(job, options) if is_wanted else None
+    return _report(job, found, features=features, baseline=baseline, started=started)
+
+
+def _report(
+    job: "_Job", found: "_Found", *, features: FeatureKind, baseline: Baseline | None, started: float
+) -> LinearProbeReport:
     return LinearProbeReport(
-        dataset=sets.test.name,
-        model=model.name,
+        dataset=job.sets.test.name,
+        model=job.model.name,
         features=features,
         num_train=len(found.train.labels),
         num_val=len(found.val.labels),
         num_test=len(found.test.labels),
-        num_classes=len(sets.train.class_names),
+        num_classes=len(job.sets.train.class_names),
         feature_dim=found.train.features.shape[1],
-        shots=shots,
-        seed=seed,
+        shots=job.shots,
+        seed=job.seed,
         l2=found.fit.l2,
         val_accuracy=found.val_score,
-        metric=sets.test.metric,
+        metric=job.sets.test.metric,
         top1=found.top1,
         mean_per_class=found.mean_per_class,
         majority_top1=_majority(found.train.labels, found.test.labels),
         has_converged=found.fit.has_converged,
-        baseline=_raw_pixels(job, options) if is_wanted else None,
+        baseline=baseline,
         skipped=job.skipped_to_json(),
         notes=job.notes(),
         seconds=time.perf_counter() - started,
@@ -253,7 +260,7 @@ class _Job:
     """Which pictures train, validate and test; the same for features and for raw pixels."""
 
     def __init__(self, model: PretrainedModel, sets: ProbeSets, *, shots: int, seed: int) -> None:
-        self.model, self.sets, self.shots = model, sets, shots
+        self.model, self.sets, self.shots, self.seed = model, sets, shots, seed
         self.skipped: dict[str, Skipped] = {}
         numbers = list(range(len(sets.train)))
         self.is_held_out = sets.val is None

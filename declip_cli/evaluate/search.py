@@ -172,7 +172,7 @@ def search_saved(
         The hits, best first, and what changed in the index.
 
     Raises:
-        EvaluateError: the index belongs to another model, cannot be made, or is empty.
+        EvaluateError: the index belongs to another model, cannot be made, or holds no picture.
     """
     started = time.perf_counter()
     if model.token_wise:
@@ -181,11 +181,6 @@ def search_saved(
     encode = partial(image_features, model, options=replace(options, progress=None))
     with IndexFolder(folder, fingerprint=model.fingerprint, model_name=model.name) as saved:
         changes = saved.update(listed.pictures, encode, progress=options.progress).to_json() if listed else {}
-        if not len(saved):
-            raise EvaluateError(
-                f"none of the pictures of {listed.name if listed else folder} can be searched",
-                remedy="check that the files are pictures",
-            )
         saved.rebuild(index)
         matches = saved.search(query_vector(model, query, options).numpy(), k)
         return SearchReport(
