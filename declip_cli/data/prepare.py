@@ -92,9 +92,12 @@ def prepare(config: PrepareConfig) -> Generator[PrepareReport, None, None]:
         report.seconds = time.monotonic() - started
         yield report
         return
-    yield report
-    run = _Run(config, source, folder, report)
-    yield from run.go()
+    folder.lock()
+    try:
+        yield report
+        yield from _Run(config, source, folder, report).go()
+    finally:
+        folder.unlock()
 
 
 class _Run:

@@ -1,6 +1,8 @@
 """The output folder of `prepare`: new, interrupted, finished, or somebody else's."""
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -12,7 +14,7 @@ from declip_cli.data.prepare_config import PrepareConfig
 from declip_cli.data.shards import MANIFEST, default_cache_dir
 from declip_cli.errors import DataError
 
-_PROGRESS, _MEMORY = "progress.json", "progress.memory"
+_PROGRESS, _MEMORY, _LOCK = "progress.json", "progress.memory", "progress.lock"
 _NOT_THE_COMMAND = ("out", "workers", "max_bad", "engine", "force")
 
 
@@ -66,6 +68,32 @@ class OutFolder:
         """Of a finished run of the same command; empty for any other."""
         self._look(config.force)
 
+    def lock(self) -> None:
+        """Keep other runs out of this folder until the process ends or `unlock` is called.
+
+        Raises:
+            DataError: another run is at work here, or the disk cannot be written.
+        """
+        storage.make_folder(self.spool)
+        path = os.path.join(self.spool, _LOCK)
+        with storage.disk_errors(path):
+            self._lock = open(path, "ab")  # noqa: SIM115  (the lock lasts as long as it is open)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.close()
+            raise DataError(
+                f"another declip prepare is writing to {self.path}",
+                remedy="wait for it, or choose another --out",
+            ) from error
+
+    def unlock(self) -> None:
+        """Let other runs in, and delete the folder if nothing came of the run."""
+        storage.remove_file(os.path.join(self.spool, _LOCK))
+        self._lock.close()
+        with contextlib.suppress(OSError):
+            os.rmdir(self.spool)
+
     def _look(self, force: bool) -> None:
         manifest = self._json(storage.join(self.path, MANIFEST))
         progress = self._json(os.path.join(self.spool, _PROGRESS))
@@ -95,7 +123,7 @@ class OutFolder:
     def _has_files(self) -> bool:
         if storage.is_file(self.path):
             raise DataError(f"the output {self.path} is a file", remedy="name a folder with --out")
-        return storage.is_folder(self.path) and next(storage.walk(self.path), "") != ""
+        return storage.is_folder(self.path) and any(name != _LOCK for name in storage.walk(self.path))
 
     def _clear(self, parts: set[str]) -> None:
         """Delete what `prepare` writes, and nothing else."""
@@ -167,4 +195,4 @@ class OutFolder:
 def _is_ours(name: str) -> bool:
     stem, _, extension = name.partition(".")
     is_shard = stem.isdigit() and extension in ("tar", "index")
-    return is_shard or name in (MANIFEST, f"{MANIFEST}.tmp", _PROGRESS, _MEMORY, "unfinished.tar.tmp")
+    return is_shard or name in (MANIFEST, f"{MANIFEST}.tmp", _PROGRESS, _MEMORY, _LOCK, "unfinished.tar.tmp")

@@ -431,3 +431,18 @@ def test_unusual_pictures_are_handled_or_counted(tmp_path, make_picture):
     expected |= {"deep.png": (200, 200, 200), "clear.png": (255, 255, 255)}
     for name, colour in expected.items():
         assert found[name].getpixel((15, 15)) == pytest.approx(colour, abs=6), name
+
+
+def test_two_runs_do_not_write_to_one_folder_at_once(tmp_path, make_picture, monkeypatch):
+    source = write_pairs(tmp_path / "in", make_picture, num=40)
+    monkeypatch.setattr("declip_cli.data.prepare._REPORT_EVERY_S", -1.0)
+    first = prepare(PrepareConfig(source=str(source), out=str(tmp_path / "out"), workers=1))
+    for report in first:
+        if report.num_read == 5:
+            break
+    with pytest.raises(DataError, match="another declip prepare is writing to"):
+        run(source, tmp_path / "out")
+    *_, report = first
+    assert report.num_pairs == 40
+    assert run(source, tmp_path / "out").was_there
+    assert not (tmp_path / "out" / "progress.lock").exists()

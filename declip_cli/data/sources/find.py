@@ -97,7 +97,7 @@ def _open_declip(paths: list[str], config: PrepareConfig) -> Source:
     except DataError as error:
         raise DataError(error.message, remedy="--images FOLDER, or --kind urls to download the pictures") from error
     records = table.read_table(paths[0], image_column="filename", caption_columns=["caption"], images=images)
-    return Source("declip", skip_first(records))
+    return Source("declip", skip_first(records), _num_lines(paths[0]))
 
 
 def _open_annotations(kind: SourceKind) -> Callable[[list[str], PrepareConfig], Source]:
@@ -127,7 +127,8 @@ def _open_yfcc15m(paths: list[str], config: PrepareConfig) -> Source:
 def _open_urls(paths: list[str], config: PrepareConfig) -> Source:
     path = paths[0]
     urls.check_list(path, config)
-    return Source("urls", lambda start: urls.read_urls(path, config, start=start), is_download=True)
+    total = _num_lines(path)
+    return Source("urls", lambda start: urls.read_urls(path, config, start=start), total, is_download=True)
 
 
 _OPENERS = {
@@ -165,6 +166,9 @@ def _tars_in(path: str) -> list[str]:
 
 
 def _num_lines(path: str) -> int:
+    """Count lines for the progress bar, where that does not mean a download; 0 is unknown."""
+    if storage.is_remote(path) or path.endswith(".parquet"):
+        return 0
     with storage.open_binary(path) as file:
         return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
 
