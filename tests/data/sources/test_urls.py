@@ -1,5 +1,6 @@
 import http.server
 import json
+import sys
 import threading
 
 import pytest
@@ -50,6 +51,9 @@ def address(server, name):
     return f"http://127.0.0.1:{server.server_address[1]}/{name}"
 
 
+@pytest.mark.skipif(
+    sys.version_info >= (3, 13), reason="img2dataset, which the extra `download` brings, needs Python before 3.13"
+)
 def test_a_list_of_urls_is_downloaded_and_failures_are_counted_by_cause(tmp_path, server, make_picture, monkeypatch):
     monkeypatch.setattr(urls, "_TIMEOUT_S", 1)
     monkeypatch.setattr(urls, "_RETRIES", 0)
