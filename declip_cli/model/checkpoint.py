@@ -153,7 +153,12 @@ def load_model(path: Path | None, *, device: str | torch.device = "cpu") -> Pret
     config: ModelConfig = build_config(ModelConfig, own["model"], where="model")
     has_heads = bool(own["has_token_wise_heads"])
     encoder = DualEncoder(find_architecture(config), token_wise_dim=TOKEN_WISE_DIM if has_heads else 0)
-    encoder.load_state_dict(_read_state(folder))
+    try:
+        encoder.load_state_dict(_read_state(folder))
+    except (KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"the weights in {folder} do not fit its {OWN_CONFIG_FILE}: {error}", remedy="copy the folder again"
+        ) from error
     preprocessing = own["preprocessing"]
     return PretrainedModel(
         encoder=encoder.eval().to(device),

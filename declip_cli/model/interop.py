@@ -16,6 +16,8 @@ from declip_cli.model.heads import TOKEN_WISE_DIM
 
 _OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+_HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}
+"""Of the image towers of OpenCLIP's ViT-H, ViT-g and ViT-bigG, by their width; 64 in all smaller ones."""
 _ORIGINAL_MASK_ROW = 49406
 """The original's vocabulary puts the mask token before start and end; ours puts it after them."""
 _UNUSED: tuple[str, ...] = ("visual.fc.", "predictor_sim.bn3.", "projector_text.", "predictor_text.")
@@ -215,7 +217,7 @@ def _from_open_clip(state: dict[str, Tensor], config: dict[str, Any]) -> Foreign
     ours["text.token_embedding.weight"] = torch.cat([rows, rows.mean(0, keepdim=True)])
     ours["logit_scale"] = ours["logit_scale"].reshape(())
     quick_gelu = bool(config.get("model_cfg", {}).get("quick_gelu", "input_resolution" in state))
-    encoder = DualEncoder(_infer_architecture(ours, quick_gelu=quick_gelu))
+    encoder = DualEncoder(_infer_architecture(ours, quick_gelu=quick_gelu, config=config.get("model_cfg", {})))
     encoder.load_state_dict(ours)
     preprocess = config.get("preprocess_cfg", {})
     encoder.pixel_mean.copy_(torch.tensor(preprocess.get("mean", _OPENAI_MEAN)))
@@ -230,27 +232,32 @@ def _from_open_clip(state: dict[str, Tensor], config: dict[str, Any]) -> Foreign
     )
 
 
-def _infer_architecture(state: dict[str, Tensor], *, quick_gelu: bool) -> Architecture:
-    """Read dimensions off the shapes; heads are 64 wide, as in every published CLIP."""
+def _infer_architecture(
+    state: dict[str, Tensor], *, quick_gelu: bool, config: dict[str, Any] | None = None
+) -> Architecture:
+    """Read dimensions off the shapes, and heads, which leave no trace there, off OpenCLIP's configuration."""
+    given = config or {}
     vision: VitDims | ResNetDims
     if "visual.proj" in state:
         width, embed_dim = state["visual.proj"].shape
         patch = state["visual.conv1.weight"].shape[-1]
         side = patch * round((len(state["visual.positional_embedding"]) - 1) ** 0.5)
         layers = _count(state, "visual.transformer.resblocks.")
-        vision = VitDims(patch_side_px=patch, width=width, num_layers=layers, num_heads=width // 64)
+        head_width = given.get("vision_cfg", {}).get("head_width", 64 if given else _HEAD_WIDTHS.get(width, 64))
+        vision = VitDims(patch_side_px=patch, width=width, num_layers=layers, num_heads=max(1, width // head_width))
     else:
         embed_dim = len(state["visual.attnpool.c_proj.weight"])
         side = 32 * round((len(state["visual.attnpool.positional_embedding"]) - 1) ** 0.5)
         blocks = tuple(_count(state, f"visual.layer{stage}.") for stage in (1, 2, 3, 4))
         width = 2 * len(state["visual.conv1.weight"])
-        vision = ResNetDims(num_blocks=blocks, width=width, num_heads=width * 32 // 64)
+        head_width = given.get("vision_cfg", {}).get("head_width", 64)
+        vision = ResNetDims(num_blocks=blocks, width=width, num_heads=max(1, width * 32 // head_width))
     text_width = state["text.positional_embedding"].shape[1]
     text = TextDims(
         context_length=len(state["text.positional_embedding"]),
         width=text_width,
         num_layers=_count(state, "text.transformer.resblocks."),
-        num_heads=text_width // 64,
+        num_heads=given.get("text_cfg", {}).get("heads", max(1, text_width // 64)),
     )
     return Architecture(image_side_px=side, embed_dim=embed_dim, vision=vision, text=text, quick_gelu=quick_gelu)
 

@@ -1,0 +1,258 @@
+import dataclasses
+import json
+import os
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from declip_cli.config import ModelConfig
+from declip_cli.errors import ModelError
+from declip_cli.model import interop
+from declip_cli.model.architectures import Architecture, ResNetDims, TextDims, VitDims, find_architecture
+from declip_cli.model.checkpoint import find_newest_run, load_model, save_model
+from declip_cli.model.clip import IMAGE_MEAN, DualEncoder
+from tests.golden_files import golden_batch, golden_state, load_golden
+
+VIT = ModelConfig(arch="vit-tiny32", embed_dim=10, context_length=9)
+RESNET = ModelConfig(arch="rn-tiny64", embed_dim=10, context_length=9)
+
+
+def new_encoder(config, *, token_wise_dim=0, seed=0):
+    torch.manual_seed(seed)
+    encoder = DualEncoder(find_architecture(config), token_wise_dim=token_wise_dim).eval()
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return encoder
+
+
+def pictures(side):
+    return torch.randint(0, 256, (2, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+TOKENS = torch.tensor([[49406, 320, 1125, 539, 320, 2368, 49407, 0, 0], [49406, 2, 49407, 0, 0, 0, 0, 0, 0]])
+
+
+def assert_same_weights(encoder, other):
+    state, others = encoder.state_dict(), other.state_dict()
+    assert list(state) == list(others)
+    for name, value in state.items():
+        assert torch.equal(value, others[name]), name
+
+
+@pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
+def test_a_saved_model_is_read_back_bit_by_bit(tmp_path, config):
+    encoder = new_encoder(config)
+    save_model(encoder, tmp_path / "model", config=config, method="declip")
+    model = load_model(tmp_path)  # the run folder; the model folder itself works too
+    assert_same_weights(encoder, model.encoder)
+    assert_same_weights(encoder, load_model(tmp_path / "model").encoder)
+    assert not model.encoder.training
+    assert (model.method, model.arch, model.token_wise) == ("declip", config.arch, False)
+    side = encoder.architecture.image_side_px
+    assert (model.image_side_px, model.resize_px, model.context_length) == (side, side, 9)
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_token_wise_heads_are_saved_and_a_filip_model_is_compared_token_by_token(tmp_path):
+    encoder = new_encoder(VIT, token_wise_dim=256)
+    for method in ("filip", "defilip"):
+        save_model(encoder, tmp_path / method, config=VIT, method=method)
+        model = load_model(tmp_path / method)
+        assert_same_weights(encoder, model.encoder)
+        assert model.token_wise == (method == "filip")
+
+
+def test_a_large_picture_is_resized_to_256_before_the_crop_to_224(tmp_path):
+    config = ModelConfig(arch="vit-tiny32", image_side_px=224)
+    save_model(new_encoder(config), tmp_path, config=config, method="clip")
+    assert (load_model(tmp_path).image_side_px, load_model(tmp_path).resize_px) == (224, 256)
+
+
+def test_the_fingerprint_follows_the_weights_and_nothing_else(tmp_path):
+    encoder = new_encoder(VIT)
+    for name in ("a", "b"):
+        save_model(encoder, tmp_path / name, config=VIT, method="clip")
+    with torch.no_grad():
+        encoder.visual.proj[0, 0] += 1e-3
+    save_model(encoder, tmp_path / "c", config=VIT, method="clip")
+    a, b, c = (load_model(tmp_path / name).fingerprint for name in "abc")
+    assert a == b != c
+    assert len(a) == 64
+
+
+@pytest.mark.parametrize("quick_gelu", [True, False])
+@pytest.mark.parametrize("base", [VIT, RESNET], ids=["vit", "resnet"])
+def test_open_clip_reads_the_folder_and_computes_the_same(tmp_path, base, quick_gelu):
+    config = dataclasses.replace(base, quick_gelu=quick_gelu)
+    encoder = new_encoder(config, token_wise_dim=256)
+    save_model(encoder, tmp_path / "model", config=config, method="defilip")
+    peer, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'model'}")
+    peer.eval()
+    images = pictures(encoder.architecture.image_side_px)
+    with torch.no_grad():
+        expected = peer.encode_image(encoder.normalise(images))
+        torch.testing.assert_close(encoder.encode_image(images), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(encoder.encode_text(TOKENS), peer.encode_text(TOKENS), rtol=1e-4, atol=1e-4)
+    assert peer.logit_scale.item() == encoder.logit_scale.item()
+    assert preprocess.transforms[-1].mean == pytest.approx(IMAGE_MEAN)
+
+
+@pytest.mark.parametrize("base", [VIT, RESNET], ids=["vit", "resnet"])
+def test_a_folder_of_open_clip_is_read_with_its_heads_activation_and_preprocessing(tmp_path, base):
+    config = dataclasses.replace(base, quick_gelu=False)
+    encoder = new_encoder(config)
+    folder = tmp_path / "model"
+    save_model(encoder, folder, config=config, method="clip")
+    for name in ("declip.json", "declip_extra.safetensors"):  # as OpenCLIP would have written it
+        (folder / name).unlink()
+    content = json.loads((folder / "open_clip_config.json").read_text())
+    content["preprocess_cfg"] |= {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bicubic"}
+    (folder / "open_clip_config.json").write_text(json.dumps(content))
+    model = load_model(folder)
+    assert model.encoder.pixel_mean.tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert model.encoder.pixel_std.tolist() == pytest.approx([0.4, 0.5, 0.6])
+    assert (model.interpolation, model.arch, model.method) == ("bicubic", "open_clip", "clip")
+    images = encoder.normalise(pictures(encoder.architecture.image_side_px))
+    with torch.no_grad():
+        torch.testing.assert_close(model.encoder.encode_image(images), encoder.encode_image(images))
+        torch.testing.assert_close(model.encoder.encode_text(TOKENS), encoder.encode_text(TOKENS))
+
+
+def test_a_checkpoint_file_of_open_clip_is_read_by_its_shapes(tmp_path):
+    torch.manual_seed(0)
+    text = {"context_length": 9, "width": 64, "heads": 1, "layers": 1}
+    vision = {"image_size": 32, "layers": 2, "width": 128, "patch_size": 16, "head_width": 64}
+    peer = open_clip.CLIP(embed_dim=10, vision_cfg=vision, text_cfg=text).eval()
+    torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in peer.state_dict().items()}}, tmp_path / "x.pt")
+    model = load_model(tmp_path / "x.pt")
+    images = model.encoder.normalise(pictures(32))
+    with torch.no_grad():
+        torch.testing.assert_close(model.encoder.encode_image(images), peer.encode_image(images), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model.encoder.encode_text(TOKENS), peer.encode_text(TOKENS), rtol=1e-4, atol=1e-4)
+
+
+def with_recorded_heads(monkeypatch, architecture):
+    """Heads cannot be read off shapes; published models have them 64 wide, the recordings narrower."""
+    infer = interop._infer_architecture
+
+    def with_heads(*args, **options):
+        found = infer(*args, **options)
+        assert dataclasses.replace(found, vision=architecture.vision, text=architecture.text) == architecture
+        assert found.vision.width == architecture.vision.width
+        assert dataclasses.replace(found.text, num_heads=architecture.text.num_heads) == architecture.text
+        return architecture
+
+    monkeypatch.setattr(interop, "_infer_architecture", with_heads)
+
+
+@pytest.mark.parametrize(
+    ("method", "arch"),
+    [*((method, "vit") for method in ("clip", "slip", "filip", "declip", "defilip")), ("clip", "rn"), ("declip", "rn")],
+)
+def test_a_checkpoint_of_the_original_gives_the_recorded_features(tmp_path, monkeypatch, method, arch):
+    golden = load_golden(f"{method}_{arch}_seed1_world1")
+    vision = VitDims(patch_side_px=8, width=64, num_layers=2, num_heads=2)
+    if arch == "rn":
+        vision = ResNetDims(num_blocks=(1, 1, 1, 1), width=16, num_heads=4)
+    text = TextDims(context_length=24, width=48, num_layers=2, num_heads=4)
+    side = 32 if arch == "vit" else 224
+    with_recorded_heads(monkeypatch, Architecture(image_side_px=side, embed_dim=64, vision=vision, text=text))
+    state = {f"module.{name}": value for name, value in golden_state(golden).items()}
+    torch.save({"model": state, "last_iter": 7}, tmp_path / "ckpt.pth.tar")
+    model = load_model(tmp_path / "ckpt.pth.tar")
+    assert (model.token_wise, model.arch) == (method == "filip", "original")
+    with torch.no_grad():
+        found = model.encoder.encode_image(golden_batch(golden).images[:4, 0])
+    expected = torch.from_numpy(golden.arrays["eval_image_features"])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_newest_run_is_the_one_whose_model_was_written_last(tmp_path, monkeypatch):
+    for number, name in enumerate(("b", "a", "c")):
+        save_model(new_encoder(VIT), tmp_path / name / "model", config=VIT, method="clip")
+        os.utime(tmp_path / name / "model" / "open_clip_model.safetensors", (number, number))
+    (tmp_path / "unfinished").mkdir()
+    assert find_newest_run(tmp_path) == tmp_path / "c"
+    monkeypatch.setenv("DECLIP_RUNS", str(tmp_path))
+    assert load_model(None).name == str(tmp_path / "c")
+
+
+def test_without_any_run_the_error_says_how_to_get_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("DECLIP_RUNS", str(tmp_path / "none"))
+    with pytest.raises(ModelError, match="no model found: no run with a finished model under .*none/") as caught:
+        load_model(None)
+    assert "declip pretrain --data demo" in caught.value.remedy
+
+
+def test_a_path_that_is_missing_is_an_error(tmp_path):
+    with pytest.raises(ModelError, match=r"no model at .*nowhere"):
+        load_model(tmp_path / "nowhere")
+
+
+def test_an_empty_folder_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(ModelError, match=str(tmp_path)) as caught:
+        load_model(tmp_path)
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("name", ["open_clip_model.safetensors", "declip_extra.safetensors", "declip.json"])
+def test_a_truncated_file_is_an_error_that_names_the_folder(tmp_path, name):
+    save_model(new_encoder(VIT), tmp_path, config=VIT, method="clip")
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ModelError, match=f"cannot read .*{tmp_path}") as caught:
+        load_model(tmp_path)
+    assert caught.value.remedy == "copy the folder again"
+
+
+def test_a_missing_weights_file_is_an_error(tmp_path):
+    save_model(new_encoder(VIT), tmp_path, config=VIT, method="clip")
+    (tmp_path / "open_clip_model.safetensors").unlink()
+    with pytest.raises(ModelError, match="cannot read the weights in"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "shape", "no mask"])
+def test_weights_that_do_not_fit_are_an_error_that_names_one(tmp_path, change):
+    save_model(new_encoder(VIT), tmp_path, config=VIT, method="clip")
+    path = tmp_path / ("declip_extra.safetensors" if change == "no mask" else "open_clip_model.safetensors")
+    weights = load_file(path)
+    if change == "missing":
+        del weights["visual.proj"]
+    elif change == "extra":
+        weights["visual.second_proj"] = torch.zeros(3)
+    elif change == "shape":
+        weights["visual.proj"] = torch.zeros(3, 3)
+    else:
+        weights = {"unknown": torch.zeros(1)}
+    save_file(weights, path)
+    wanted = {"extra": "second_proj", "no mask": "mask_embedding"}.get(change, r"visual\.proj")
+    with pytest.raises(ModelError, match=wanted) as caught:
+        load_model(tmp_path)
+    assert str(tmp_path) in caught.value.message
+
+
+def test_a_model_of_a_later_format_is_an_error(tmp_path):
+    save_model(new_encoder(VIT), tmp_path, config=VIT, method="clip")
+    own = json.loads((tmp_path / "declip.json").read_text())
+    (tmp_path / "declip.json").write_text(json.dumps(own | {"format": 99}))
+    with pytest.raises(ModelError, match="has model format 99, this declip reads 1") as caught:
+        load_model(tmp_path)
+    assert "upgrade" in caught.value.remedy
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint at all"])
+def test_a_file_that_is_no_checkpoint_is_an_error(tmp_path, content):
+    path = tmp_path / "notes.pt"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"notes\.pt is not a model that declip can read"):
+        load_model(path)
+
+
+def test_a_checkpoint_of_something_else_names_what_it_holds(tmp_path):
+    torch.save({"fc.weight": torch.zeros(2, 2), "fc.bias": torch.zeros(2)}, tmp_path / "other.pt")
+    with pytest.raises(ModelError, match=r"holds no CLIP text tower \(parameters such as fc.weight, fc.bias\)"):
+        load_model(tmp_path / "other.pt")
