@@ -185,6 +185,7 @@ class MethodConfig:
     """Tokens of each text and picture that are gathered in the token-wise loss: those most relevant to its pair."""
     simclr_temperature: float = 0.1
     label_smoothing: float = 0.0
+    """Of the contrastive losses between pictures and texts, in [0, 1]."""
 
     def __post_init__(self) -> None:
         require_at_least(1, "method", {"queue_size": self.queue_size, "token_wise_top_k": self.token_wise_top_k})

@@ -66,7 +66,7 @@ def pretrain(
         if list_recipes:
             _print_recipes(as_json)
             return
-        options = {
+        options: dict[str, dict[str, Any]] = {
             "model": {"arch": arch},
             "method": {"name": method},
             "data": {"path": data or []},
@@ -145,8 +145,8 @@ def _settings(sources: _Sources) -> dict[str, Any]:
     settings: dict[str, Any] = load_recipe(name) if name else {}
     chosen = sources.given["method"].get("name", "")
     if chosen and chosen != settings.get("method", {}).get("name", chosen):
-        note(f"note: --method {chosen} replaces the section [method] of recipe {name}")
-        del settings["method"]
+        note(f"note: --method {chosen} has its own loss weights; those of recipe {name} are left out")
+        settings["method"].pop("weights", None)
     if sources.config is not None:
         merge_into(settings, read_toml(sources.config))
     merge_into(settings, sources.given)

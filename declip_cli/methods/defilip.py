@@ -54,5 +54,6 @@ class DeFilip(DeClip):
                 None if self.config.faithful else embeddings.text_token_mask,
                 scale=self.logit_scale_dense.exp(),
                 top_k=self.config.token_wise_top_k,
+                label_smoothing=self.config.label_smoothing,
             )
         return self.weigh(terms)

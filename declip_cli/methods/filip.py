@@ -51,9 +51,12 @@ class Filip(Method):
                 None if self.config.faithful else embeddings.text_token_mask,
                 scale=self.logit_scale_dense.exp(),
                 top_k=self.config.token_wise_top_k,
+                label_smoothing=self.config.label_smoothing,
             )
         if self.has("clip"):
             images, texts = unit(embeddings.images), unit(embeddings.texts)
             scale = self.encoder.logit_scale.exp()  # the original's FILIP has no cap at 100
-            terms["clip"] = contrastive_pairs(images, texts, pairs=PAIRS[1], scale=scale).mean()
+            smoothing = self.config.label_smoothing
+            losses = contrastive_pairs(images, texts, pairs=PAIRS[1], scale=scale, label_smoothing=smoothing)
+            terms["clip"] = losses.mean()
         return self.weigh(terms)

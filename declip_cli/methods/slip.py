@@ -46,7 +46,9 @@ class Slip(Method):
         if self.has("clip"):
             images, texts = unit(embeddings.images), unit(embeddings.texts)
             scale = self.encoder.logit_scale.exp()  # the original's SLIP has no cap at 100
-            terms["clip"] = contrastive_pairs(images, texts, pairs=PAIRS[1], scale=scale).mean()
+            smoothing = self.config.label_smoothing
+            losses = contrastive_pairs(images, texts, pairs=PAIRS[1], scale=scale, label_smoothing=smoothing)
+            terms["clip"] = losses.mean()
         if self.has("simclr"):
             views = [self.simclr_head(embeddings.image_features[:, view]) for view in (0, 1)]
             queries = unit(torch.stack(views, dim=1))  # (B, 2, Q)

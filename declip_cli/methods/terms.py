@@ -121,7 +121,13 @@ def masked_language(losses: Tensor, counts: Tensor, *, per_rank: bool) -> Tensor
 
 
 def token_wise(
-    image_tokens: Tensor, text_tokens: Tensor, text_mask: Tensor | None, *, scale: Tensor, top_k: int
+    image_tokens: Tensor,
+    text_tokens: Tensor,
+    text_mask: Tensor | None,
+    *,
+    scale: Tensor,
+    top_k: int,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Tell pairs apart by their best-matching tokens, in both directions.
 
@@ -131,6 +137,7 @@ def token_wise(
         text_mask: True where a token counts; None counts padding too, (B, L).
         scale: exponentiated dense logit scale, ().
         top_k: tokens of each picture and text that are gathered and compared with.
+        label_smoothing: in [0, 1].
 
     Returns:
         Nats, ().
@@ -150,5 +157,5 @@ def token_wise(
         similarity = token_wise_similarity(
             query, gather(kept), query_mask=query_mask, key_mask=gather(kept_mask.to(torch.uint8)).bool()
         )
-        losses.append(F.cross_entropy(scale * similarity, rows))
+        losses.append(F.cross_entropy(scale * similarity, rows, label_smoothing=label_smoothing))
     return torch.stack(losses).mean()

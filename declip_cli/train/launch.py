@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import multiprocessing
+import torch.multiprocessing
 
 from declip_cli.errors import DeclipError, TrainError
 
@@ -72,10 +72,10 @@ def start_processes(work: Callable[..., None], arguments: tuple[Any, ...], *, nu
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context("spawn")
     failures = context.SimpleQueue()
     try:
-        multiprocessing.start_processes(
+        torch.multiprocessing.start_processes(  # type: ignore[attr-defined]
             _run_rank,
             (work, arguments, num_processes, port, failures),
             nprocs=num_processes,

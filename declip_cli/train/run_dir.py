@@ -115,9 +115,11 @@ class RunDir:
         """Drop metrics of steps that will be taken again after a resume."""
         path = self.path / "metrics.jsonl"
         if path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            _write_text(path, "".join(f"{line}\n" for line in kept))
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            # A line without its end was cut off when the run was killed.
+            _write_text(
+                path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
+            )
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Leave the result of a run of several processes for the one that started them."""

@@ -42,8 +42,9 @@ def pretrain(
     run_dir = RunDir(path)
     training = build_training(config, run_path=path)
     say_here: Say = say if rank() == 0 else lambda message: None
-    if is_resumed and run_dir.has_state():
-        restore_state(training, run_dir.load_state())
+    if is_resumed:
+        if run_dir.has_state():
+            restore_state(training, run_dir.load_state())
         if rank() == 0:
             run_dir.forget_metrics_after(training.step)
     for line in _describe(training):
@@ -96,7 +97,7 @@ def _record(report: StepReport, training: Training, run_dir: RunDir) -> None:
 
 
 def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in nested.items():
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{key}.")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from declip_cli.distributed import rank, world_size
 from declip_cli.errors import TrainError
+from declip_cli.train.health import check_finite_weights
 from declip_cli.train.run_dir import SavedState, optimizer_tensors, restore_optimizers
 from declip_cli.train.setup import Training
 
@@ -20,7 +21,11 @@ def capture_state(training: Training) -> SavedState:
 
     Returns:
         What rank 0 writes.
+
+    Raises:
+        TrainError: a weight is no number any more; such a state is not worth keeping.
     """
+    check_finite_weights(training.method, step=training.step, run_dir=str(training.accelerator.project_dir))
     tensors = {
         "method": dict(training.method.state_dict()),
         "optimizer": optimizer_tensors(training.optimizers),
