@@ -57,6 +57,8 @@ def retrieve(
 
     Examples: `declip retrieve flickr30k`, `declip retrieve photos/ --query "a red bus in the rain" -k 3`
     """
+    if query and not query.strip():
+        raise typer.BadParameter("--query is empty")
     query = query.strip()
     if query and query_image is not None:
         raise typer.BadParameter("give --query or --query-image, not both")

@@ -1,0 +1,122 @@
+"""`declip retrieve` as a user types it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from declip_cli.cli.retrieve import retrieve
+
+app = typer.Typer(pretty_exceptions_enable=False)
+app.command(no_args_is_help=True)(retrieve)
+
+
+def run(*words: str | Path, stdin: str = ""):
+    return CliRunner().invoke(app, [str(word) for word in words], input=stdin)
+
+
+@pytest.fixture
+def photos(tmp_path: Path, make_picture) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    lines = []
+    for number in range(6):
+        (folder / f"{number}.jpg").write_bytes(make_picture(number))
+        lines.append(json.dumps({"file": f"{number}.jpg", "captions": [f"picture {number}", f"number {number}"]}))
+    (folder / "captions.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_folder_with_captions_is_scored(photos: Path, tiny_run: Path):
+    result = run(photos, "--model", tiny_run, "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert (report["dataset"], report["num_images"], report["num_texts"]) == (str(photos), 6, 12)
+    assert 0 < report["rsum"] <= 6
+
+
+def test_scores_are_lines_by_default(photos: Path, tiny_run: Path):
+    fields = dict(line.split("\t") for line in run(photos, "--model", tiny_run).stdout.splitlines())
+    assert {"image_to_text.recall_at_1", "text_to_image.median_rank", "rsum"} <= fields.keys()
+
+
+def test_search_gives_a_json_object_with_hits(photos: Path, tiny_run: Path):
+    result = run(photos, "--model", tiny_run, "--query", "a bus", "-k", "2", "--json")
+    report = json.loads(result.stdout)
+    assert [hit["rank"] for hit in report["hits"]] == [1, 2]
+    assert report["hits"][0].keys() == {"rank", "score", "path", "caption"}
+    assert (report["query"], report["num_indexed"]) == ("a bus", 6)
+    assert result.stderr == ""
+
+
+def test_search_prints_a_line_per_hit_best_first(photos: Path, tiny_run: Path):
+    lines = run(photos, "--model", tiny_run, "--query", "a bus").stdout.splitlines()
+    cells = [line.split("\t") for line in lines]
+    assert len(cells) == 6
+    assert all(Path(path).is_file() and caption.startswith("picture") for path, _, caption in cells)
+    assert [float(score) for _, score, _ in cells] == sorted((float(score) for _, score, _ in cells), reverse=True)
+
+
+def test_more_hits_than_pictures_are_told(photos: Path, tiny_run: Path):
+    result = run(photos, "--model", tiny_run, "--query", "a bus", "-k", "9")
+    assert "6 hits, as many as there are pictures (asked for 9)" in result.stderr
+
+
+def test_paths_come_from_stdin(photos: Path, tiny_run: Path):
+    stdin = f"{photos / '0.jpg'}\n{photos / '3.jpg'}\n{photos / 'gone.jpg'}\n"
+    result = run("-", "--model", tiny_run, "--query-image", photos / "3.jpg", "--json", stdin=stdin)
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["hits"][0]["path"] == str(photos / "3.jpg")
+    assert report["skipped"]["missing file"]["count"] == 1
+    assert "gone.jpg" in result.stderr
+
+
+def test_saved_index_grows_and_is_a_source_of_its_own(photos: Path, tiny_run: Path, tmp_path: Path, make_picture):
+    index = tmp_path / "index"
+    words = ("--model", tiny_run, "--query", "a bus", "--json")
+    first = json.loads(run(photos, *words, "--index-dir", index, "--index", "HNSW8").stdout)
+    (photos / "6.jpg").write_bytes(make_picture(6))
+    second = json.loads(run(photos, *words, "--index-dir", index).stdout)
+    alone = json.loads(run(index, *words).stdout)
+    assert (first["num_added"], second["num_added"], second["num_encoded"]) == (6, 1, 1)
+    assert first["index"] == second["index"] == alone["index"] == "HNSW8"
+    assert alone["num_indexed"] == 7
+    assert alone["hits"] == second["hits"]
+
+
+def test_gallery_is_written(photos: Path, tiny_run: Path, tmp_path: Path):
+    result = run(photos, "--model", tiny_run, "--query", "a bus", "--html", tmp_path / "hits.html")
+    assert result.exit_code == 0
+    assert str(tmp_path / "hits.html") in result.stderr
+    assert (tmp_path / "hits.html").read_text().count("<li>") == 6
+
+
+@pytest.mark.parametrize("option", [("--index", "HNSW8"), ("--index-dir", "x"), ("--html", "x.html")])
+def test_options_of_a_search_are_refused_without_a_query(photos: Path, tiny_run: Path, option):
+    result = run(photos, "--model", tiny_run, *option)
+    assert result.exit_code == 2
+    assert option[0] in result.stderr
+
+
+def test_stdin_and_two_queries_are_wrong_usage(photos: Path, tiny_run: Path):
+    assert run("-", "--model", tiny_run).exit_code == 2
+    both = run(photos, "--model", tiny_run, "--query", "x", "--query-image", photos / "0.jpg")
+    assert both.exit_code == 2
+    assert "not both" in both.stderr
+
+
+def test_missing_folder_is_an_error_with_a_fix(tiny_run: Path):
+    result = run("nowhere", "--model", tiny_run, "--query", "x")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: there is no folder named 'nowhere'")
+    assert "\n  fix: " in result.stderr
+
+
+def test_empty_query_is_told(photos: Path, tiny_run: Path):
+    result = run(photos, "--model", tiny_run, "--query", "  ", "-k", "2")
+    assert result.exit_code == 2
+    assert "--query is empty" in result.stderr
