@@ -25,6 +25,10 @@ _REPORT_EVERY_S = 0.2
 _SAVE_EVERY_S = 60.0
 _FEW_RECORDS = 1000
 _NUM_OFFENDERS = 5
+_REMEDIES = {
+    "missing file": "--images FOLDER says where the file names of the list start from",
+    "missing caption": "give pictures captions: NAME.txt beside NAME.jpg, a captions.jsonl, or a table",
+}
 _TOO_MANY_BAD = "too many bad pairs"
 
 
@@ -88,6 +92,7 @@ def prepare(config: PrepareConfig) -> Generator[PrepareReport, None, None]:
     folder = OutFolder(config)
     report = PrepareReport(out=folder.path, kind=source.kind, total=source.total)
     if folder.manifest:
+        folder.forget_progress()
         _report_from_manifest(report, folder)
         report.seconds = time.monotonic() - started
         yield report
@@ -199,8 +204,8 @@ class _Run:
             self._folder.forget_progress()
             raise DataError(
                 f"no image-text pair found in {self._config.source} ({causes or 'it is empty'}), "
-                f"which was taken for: {report.kind}",
-                remedy="give pictures a caption (NAME.txt beside NAME.jpg, a captions.jsonl, a table), or say --kind",
+                f"which was taken for: {report.kind}, after {report.num_read} records",
+                remedy=_remedy(report.skipped),
             )
 
     def _part_of(self, pair: Pair) -> str:
@@ -264,6 +269,11 @@ class _Run:
                 "num_unreadable": self._excluded.num_unreadable,
             }
         return facts | totals
+
+
+def _remedy(skipped: dict[str, tuple[int, str]]) -> str:
+    most = max(skipped, key=lambda cause: skipped[cause][0], default="")
+    return _REMEDIES.get(most, "check the source; --kind says what it is if it was taken for something else")
 
 
 def _skipped_to_json(skipped: dict[str, tuple[int, str]]) -> dict[str, dict[str, Any]]:

@@ -116,6 +116,7 @@ class PartWriter:
     def _take_up(self, num_pairs: int, num_bytes: int) -> None:
         remedy = "run the command again with --force to start anew"
         try:
+            self._find_unfinished()
             file = open(self._temporary, "r+b")  # noqa: SIM115  (stays open)
         except OSError as error:
             raise DataError(f"the unfinished shard {self._temporary} is missing", remedy=remedy) from error
@@ -128,6 +129,13 @@ class PartWriter:
         if len(self._spans) != num_pairs or self._writer.num_bytes != num_bytes:
             file.close()
             raise DataError(f"the unfinished shard {self._temporary} is damaged", remedy=remedy)
+
+    def _find_unfinished(self) -> None:
+        """Undo the last step of a run that was killed after finishing a shard, before it could say so."""
+        finished = storage.join(self._folder, f"{len(self.shards):05d}.tar")
+        if not os.path.exists(self._temporary) and storage.is_file(finished):
+            storage.make_folder(self._spool)
+            storage.write_whole(self._temporary, storage.read_bytes(finished))
 
 
 def _metadata(pair: Pair) -> bytes:

@@ -7,7 +7,7 @@ from declip_cli.data.clean import caption_problem, perceptual_hash, picture_prob
 from declip_cli.data.hashes import hash64
 from declip_cli.data.pictures import shrink_picture
 from declip_cli.data.prepare_config import PrepareConfig
-from declip_cli.data.sources.records import Record
+from declip_cli.data.sources.records import BadRecord, Record
 from declip_cli.errors import DataError
 
 
@@ -54,6 +54,8 @@ def finish_records(records: Sequence[Record], config: PrepareConfig) -> list[Pai
 
 def _finish(record: Record, config: PrepareConfig) -> Pair | LeftOut:
     clean, key = config.clean, record.key.encode("utf-8", "backslashreplace").decode()
+    if isinstance(record, BadRecord):
+        return LeftOut(key, record.cause, is_bad=record.is_bad)
     try:
         sample = record.load()
         kept = [(text, caption_problem(text, clean)) for text in sample.captions]

@@ -208,6 +208,40 @@ def test_a_killed_run_goes_on_from_what_it_last_saved(tmp_path, make_picture, mo
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
+def test_a_run_killed_between_two_files_goes_on_too(tmp_path, make_picture, monkeypatch):
+    source = write_pairs(tmp_path / "in", make_picture, num=20)
+    run(source, tmp_path / "whole", shard_samples=8)
+    monkeypatch.setattr("declip_cli.data.prepare._REPORT_EVERY_S", -1.0)
+    out = tmp_path / "out"
+    reports = prepare(PrepareConfig(source=str(source), out=str(out), workers=1, shard_samples=8))
+    for report in reports:
+        if report.num_read == 13:
+            reports.close()
+    shutil.copy(tmp_path / "whole" / "00001.tar", out)  # finished, but not yet written down
+    (out / "unfinished.tar.tmp").unlink()
+    assert run(source, out, shard_samples=8).was_resumed
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_an_unfinished_shard_that_is_lost_is_an_error(tmp_path, make_picture, monkeypatch):
+    source = write_pairs(tmp_path / "in", make_picture, num=20)
+    monkeypatch.setattr("declip_cli.data.prepare._REPORT_EVERY_S", -1.0)
+    out = tmp_path / "out"
+    for damage in ("is missing", "is damaged"):
+        reports = prepare(PrepareConfig(source=str(source), out=str(out), workers=1, force=True))
+        for report in reports:
+            if report.num_read == 13:
+                reports.close()
+        if damage == "is missing":
+            (out / "unfinished.tar.tmp").unlink()
+        else:
+            (out / "unfinished.tar.tmp").write_bytes(bytes(5000))
+        with pytest.raises(DataError, match=damage) as caught:
+            run(source, out)
+        assert "--force" in caught.value.remedy
+    assert run(source, out, force=True).num_pairs == 20
+
+
 def test_a_full_disk_is_said_clearly_and_the_run_goes_on_later(tmp_path, make_picture, monkeypatch):
     source = write_pairs(tmp_path / "in", make_picture, num=20)
 
@@ -446,3 +480,21 @@ def test_two_runs_do_not_write_to_one_folder_at_once(tmp_path, make_picture, mon
     assert report.num_pairs == 40
     assert run(source, tmp_path / "out").was_there
     assert not (tmp_path / "out" / "progress.lock").exists()
+
+
+def test_a_note_among_the_pictures_is_no_reason_to_stop(tmp_path, make_picture):
+    source = tmp_path / "in"
+    source.mkdir()
+    (source / "a.jpg").write_bytes(make_picture(0))
+    (source / "a.txt").write_text("a")
+    (source / "README.txt").write_text("my pictures")
+    report = run(source, tmp_path / "out", max_bad=0.0)
+    assert report.skipped == {"text without picture": (1, "README.txt")}
+
+
+def test_when_every_picture_of_a_list_is_missing_the_folder_is_asked_for(tmp_path):
+    (tmp_path / "t.csv").write_text("image,caption\n" + "".join(f"{n}.jpg,picture\n" for n in range(60)))
+    with pytest.raises(DataError, match="missing file: 51, first 0.jpg") as caught:
+        run(tmp_path / "t.csv", tmp_path / "out")
+    assert caught.value.remedy.startswith("--images FOLDER")
+    assert not (tmp_path / "out").exists()

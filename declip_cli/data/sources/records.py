@@ -82,6 +82,8 @@ class BadRecord:
     key: str
     cause: str
     part: str = ""
+    is_bad: bool = True
+    """False for what may well lie there, such as a note among pictures; it is no reason to stop."""
 
     def load(self) -> RawSample:
         """Raise the reason; see `Record.load`."""

@@ -67,7 +67,7 @@ def test_pictures_with_text_or_json_beside(tmp_path, make_picture):
     ]
     assert report.skipped == {
         "missing caption": (1, "z.jpg"),
-        "missing image": (1, "sub/lonely.txt"),
+        "text without picture": (1, "sub/lonely.txt"),
         "damaged metadata": (1, "sub/c.jpg"),
     }
 
