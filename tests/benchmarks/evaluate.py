@@ -1,4 +1,4 @@
-"""Evaluation against its peers: python tests/benchmarks/evaluate.py [zeroshot …]."""
+"""Evaluation against its peers: python tests/benchmarks/evaluate.py [zeroshot retrieval search probe]."""
 
 import argparse
 import importlib.metadata
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import open_clip
 import torch
+from evaluate_probe import probe
+from evaluate_retrieval import retrieval, search
 from lines import compare, report
 
 from declip_cli.config import ModelConfig
@@ -21,7 +23,7 @@ from declip_cli.model.checkpoint import load_model, save_model
 from declip_cli.model.clip import DualEncoder
 from declip_cli.model.precision import autocast
 
-PARTS = ("zeroshot",)
+PARTS = ("zeroshot", "retrieval", "search", "probe")
 
 
 def zeroshot(*, num_classes: int, runs: int, arch: str) -> None:
@@ -81,12 +83,24 @@ def main() -> None:
     parser.add_argument("--arch", default="vit-b32")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--no-coco", action="store_true", help="leave out the peer's minute at the size of COCO")
+    parser.add_argument("--vectors", type=int, default=1_000_000, help="vectors that are searched, 2 KiB each")
+    parser.add_argument("--index", default="", help="also search through this index of faiss")
+    parser.add_argument("--samples", type=int, default=50_000, help="training samples of the probe")
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--probe-classes", type=int, default=10)
     arguments = parser.parse_args()
     parts = arguments.parts or PARTS
     torch.set_num_threads(arguments.threads)
     os.environ.setdefault("DECLIP_CACHE", tempfile.gettempdir())
     if "zeroshot" in parts:
         zeroshot(num_classes=arguments.classes, runs=arguments.runs, arch=arguments.arch)
+    if "retrieval" in parts:
+        retrieval(runs=arguments.runs, with_coco=not arguments.no_coco)
+    if "search" in parts:
+        search(runs=arguments.runs, num_vectors=arguments.vectors, spec=arguments.index)
+    if "probe" in parts:
+        probe(runs=arguments.runs, num=arguments.samples, dim=arguments.dim, num_classes=arguments.probe_classes)
 
 
 if __name__ == "__main__":
