@@ -1,5 +1,6 @@
 """The front door: the Typer app with its five commands."""
 
+import os
 from typing import Annotated
 
 import typer
@@ -40,6 +41,9 @@ def options(
 
 def main() -> None:
     """Run the command line; the entry point `declip`."""
+    # Threads that wait actively stall each other as soon as something else needs a core; OpenMP reads this once,
+    # when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     app()
 
 

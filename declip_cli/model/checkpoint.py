@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,8 @@ from torch import Tensor
 
 from declip_cli import __version__
 from declip_cli.config import ModelConfig
-from declip_cli.config_files import build_config
 from declip_cli.errors import DeclipError, ModelError
-from declip_cli.model.architectures import find_architecture
+from declip_cli.model.architectures import describe_architecture, restore_architecture
 from declip_cli.model.clip import IMAGE_MEAN, IMAGE_STD, DualEncoder
 from declip_cli.model.heads import TOKEN_WISE_DIM
 from declip_cli.model.interop import load_foreign, open_clip_config, open_clip_state
@@ -76,7 +75,8 @@ def save_model(encoder: DualEncoder, folder: Path, *, config: ModelConfig, metho
         "method": method,
         "token_wise": method == "filip",
         "has_token_wise_heads": encoder.token_wise is not None,
-        "model": asdict(config),
+        "arch": config.arch,
+        "architecture": describe_architecture(encoder.architecture),
         "preprocessing": {
             "image_side_px": encoder.architecture.image_side_px,
             "resize_px": default_resize_px(encoder.architecture.image_side_px),
@@ -150,9 +150,8 @@ def load_model(path: Path | None, *, device: str | torch.device = "cpu") -> Pret
     if path.is_file() or not (folder / OWN_CONFIG_FILE).is_file():
         return _load_foreign(path if path.is_file() else folder, device)
     own = _read_own_config(folder)
-    config: ModelConfig = build_config(ModelConfig, own["model"], where="model")
     has_heads = bool(own["has_token_wise_heads"])
-    encoder = DualEncoder(find_architecture(config), token_wise_dim=TOKEN_WISE_DIM if has_heads else 0)
+    encoder = DualEncoder(restore_architecture(own["architecture"]), token_wise_dim=TOKEN_WISE_DIM if has_heads else 0)
     try:
         encoder.load_state_dict(_read_state(folder))
     except (KeyError, RuntimeError) as error:
@@ -164,7 +163,7 @@ def load_model(path: Path | None, *, device: str | torch.device = "cpu") -> Pret
         encoder=encoder.eval().to(device),
         name=str(path),
         method=own["method"],
-        arch=config.arch,
+        arch=own["arch"],
         token_wise=own["token_wise"],
         image_side_px=preprocessing["image_side_px"],
         resize_px=preprocessing["resize_px"],
