@@ -65,7 +65,7 @@ class RunDir:
         Raises:
             TrainError: the folder exists and is not empty.
         """
-        if self.path.exists() and any(self.path.iterdir()):
+        if self.path.exists() and not self._is_empty():
             if not force:
                 raise TrainError(
                     f"the run folder {self.path} already holds files",
@@ -83,6 +83,10 @@ class RunDir:
             versions |= {"declip": __version__, "python": platform.python_version()}
             content = {"config": asdict(config), "versions": versions}
             _write_text(self.path / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
+
+    def _is_empty(self) -> bool:
+        """Tell whether nothing is lost by starting here: no files, or only those of a run that could not start."""
+        return all(path.name == CONFIG_FILE for path in self.path.iterdir())
 
     def read_config(self) -> RunConfig:
         """Read back how the run was started.

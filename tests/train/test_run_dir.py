@@ -32,6 +32,7 @@ def test_a_run_is_named_by_method_architecture_and_time(tmp_path):
 
 
 def test_a_folder_with_files_is_not_overwritten(run_dir):
+    run_dir.append_log("started")
     with pytest.raises(TrainError, match="already holds files") as caught:
         run_dir.create(RunConfig(), force=False)
     assert f"--resume {run_dir.path}" in caught.value.remedy
@@ -47,6 +48,11 @@ def test_force_does_not_delete_a_folder_that_is_no_run(tmp_path):
     with pytest.raises(TrainError, match="is no run folder, so --force does not delete it"):
         RunDir(tmp_path).create(RunConfig(), force=True)
     assert (tmp_path / "photo.jpg").read_bytes() == b"dear"
+
+
+def test_the_folder_of_a_run_that_could_not_start_can_be_used_again(run_dir):
+    run_dir.create(RunConfig(), force=False)
+    assert run_dir.read_config() == RunConfig()
 
 
 def test_an_empty_folder_can_be_used(tmp_path):

@@ -1,0 +1,276 @@
+"""`declip pretrain` as a user types it."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from declip_cli.__main__ import app
+from declip_cli.train import loop
+
+SMALL = ["--data", "demo", "--steps", "3", "--batch-size", "8", "--threads", "1", "--precision", "fp32"]
+SMALL += ["--set", "train.eval=[]", "--set", "train.log_every_steps=1", "--set", "data.part=fit"]
+
+
+def pretrain(*words):
+    result = CliRunner().invoke(app, ["pretrain", *(str(word) for word in words)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def error_of(*words):
+    """Run something that cannot work; return its error and its way out."""
+    result = pretrain(*words)
+    assert result.exit_code == 1, (result.stdout, result.stderr)
+    assert result.stdout == ""
+    error, fix = result.stderr.strip().splitlines()[-2:]
+    assert error.startswith("error: ")
+    assert fix.startswith("  fix: ")
+    return error.removeprefix("error: "), fix.removeprefix("  fix: ")
+
+
+def weights_of(run):
+    return load_file(run / "model" / "open_clip_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """One small run with all the fields and files there are."""
+    out = tmp_path_factory.mktemp("runs") / "one"
+    return pretrain(*SMALL, "--out", out, "--json"), out
+
+
+def test_json_has_the_promised_fields_and_stdout_nothing_else(done):
+    result, out = done
+    assert result.exit_code == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 1
+    report = json.loads(result.stdout)
+    assert list(report) == [
+        *("run_dir", "method", "arch", "steps", "samples_seen", "seconds", "samples_per_second"),
+        *("losses", "evaluations", "stopped"),
+    ]
+    assert (report["run_dir"], report["method"], report["arch"]) == (str(out), "declip", "vit-tiny32")
+    assert (report["steps"], report["samples_seen"], report["stopped"]) == (3, 24, False)
+    assert (report["evaluations"], set(report["losses"])) == ({}, {"clip", "nn", "total"})
+    assert report["seconds"] > 0
+
+
+def test_stderr_tells_how_the_run_goes(done):
+    result, out = done
+    lines = result.stderr.splitlines()
+    assert lines[0] == f"run folder: {out}"
+    assert lines[1].startswith("declip on vit-tiny32: ")
+    assert "batch 8 × 1, 3 steps, cpu, fp32" in lines[1]
+    assert lines[2].startswith("step 1/3 · clip ")
+    assert "samples/s · waiting " in lines[2]
+    assert any(line.startswith("done: 24 samples in ") for line in lines)
+    assert any(f"declip linear-probe demo --model {out}" in line for line in lines)
+
+
+def test_the_run_folder_has_what_the_documentation_promises(done):
+    _, out = done
+    names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert {"config.json", "metrics.jsonl", "log.txt", "model/open_clip_config.json", "model/declip.json"} <= names
+    assert {"model/open_clip_model.safetensors", "state/step-000000003/state.json"} <= names
+    assert not [name for name in names if name.endswith(".tmp")]
+    config = json.loads((out / "config.json").read_text())
+    assert config["config"]["train"]["steps"] == 3
+    assert config["config"]["model"]["arch"] == "vit-tiny32"
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in steps] == [1, 2, 3]
+
+
+def test_lines_are_the_default(tmp_path):
+    result = pretrain(*SMALL, "--out", tmp_path / "run", "--method", "clip")
+    assert result.exit_code == 0, result.stderr
+    fields = dict(line.split("\t") for line in result.stdout.splitlines())
+    assert (fields["method"], fields["steps"], fields["stopped"]) == ("clip", "3", "False")
+    assert float(fields["losses.clip"]) > 0
+    assert "note: --method clip" in result.stderr
+
+
+def test_without_out_a_run_gets_a_folder_of_its_own_under_the_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("DECLIP_RUNS", str(tmp_path / "all"))
+    result = pretrain(*SMALL, "--json")
+    (folder,) = (tmp_path / "all").iterdir()
+    assert json.loads(result.stdout)["run_dir"] == str(folder)
+    assert folder.name.startswith("declip-vit-tiny32-")
+
+
+def test_equal_seeds_give_equal_weights_and_other_seeds_others(done, tmp_path):
+    _, out = done
+    for seed in (0, 1):
+        assert pretrain(*SMALL, "--seed", seed, "--out", tmp_path / f"{seed}").exit_code == 0
+    first, same, other = (weights_of(run)["visual.proj"] for run in (out, tmp_path / "0", tmp_path / "1"))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(tmp_path, monkeypatch):
+    out, step = tmp_path / "run", loop._step
+
+    def interrupted(training, rate):
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(training, rate)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_step", interrupted)
+        result = pretrain(*SMALL, "--out", out, "--json")
+    assert result.exit_code == 130
+    assert json.loads(result.stdout)["stopped"] is True
+    assert "stopped at step 1 of 3; everything is saved" in result.stderr
+    assert f"go on: declip pretrain --resume {out}" in result.stderr
+    result = pretrain("--resume", out, "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert (report["steps"], report["samples_seen"], report["stopped"]) == (3, 24, False)
+    assert "going on from step 1 of 3" in result.stderr
+
+
+def test_a_resumed_run_is_told_what_changed(done, tmp_path):
+    out = tmp_path / "run"
+    assert pretrain(*SMALL, "--out", out).exit_code == 0
+    result = pretrain("--resume", out, "--steps", "5", "--json")
+    assert json.loads(result.stdout)["steps"] == 5
+    assert "note: these settings differ from those the run was started with: train" in result.stderr
+
+
+def test_a_run_can_start_from_another_model(done, tmp_path):
+    _, first = done
+    still = ["--set", "optim.learning_rate_start=0", "--learning-rate", "1e-12", "--set", "optim.weight_decay=0"]
+    result = pretrain(*SMALL, *still, "--init", first, "--out", tmp_path / "second")
+    assert result.exit_code == 0, result.stderr
+    for name, value in weights_of(first).items():
+        torch.testing.assert_close(weights_of(tmp_path / "second")[name], value, rtol=0, atol=1e-6)
+
+
+def test_a_frozen_tower_keeps_its_weights(done, tmp_path):
+    _, first = done
+    result = pretrain(*SMALL, "--init", first, "--set", "train.freeze=image", "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.stderr
+    before, after = weights_of(first), weights_of(tmp_path / "run")
+    for name, value in before.items():
+        if name.startswith("visual."):
+            assert torch.equal(after[name], value), name
+    assert not torch.equal(after["ln_final.weight"], before["ln_final.weight"])
+
+
+def test_force_replaces_a_run(tmp_path):
+    out = tmp_path / "run"
+    for _ in range(2):
+        result = pretrain(*SMALL, "--out", out, "--force")
+        assert result.exit_code == 0, result.stderr
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_file_of_settings_is_overridden_by_options_and_these_by_assignments(tmp_path):
+    (tmp_path / "run.toml").write_text(
+        '[model]\narch = "vit-tiny32"\n[method]\nname = "clip"\n[data]\npart = "fit"\n'
+        '[train]\nprecision = "fp32"\nsteps = 9\nbatch_size = 8\nseed = 4\nlog_every_steps = 1\n'
+    )
+    out = tmp_path / "run"
+    words = ["--config", tmp_path / "run.toml", "--data", "demo", "--steps", "5", "--set", "train.steps=2"]
+    result = pretrain(*words, "--threads", "1", "--out", out, "--json")
+    assert json.loads(result.stdout)["steps"] == 2, result.stderr
+    train = json.loads((out / "config.json").read_text())["config"]["train"]
+    assert (train["steps"], train["batch_size"], train["seed"]) == (2, 8, 4)
+
+
+def test_the_recipes_are_listed():
+    result = pretrain("--list-recipes")
+    assert result.exit_code == 0
+    names = [line.split("\t")[0] for line in result.stdout.splitlines()]
+    assert {"declip-demo", "declip-yfcc15m-vit-b32", "clip-yfcc15m-rn50"} <= set(names)
+    listed = json.loads(pretrain("--list-recipes", "--json").stdout)["recipes"]
+    assert [recipe["name"] for recipe in listed] == names
+    assert all(recipe["title"] for recipe in listed)
+
+
+def test_no_data_is_an_error():
+    error, fix = error_of("--arch", "vit-tiny32")
+    assert error == "no data to train on"
+    assert "--data demo" in fix
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "fix"),
+    [
+        (["--method", "blip"], "method.name must be one of clip, slip, filip, declip, defilip (got 'blip')", "--set"),
+        (["--arch", "vit-b-32"], "unknown architecture 'vit-b-32'", "did you mean vit-b32?"),
+        (["--recipe", "declip-dmo"], "unknown recipe 'declip-dmo'", "did you mean declip-demo"),
+        (["--set", "train.step=3"], "unknown key 'train.step'", "did you mean 'steps'?"),
+        (["--set", "steps=3"], "--set wants section.key=value (got 'steps=3')", "--set train.ema_decay"),
+        (["--config", "none.toml"], "cannot read the configuration file none.toml", "check the path"),
+        (["--batch-size", "1"], "--batch-size must be at least 2", "--batch-size 256"),
+        (
+            ["--set", "method.weights.mlmm=1"],
+            "method declip has no loss term mlmm",
+            "its terms are clip, simsiam, mlm, nn",
+        ),
+        (
+            ["--set", "optim.warmup_steps=3"],
+            "--warmup-steps must be less than the steps of the run (got 3, 3)",
+            "--set",
+        ),
+        (["--precision", "fp16", "--set", "train.device=cpu"], "fp16 needs a GPU (found cpu)", "--precision bf16"),
+        (["--precision", "int8"], "train.precision must be one of auto, fp32, bf16, fp16 (got 'int8')", "--set"),
+        (["--batch-size", "100000"], "", "--batch-size"),
+        (["--init", "nowhere"], "no model at nowhere", "--model takes"),
+        (["--set", "train.tracker=nothing"], 'train.tracker must be one of "", tensorboard, wandb', "--set"),
+    ],
+)
+def test_what_cannot_work_is_an_error_with_a_way_out(words, error, fix, tmp_path):
+    found, remedy = error_of(*SMALL, *words, "--out", tmp_path / "run")
+    assert found.startswith(error)
+    assert remedy.startswith(fix) or fix in remedy
+
+
+def test_a_run_that_could_not_start_does_not_block_its_folder(tmp_path):
+    error_of(*SMALL, "--arch", "vit-b-32", "--out", tmp_path / "run")
+    assert pretrain(*SMALL, "--out", tmp_path / "run").exit_code == 0
+
+
+def test_data_that_is_missing_is_an_error_that_names_it(tmp_path):
+    error, _ = error_of("--data", tmp_path / "shards", "--precision", "fp32", "--out", tmp_path / "run")
+    assert str(tmp_path / "shards") in error
+
+
+def test_an_existing_run_is_not_overwritten(done):
+    _, out = done
+    error, fix = error_of(*SMALL, "--out", out)
+    assert error == f"the run folder {out} already holds files"
+    assert f"--resume {out}" in fix
+
+
+def test_nothing_to_resume_is_an_error(tmp_path):
+    error, fix = error_of("--resume", tmp_path / "nowhere")
+    assert error.startswith(f"no run to resume at {tmp_path / 'nowhere'}")
+    assert fix.startswith("--resume takes the run folder")
+
+
+def test_a_model_of_another_size_to_start_from_is_an_error(done, tmp_path):
+    _, first = done
+    error, fix = error_of(*SMALL, "--init", first, "--set", "model.embed_dim=7", "--out", tmp_path / "run")
+    assert error.startswith(f"--init {first} does not fit --arch vit-tiny32: ")
+    assert "choose the architecture" in fix
+
+
+def test_an_evaluation_set_that_is_missing_is_found_out_before_the_training(tmp_path):
+    out = tmp_path / "run"
+    words = [word for word in SMALL if word != "train.eval=[]"]
+    words.pop(words.index("--set"))
+    error_of(*words, "--eval", tmp_path / "nowhere", "--out", out)
+    assert not (out / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("words", [["--no-such-option"], ["--steps", "many"], ["--steps", "-1"]])
+def test_wrong_usage_exits_with_2(words):
+    result = pretrain(*words)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr
