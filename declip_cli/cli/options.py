@@ -9,9 +9,7 @@ Json = Annotated[bool, typer.Option("--json", help="Write one JSON object to std
 Force = Annotated[bool, typer.Option("--force", help="Replace what is already there.")]
 Model = Annotated[
     Optional[Path],  # noqa: UP007, UP045  (Typer reads this form on every Python it supports)
-    typer.Option(
-        "--model", help="Run folder, model folder or checkpoint. Default: the newest run under runs/."
-    ),
+    typer.Option("--model", help="Run folder, model folder or checkpoint. Default: the newest run under runs/."),
 ]
 DataRoot = Annotated[
     Optional[Path],  # noqa: UP007, UP045

@@ -1,10 +1,8 @@
-"""One image-text pair as bytes and words, and the stores that hand pairs out by number."""
+"""One image-text pair as bytes and words, and what a store of pairs is."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
-
-from declip_cli.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,40 +46,3 @@ class SampleStore(Protocol):
             IndexError: there is no such number.
         """
         ...
-
-
-def open_samples(paths: Sequence[str], *, part: str = "", cache_dir: str = "") -> SampleStore:
-    """Open the pairs that `--data` names.
-
-    Args:
-        paths: folders made by `declip prepare`, tar files or patterns such as `cc3m/{00000..00331}.tar`,
-            fsspec URLs of these, or the single word `demo`.
-        part: named part of the data: `train`, `fit`, `validation` or `test` of the demo corpus; otherwise the
-            name given to `declip prepare --split`. Empty is the training part.
-        cache_dir: where remote shards and the indexes of write-protected folders are kept; empty uses
-            `$DECLIP_CACHE`, else `~/.cache/declip`.
-
-    Returns:
-        All pairs of all paths as one store, in the order given.
-
-    Raises:
-        DataError: a path is missing, is not readable as shards, or holds no pair.
-    """
-    if not paths:
-        raise DataError("no data given", remedy="--data SHARDS, or --data demo for the pairs that come along")
-    if "demo" in paths:
-        return _open_demo(paths, part)
-    from declip_cli.data.shards import open_shards
-
-    return open_shards(paths, part=part, cache_dir=cache_dir)
-
-
-def _open_demo(paths: Sequence[str], part: str) -> SampleStore:
-    if len(paths) > 1:
-        raise DataError(
-            f"demo cannot be joined with other data (got {', '.join(paths)})",
-            remedy="declip prepare the demo pictures first, or leave demo away",
-        )
-    from declip_cli.data.demo import demo_samples
-
-    return demo_samples(part)

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from declip_cli.config import RunConfig, require
-from declip_cli.data.samples import open_samples
+from declip_cli.data.stores import open_samples
 from declip_cli.data.stream import StreamConfig, TrainStream
 from declip_cli.distributed import copy_from_main
 from declip_cli.errors import TrainError

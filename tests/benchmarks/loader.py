@@ -28,7 +28,8 @@ from open_clip_train.data import get_wds_dataset
 from PIL import Image, ImageFilter
 
 from declip_cli.config import AugmentConfig, Views
-from declip_cli.data.samples import SampleStore, open_samples
+from declip_cli.data.samples import SampleStore
+from declip_cli.data.stores import open_samples
 from declip_cli.data.stream import StreamConfig, TrainStream
 
 BATCH_SIZE, SIDE_PX = 64, 224

@@ -139,12 +139,11 @@ def throughput(options: argparse.Namespace, device: torch.device) -> None:
                 "runs": len(times),
                 "batch_size": options.batch_size,
             }
-            if options.peak_tflops:
-                if not options.compile:
-                    with FlopCounterMode(display=False) as counter:
-                        step()
-                    flops = counter.get_total_flops() / statistics.median(times)
-                    line["share_of_peak"] = round(flops / options.peak_tflops / 1e12, 3)
+            if options.peak_tflops and not options.compile:
+                with FlopCounterMode(display=False) as counter:
+                    step()
+                flops = counter.get_total_flops() / statistics.median(times)
+                line["share_of_peak"] = round(flops / options.peak_tflops / 1e12, 3)
             if device.type == "cuda":
                 line["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
             print(json.dumps(line), flush=True)

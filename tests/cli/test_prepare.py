@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from declip_cli.cli.prepare import prepare
 from declip_cli.data.prepare import prepare as prepare_shards
 from declip_cli.data.prepare_config import PrepareConfig
-from declip_cli.data.samples import open_samples
+from declip_cli.data.stores import open_samples
 
 app = typer.Typer()
 app.command()(prepare)

@@ -1,7 +1,7 @@
 import pytest
 
 from declip_cli.data.demo import demo_records, demo_samples
-from declip_cli.data.samples import open_samples
+from declip_cli.data.stores import open_samples
 from declip_cli.errors import DataError
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from declip_cli.data.prepare import prepare
 from declip_cli.data.prepare_config import CleanConfig, PrepareConfig
-from declip_cli.data.samples import open_samples
+from declip_cli.data.stores import open_samples
 from declip_cli.errors import ConfigError, DataError
 
 

@@ -7,8 +7,8 @@ import threading
 import fsspec
 import pytest
 
-from declip_cli.data.samples import open_samples
 from declip_cli.data.shards import find_shards
+from declip_cli.data.stores import open_samples
 from declip_cli.errors import DataError
 
 

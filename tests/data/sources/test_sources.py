@@ -13,7 +13,7 @@ import pytest
 
 from declip_cli.data.prepare import prepare
 from declip_cli.data.prepare_config import PrepareConfig
-from declip_cli.data.samples import open_samples
+from declip_cli.data.stores import open_samples
 from declip_cli.errors import ConfigError, DataError
 
 

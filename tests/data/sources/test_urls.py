@@ -7,9 +7,9 @@ import pytest
 
 from declip_cli.data.prepare import prepare
 from declip_cli.data.prepare_config import PrepareConfig
-from declip_cli.data.samples import open_samples
 from declip_cli.data.sources import urls
 from declip_cli.data.sources.urls import name_failure
+from declip_cli.data.stores import open_samples
 from declip_cli.errors import DataError
 
 
