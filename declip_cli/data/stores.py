@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from declip_cli.data.demo import demo_samples
 from declip_cli.data.samples import SampleStore
-from declip_cli.data.shards import open_shards
+from declip_cli.data.shards.store import open_shards
 from declip_cli.errors import DataError
 
 

@@ -1,0 +1,1 @@
+"""From any source to shards: `declip prepare`."""

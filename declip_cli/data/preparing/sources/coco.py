@@ -1,0 +1,100 @@
+"""COCO captions, and the files of Andrej Karpathy's splits of COCO, Flickr8k and Flickr30k."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from declip_cli.data.preparing.sources.locate import locate_pictures
+from declip_cli.data.preparing.sources.records import BadRecord, Record, file_record
+from declip_cli.data.shards import storage
+from declip_cli.errors import DataError
+
+_SPLITS = {"": "", "train": "", "restval": "", "val": "val", "test": "test"}
+
+
+def find_annotations(folder: str) -> list[str]:
+    """Find COCO's caption files in a folder or in its `annotations` folder.
+
+    Args:
+        folder: local path or URL.
+
+    Returns:
+        Paths of `captions_*.json`.
+    """
+    found = []
+    for below in (folder, storage.join(folder, "annotations")):
+        names = storage.names_in(below) if storage.is_folder(below) else []
+        is_captions = (n for n in names if n.startswith("captions_") and n.endswith(".json"))
+        found += [storage.join(below, name) for name in is_captions]
+    return found
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """Read a whole JSON file with a list of `images`.
+
+    Args:
+        path: local path or URL.
+
+    Returns:
+        The object.
+
+    Raises:
+        DataError: it is not such a file.
+    """
+    try:
+        content = json.loads(storage.read_bytes(path))
+        if isinstance(content, dict) and isinstance(content["images"], list):
+            return content
+        raise KeyError("images")
+    except (ValueError, KeyError) as error:
+        raise DataError(
+            f"{path} is neither COCO captions nor a Karpathy split: no list of images ({error})",
+            remedy="say what it is with --kind",
+        ) from error
+
+
+def read_annotations(path: str, *, images: str = "") -> Iterator[Record]:
+    """Read pairs from a caption file of COCO or of Karpathy's splits.
+
+    Args:
+        path: local path or URL of a JSON file.
+        images: folder of the pictures; empty looks around the file.
+
+    Yields:
+        One record per picture with all its captions. Pictures of Karpathy's `val` and `test` splits get these
+        as their part, so that no training run sees them.
+
+    Raises:
+        DataError: the file is of another kind, or the pictures cannot be found.
+    """
+    content = read_json(path)
+    if "annotations" in content:
+        return _coco_records(content, path, images)
+    return _karpathy_records(content["images"], path, images)
+
+
+def _coco_records(content: dict[str, Any], path: str, images: str) -> Iterator[Record]:
+    captions: dict[Any, list[object]] = {}
+    for annotation in content["annotations"]:
+        if "caption" in annotation:
+            captions.setdefault(annotation.get("image_id"), []).append(annotation["caption"])
+    rows = content["images"]
+    folder = locate_pictures(path, [str(row.get("file_name")) for row in rows[:100]], images=images)
+    return (file_record(folder, row.get("file_name"), captions.get(row.get("id"), [])) for row in rows)
+
+
+def _karpathy_records(rows: list[dict[str, Any]], path: str, images: str) -> Iterator[Record]:
+    names = [_karpathy_name(row) for row in rows[:100]]
+    folder = locate_pictures(path, names, images=images)
+    for row in rows:
+        captions: list[object] = [sentence.get("raw") for sentence in row.get("sentences", [])]
+        split = row.get("split", "")
+        if split not in _SPLITS:
+            yield BadRecord(_karpathy_name(row), "unknown split")
+        else:
+            yield file_record(folder, _karpathy_name(row), captions, part=_SPLITS[split])
+
+
+def _karpathy_name(row: dict[str, Any]) -> str:
+    below, name = row.get("filepath", ""), row.get("filename", "")
+    return f"{below}/{name}" if below else name

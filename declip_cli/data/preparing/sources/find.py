@@ -1,0 +1,231 @@
+"""Recognise what a source is by looking at it, and open it."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+
+from declip_cli.config import require
+from declip_cli.data.demo import demo_records
+from declip_cli.data.preparing.config import PrepareConfig, SourceKind
+from declip_cli.data.preparing.sources import coco, flickr30k, folder, table, tars, urls, yfcc15m
+from declip_cli.data.preparing.sources.locate import locate_pictures
+from declip_cli.data.preparing.sources.records import FileRecord, Record, Source, skip_first
+from declip_cli.data.shards import storage
+from declip_cli.errors import DataError
+
+_HELP = "a folder, a table, a .tar pattern, a COCO or Flickr30k file, or a list of URLs; or say --kind"
+
+
+def open_source(config: PrepareConfig) -> Source:
+    """Open the source of a run.
+
+    Args:
+        config: source, kind, columns and picture folder count here.
+
+    Returns:
+        Its kind and records.
+
+    Raises:
+        DataError: it is missing, or cannot be read as any kind or as the kind asked for.
+    """
+    if config.source == "demo":
+        return Source("demo", skip_first(_demo_records()), len(demo_records("")) + len(demo_records("test")))
+    path = config.source.rstrip("/") or "/"
+    paths = storage.expand(path)
+    missing = [found for found in paths if not storage.is_file(found) and not storage.is_folder(found)]
+    if missing or not paths:
+        raise DataError(f"no such file or folder: {(missing or [path])[0]}", remedy=f"SOURCE is {_HELP}")
+    skip = _below(path, config.out)
+    kind = config.kind or recognise(paths[0])
+    if len(paths) > 1 and kind != "tars":
+        raise DataError(f"{path} means {len(paths)} files; only tars may be several", remedy="give one file")
+    _refuse_options(kind, config)
+    opener: Callable[[list[str], PrepareConfig], Source] | None = _OPENERS.get(kind)
+    if opener is not None:
+        return opener(paths, config)
+    return Source(kind, skip_first(folder.read_folder(path, skip=skip)))
+
+
+def _refuse_options(kind: SourceKind, config: PrepareConfig) -> None:
+    """Raise ConfigError for options that this kind of source would not look at."""
+    has_columns = bool(config.image_column or config.caption_columns)
+    require(
+        kind in ("table", "urls") or not has_columns,
+        f"--image-column and --caption-column are for tables, but {config.source} is taken for: {kind}",
+        remedy="leave them away, or --kind table",
+    )
+    require(
+        kind in ("table", "declip", "coco", "flickr30k", "yfcc15m") or not config.images,
+        f"--images is for lists of file names, but {config.source} is taken for: {kind}",
+        remedy="leave it away, or say --kind",
+    )
+
+
+def _demo_records() -> Iterator[Record]:
+    for part in ("", "test"):
+        for record in demo_records(part):
+            yield FileRecord(record.key, str(record.path), (record.caption,), part)
+
+
+def _open_captions(paths: list[str], config: PrepareConfig) -> Source:
+    path = paths[0]
+    lists = [path] if storage.is_file(path) else folder.find_lists(path)
+    _need(lists, path, folder.CAPTIONS_FILE)
+    root = storage.parent(path) if storage.is_file(path) else path
+    records = folder.read_lists(lists, root=root)
+    return Source("captions", skip_first(records), sum(map(_num_lines, lists)))
+
+
+def _open_tars(paths: list[str], config: PrepareConfig) -> Source:
+    shards = [shard for found in paths for shard in _tars_in(found)]
+    _need(shards, paths[0], ".tar")
+    return Source("tars", skip_first(tars.read_tars(shards)))
+
+
+def _open_table(paths: list[str], config: PrepareConfig) -> Source:
+    records = table.read_table(
+        paths[0], image_column=config.image_column, caption_columns=config.caption_columns, images=config.images
+    )
+    return Source("table", skip_first(records))
+
+
+def _open_declip(paths: list[str], config: PrepareConfig) -> Source:
+    rows = (row for row in table.read_rows(paths[0]) if isinstance(row.get("filename"), str))
+    names = [row["filename"] for row, _ in zip(rows, range(100), strict=False)]
+    try:
+        images = locate_pictures(paths[0], names, images=config.images)
+    except DataError as error:
+        raise DataError(error.message, remedy="--images FOLDER, or --kind urls to download the pictures") from error
+    records = table.read_table(paths[0], image_column="filename", caption_columns=["caption"], images=images)
+    return Source("declip", skip_first(records), _num_lines(paths[0]))
+
+
+def _open_annotations(kind: SourceKind) -> Callable[[list[str], PrepareConfig], Source]:
+    def open_lists(paths: list[str], config: PrepareConfig) -> Source:
+        path = paths[0]
+        lists = [path]
+        if storage.is_folder(path):
+            lists = coco.find_annotations(path) if kind == "coco" else flickr30k.find_lists(path)
+        _need(lists, path, "captions_*.json" if kind == "coco" else "dataset_*.json or .token")
+        return Source(kind, skip_first(_annotations(lists, config.images)))
+
+    return open_lists
+
+
+def _annotations(lists: list[str], images: str) -> Iterator[Record]:
+    for path in lists:
+        if flickr30k.is_token_file(path):
+            yield from flickr30k.read_tokens(path, images=images)
+        else:
+            yield from coco.read_annotations(path, images=images)
+
+
+def _open_yfcc15m(paths: list[str], config: PrepareConfig) -> Source:
+    return Source("yfcc15m", skip_first(yfcc15m.read_yfcc15m(paths[0], images=config.images)))
+
+
+def _open_urls(paths: list[str], config: PrepareConfig) -> Source:
+    path = paths[0]
+    urls.check_list(path, config)
+    total = _num_lines(path)
+    return Source("urls", lambda start: urls.read_urls(path, config, start=start), total, is_download=True)
+
+
+_OPENERS = {
+    "captions": _open_captions,
+    "tars": _open_tars,
+    "table": _open_table,
+    "declip": _open_declip,
+    "coco": _open_annotations("coco"),
+    "flickr30k": _open_annotations("flickr30k"),
+    "yfcc15m": _open_yfcc15m,
+    "urls": _open_urls,
+}
+
+
+def _below(path: str, out: str) -> str:
+    """Return the output folder relative to the source, where it lies inside it."""
+    if storage.is_remote(path) or storage.is_remote(out):
+        return out.removeprefix(path + "/").rstrip("/") if out.startswith(path + "/") else ""
+    relative = os.path.relpath(out, path)
+    if relative == ".":
+        raise DataError(f"source and output are the same folder {path}", remedy="choose another --out")
+    return "" if relative.startswith("..") else relative.replace(os.sep, "/")
+
+
+def _need(found: list[str], path: str, what: str) -> None:
+    if not found:
+        raise DataError(f"no {what} file in {path}", remedy="check the path, or leave --kind away")
+
+
+def _tars_in(path: str) -> list[str]:
+    if not storage.is_folder(path):
+        return [path]
+    names = [name for name in storage.names_in(path) if name.endswith(tars.TAR_EXTENSIONS)]
+    return [storage.join(path, name) for name in names]
+
+
+def _num_lines(path: str) -> int:
+    """Count lines for the progress bar, where that does not mean a download; 0 is unknown."""
+    if storage.is_remote(path) or path.endswith(".parquet"):
+        return 0
+    with storage.open_binary(path) as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+
+
+def recognise(path: str) -> SourceKind:
+    """Tell what kind of source a path is.
+
+    Args:
+        path: of a file or folder that exists.
+
+    Returns:
+        The kind.
+
+    Raises:
+        DataError: it is like none.
+    """
+    name = path.rpartition("/")[2]
+    if storage.is_folder(path):
+        return _recognise_folder(path)
+    if name.endswith(tars.TAR_EXTENSIONS):
+        return "tars"
+    if name == folder.CAPTIONS_FILE:
+        return "captions"
+    if flickr30k.is_token_file(name):
+        return "flickr30k"
+    if name.endswith(".json") and not _is_json_lines(path):
+        return "coco"
+    if name.endswith(".tsv") and yfcc15m.is_list(path):
+        return "yfcc15m"
+    if name.endswith(table.TABLE_EXTENSIONS):
+        return _recognise_table(path)
+    raise DataError(f"cannot tell what {path} is", remedy=f"SOURCE is {_HELP}")
+
+
+def _recognise_folder(path: str) -> SourceKind:
+    if _tars_in(path):
+        return "tars"
+    if coco.find_annotations(path):
+        return "coco"
+    if flickr30k.find_lists(path):
+        return "flickr30k"
+    return "captions" if folder.find_lists(path) else "folder"
+
+
+def _is_json_lines(path: str) -> bool:
+    with storage.open_binary(path) as file:
+        line = file.readline(1 << 20)
+    try:
+        return isinstance(json.loads(line), dict) and b'"images"' not in line
+    except ValueError:
+        return False
+
+
+def _recognise_table(path: str) -> SourceKind:
+    columns = table.columns_of(path)
+    if {"filename", "caption", "url"} <= set(columns):
+        return "declip"
+    lower = {column.lower() for column in columns}
+    has_pictures = bool(lower & set(table.IMAGE_COLUMNS))
+    return "urls" if lower & set(table.URL_COLUMNS) and not has_pictures else "table"

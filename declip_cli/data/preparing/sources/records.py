@@ -1,0 +1,158 @@
+"""What every source yields: where a picture and its captions lie, still unread."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol
+
+from declip_cli.data.samples import RawSample
+from declip_cli.data.shards import storage
+from declip_cli.data.shards.tar_samples import MAX_MEMBER_BYTES, Group, captions_of, clean_captions
+from declip_cli.errors import DataError
+
+
+class Record(Protocol):
+    """One pair of a source. Small, and fit to be sent to another process."""
+
+    @property
+    def key(self) -> str:
+        """Where it stands in the source; unique if the source is in order."""
+        ...
+
+    @property
+    def part(self) -> str:
+        """Part of the data it belongs to by the source's own word; empty is the training part."""
+        ...
+
+    def load(self) -> RawSample:
+        """Read the picture and its captions.
+
+        Raises:
+            DataError: this pair cannot be used; `.cause` says why.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A picture in a file of its own, with captions known already."""
+
+    key: str
+    path: str
+    captions: tuple[object, ...]
+    part: str = ""
+
+    def load(self) -> RawSample:
+        """Read the pair; see `Record.load`."""
+        return RawSample(self.key, read_picture(self.path), clean_captions(list(self.captions), self.key))
+
+
+@dataclass(frozen=True, slots=True)
+class BytesRecord:
+    """A picture already in memory."""
+
+    key: str
+    image: bytes
+    captions: tuple[object, ...]
+    part: str = ""
+
+    def load(self) -> RawSample:
+        """Read the pair; see `Record.load`."""
+        return RawSample(self.key, self.image, clean_captions(list(self.captions), self.key))
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRecord:
+    """A sample of a tar archive."""
+
+    key: str
+    group: Group
+    part: str = ""
+
+    def load(self) -> RawSample:
+        """Read the pair; see `Record.load`."""
+        return RawSample(self.key, self.group.parts[self.group.picture_extension], captions_of(self.group))
+
+
+@dataclass(frozen=True, slots=True)
+class BadRecord:
+    """Something that stands in the source and is no pair; it is counted, never dropped in silence."""
+
+    key: str
+    cause: str
+    part: str = ""
+    is_bad: bool = True
+    """False for what may well lie there, such as a note among pictures; it is no reason to stop."""
+
+    def load(self) -> RawSample:
+        """Raise the reason; see `Record.load`."""
+        raise DataError(f"{self.key}: {self.cause}", remedy="mend it or leave it out", cause=self.cause)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A source that has been recognised."""
+
+    kind: str
+    records_from: Callable[[int], Iterator[Record]]
+    """Records from a number on, so that a run can be taken up again."""
+    total: int = 0
+    """Number of records where it is cheap to know, for the progress bar; 0 is unknown."""
+    is_download: bool = False
+    """True if records come from the network, where failures are usual and no reason to stop."""
+
+
+def read_picture(path: str) -> bytes:
+    """Read a picture's file.
+
+    Args:
+        path: local path or URL.
+
+    Returns:
+        Its bytes.
+
+    Raises:
+        DataError: it is missing, too big or cannot be read.
+    """
+    try:
+        with storage.open_binary(path) as file:
+            if file.seek(0, os.SEEK_END) > MAX_MEMBER_BYTES:
+                raise DataError(f"{path} is too big for a picture", remedy="leave it out", cause="too big")
+            file.seek(0)
+            return file.read()
+    except FileNotFoundError as error:
+        raise DataError(f"no picture at {path}", remedy="check --images", cause="missing file") from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error}", remedy="check the file", cause="unreadable file") from error
+
+
+def file_record(folder: str, name: object, captions: list[object], *, part: str = "") -> Record:
+    """Make the record of a picture that a list names.
+
+    Args:
+        folder: where names start from.
+        name: what the list says.
+        captions: what the list says.
+        part: as of `Record.part`.
+
+    Returns:
+        The record; a bad one if the name is missing or leads out of the folder.
+    """
+    if not isinstance(name, str) or not name:
+        return BadRecord(f"{folder} (no file name)", "missing file name", part)
+    if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or storage.is_remote(name):
+        return BadRecord(name, "path traversal", part)
+    return FileRecord(name, storage.join(folder, name), tuple(captions), part)
+
+
+def skip_first(records: Iterator[Record]) -> Callable[[int], Iterator[Record]]:
+    """Make `Source.records_from` of records that cannot be entered in the middle: the first ones are dropped.
+
+    Args:
+        records: all of them; used once.
+
+    Returns:
+        A function from the first number wanted to the records from there on.
+    """
+    return lambda start: islice(records, start, None)

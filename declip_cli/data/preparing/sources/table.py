@@ -1,0 +1,243 @@
+"""Tables with a picture and one or several captions a row: CSV, TSV, JSON lines, Parquet."""
+
+import csv
+import io
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from declip_cli.data.preparing.sources.records import BadRecord, BytesRecord, FileRecord, Record
+from declip_cli.data.shards import storage
+from declip_cli.data.shards.tar_samples import is_unicode
+from declip_cli.errors import DataError
+
+TABLE_EXTENSIONS = (".csv", ".tsv", ".jsonl", ".parquet", ".json")
+IMAGE_COLUMNS = (
+    "image",
+    "file",
+    "filename",
+    "file_name",
+    "image_path",
+    "filepath",
+    "path",
+    "img",
+    "image_name",
+)
+CAPTION_COLUMNS = ("caption", "captions", "text", "caption_text", "title", "comment", "sentence", "alt_text")
+URL_COLUMNS = ("url", "image_url", "img_url", "image_link")
+
+Row = dict[str, Any]
+_MAX_FIELD_CHARS = 1 << 24
+
+
+def read_rows(path: str) -> Iterator[Row]:
+    """Read a table row by row, in constant memory.
+
+    Args:
+        path: local path or URL; the extension says the format.
+
+    Yields:
+        Column → value. A row that cannot be read is `{"": reason}`.
+
+    Raises:
+        DataError: there is no header, or pyarrow is needed and missing.
+    """
+    if path.endswith(".parquet"):
+        return _parquet_rows(path)
+    if path.endswith((".jsonl", ".json")):
+        return _json_rows(path)
+    return _text_rows(path)
+
+
+def columns_of(path: str) -> list[str]:
+    """List the columns of a table: its header, or the keys of its first JSON object.
+
+    Args:
+        path: as of `read_rows`.
+
+    Returns:
+        Names in order.
+
+    Raises:
+        DataError: the table is empty.
+    """
+    if path.endswith(".parquet"):
+        with _open_parquet(path) as table:
+            return [str(name) for name in table.schema_arrow.names]
+    if path.endswith((".jsonl", ".json")):
+        return next((list(row) for row in _json_rows(path) if "" not in row), [])
+    with storage.open_binary(path) as raw:
+        return _header(raw.readline(_MAX_FIELD_CHARS).decode("utf-8-sig", "replace"), path)[0]
+
+
+def _header(line: str, path: str) -> tuple[list[str], str, bool]:
+    """Return column names, the delimiter, and whether the line is a header at all.
+
+    Lists of URLs such as CC3M and CC12M have none: two columns, one of which is a URL.
+    """
+    if not line.strip():
+        raise DataError(f"the table {path} is empty", remedy="its first line must name the columns")
+    delimiter = "\t" if path.endswith(".tsv") else max(",;\t|", key=line.count)
+    names = [name.strip() for name in next(csv.reader([line], delimiter=delimiter))]
+    is_url = [name.startswith(("http://", "https://")) for name in names]
+    if len(names) == 2 and sum(is_url) == 1:
+        return ["url" if yes else "caption" for yes in is_url], delimiter, False
+    return names, delimiter, True
+
+
+def _text_rows(path: str) -> Iterator[Row]:
+    csv.field_size_limit(_MAX_FIELD_CHARS)
+    with storage.open_binary(path) as raw:
+        text = io.TextIOWrapper(raw, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        first = text.readline(_MAX_FIELD_CHARS)
+        names, delimiter, is_header = _header(first, path)
+        lines = text if is_header else itertools.chain([first], text)
+        if delimiter == "\t":
+            reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+        else:
+            reader = csv.reader(lines, delimiter=delimiter)
+        while True:
+            try:
+                values = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield {"": f"damaged row: {error}"}
+                continue
+            if not values:
+                continue
+            if len(values) != len(names):
+                yield {"": "wrong number of columns"}
+            else:
+                yield dict(zip(names, (value.strip() for value in values), strict=True))
+
+
+def _json_rows(path: str) -> Iterator[Row]:
+    with storage.open_binary(path) as raw:
+        for line in raw:
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+                yield row if isinstance(row, dict) else {"": "damaged line"}
+            except UnicodeDecodeError:
+                yield {"": "caption not UTF-8"}
+            except ValueError:
+                yield {"": "damaged line"}
+
+
+@contextmanager
+def _open_parquet(path: str) -> Iterator[Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(f"reading {path} needs the package pyarrow", remedy="pip install 'declip[tables]'") from error
+    with storage.open_binary(path) as file:
+        try:
+            yield pyarrow.parquet.ParquetFile(file)
+        except pyarrow.ArrowInvalid as error:
+            raise DataError(f"{path} is not a Parquet file: {error}", remedy="check the file") from error
+
+
+def _parquet_rows(path: str) -> Iterator[Row]:
+    with _open_parquet(path) as table:
+        for batch in table.iter_batches(batch_size=1024):
+            yield from batch.to_pylist()
+
+
+def choose_columns(
+    path: str, columns: Sequence[str], *, wanted: Sequence[str], usual: Sequence[str], option: str
+) -> list[str]:
+    """Find the columns that hold pictures or captions.
+
+    Args:
+        path: of the table, for messages.
+        columns: what there is.
+        wanted: what the user asked for; empty takes the first usual one.
+        usual: names to look for, upper and lower case alike.
+        option: the option that asks, for messages.
+
+    Returns:
+        At least one name.
+
+    Raises:
+        DataError: a wanted column is missing, or no usual one is there.
+    """
+    there = ", ".join(columns) or "none"
+    for name in wanted:
+        if name not in columns:
+            raise DataError(f"{path} has no column {name!r} (it has: {there})", remedy=f"{option} with one of these")
+    if wanted:
+        return list(wanted)
+    lower = {column.lower(): column for column in reversed(columns)}
+    found = [lower[name] for name in map(str.lower, usual) if name in lower]
+    if not found:
+        raise DataError(
+            f"{path} has no column of a usual name such as {usual[0]!r} (it has: {there})",
+            remedy=f"say which one with {option}",
+        )
+    return found[:1]
+
+
+def read_table(
+    path: str, *, image_column: str = "", caption_columns: Sequence[str] = (), images: str = ""
+) -> Iterator[Record]:
+    """Read pairs from a table; consecutive rows with the same picture become one pair with several captions.
+
+    Args:
+        path: as of `read_rows`.
+        image_column: holds a path, or in Parquet the encoded picture; empty looks for a usual name.
+        caption_columns: each holds a caption, or in JSON and Parquet a list of them; empty likewise.
+        images: folder that paths start from; empty is the table's own.
+
+    Yields:
+        One record per picture, a bad one for a row that cannot be read.
+
+    Raises:
+        DataError: a column is missing.
+    """
+    columns = columns_of(path)
+    wanted = [image_column] if image_column else []
+    image = choose_columns(path, columns, wanted=wanted, usual=IMAGE_COLUMNS, option="--image-column")[0]
+    captions = choose_columns(path, columns, wanted=caption_columns, usual=CAPTION_COLUMNS, option="--caption-column")
+    return _records(path, image, captions, images or storage.parent(path))
+
+
+def _records(path: str, image: str, captions: Sequence[str], folder: str) -> Iterator[Record]:
+    numbered = enumerate(read_rows(path), start=1)
+    for _, group in itertools.groupby(numbered, key=lambda pair: _sameness(pair, image)):
+        rows = list(group)
+        number, first = rows[0]
+        place = f"row {number}"
+        if "" in first:
+            yield BadRecord(place, first[""])
+            continue
+        texts = [text for _, row in rows for column in captions for text in as_list(row.get(column))]
+        picture = first.get(image)
+        if not all(map(is_unicode, texts)):
+            yield BadRecord(place, "caption not UTF-8")
+        elif isinstance(picture, dict) and picture.get("bytes"):  # as Hugging Face writes pictures
+            yield BytesRecord(str(picture.get("path") or place), picture["bytes"], tuple(texts))
+        elif isinstance(picture, bytes):
+            yield BytesRecord(place, picture, tuple(texts))
+        elif isinstance(picture, str) and picture:
+            where = picture if storage.is_remote(picture) else storage.join(folder, picture)
+            yield FileRecord(picture, where, tuple(texts))
+        else:
+            yield BadRecord(place, "missing file name")
+
+
+def _sameness(pair: tuple[int, Row], image: str) -> object:
+    number, row = pair
+    picture = row.get(image)
+    return picture if isinstance(picture, str) and picture and "" not in row else number
+
+
+def as_list(value: object) -> list[object]:
+    """Return what a cell holds as a list: nothing, one value, or the list it is."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list) else [value]

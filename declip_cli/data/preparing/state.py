@@ -1,0 +1,198 @@
+"""The output folder of `prepare`: new, interrupted, finished, or somebody else's."""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+from typing import Any
+
+from declip_cli import __version__
+from declip_cli.data.preparing.config import PrepareConfig
+from declip_cli.data.shards import storage
+from declip_cli.data.shards.store import MANIFEST, default_cache_dir
+from declip_cli.errors import DataError
+
+_PROGRESS, _MEMORY, _LOCK = "progress.json", "progress.memory", "progress.lock"
+_NOT_THE_COMMAND = ("out", "workers", "max_bad", "engine", "force")
+
+
+def command_id(config: PrepareConfig) -> str:
+    """Identify what is prepared and how, apart from where to, how fast and how leniently.
+
+    Args:
+        config: of the run.
+
+    Returns:
+        A hash that is the same for the same command.
+    """
+    facts = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_THE_COMMAND}
+    if not storage.is_remote(config.source):
+        facts["source"] = os.path.abspath(config.source)
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def spool_of(out: str) -> str:
+    """Name the local folder for unfinished things: the output folder itself, or one in the cache.
+
+    Args:
+        out: local path or URL of the output folder.
+
+    Returns:
+        A local path.
+    """
+    if not storage.is_remote(out):
+        return out.rstrip("/") or "/"
+    name = hashlib.sha256(out.rstrip("/").encode()).hexdigest()[:24]
+    return os.path.join(default_cache_dir(), "prepare", name)
+
+
+class OutFolder:
+    """Where a run's shards, manifest and resume state lie.
+
+    Args:
+        config: of the run.
+
+    Raises:
+        DataError: the folder holds something else and `force` is not set.
+    """
+
+    def __init__(self, config: PrepareConfig) -> None:
+        self.path = config.out.rstrip("/") or "/"
+        self._command = command_id(config)
+        self.spool = spool_of(self.path)
+        self.progress: dict[str, Any] = {}
+        """State of an interrupted run of the same command; empty for a new one."""
+        self.manifest: dict[str, Any] = {}
+        """Of a finished run of the same command; empty for any other."""
+        self._look(config.force)
+
+    def lock(self) -> None:
+        """Keep other runs out of this folder until the process ends or `unlock` is called.
+
+        Raises:
+            DataError: another run is at work here, or the disk cannot be written.
+        """
+        storage.make_folder(self.spool)
+        path = os.path.join(self.spool, _LOCK)
+        with storage.disk_errors(path):
+            self._lock = open(path, "ab")  # noqa: SIM115  (the lock lasts as long as it is open)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.close()
+            raise DataError(
+                f"another declip prepare is writing to {self.path}",
+                remedy="wait for it, or choose another --out",
+            ) from error
+
+    def unlock(self) -> None:
+        """Let other runs in, and delete the folder if nothing came of the run."""
+        storage.remove_file(os.path.join(self.spool, _LOCK))
+        self._lock.close()
+        with contextlib.suppress(OSError):
+            os.rmdir(self.spool)
+
+    def _look(self, force: bool) -> None:
+        manifest = self._json(storage.join(self.path, MANIFEST))
+        progress = self._json(os.path.join(self.spool, _PROGRESS))
+        if force:
+            self._clear({"", *manifest.get("parts", {}), *progress.get("parts", {})})
+        elif manifest.get("command") == self._command:
+            self.manifest = manifest
+        elif progress.get("command") == self._command:
+            self.progress = progress
+        elif manifest or progress or self._has_files():
+            state = "holds the result of another command" if manifest else "is not empty"
+            state = "holds an interrupted run of another command" if progress and not manifest else state
+            raise DataError(
+                f"the output folder {self.path} {state}",
+                remedy="choose another --out, or --force to replace the shards in it",
+            )
+
+    def _json(self, path: str) -> dict[str, Any]:
+        if not storage.is_file(path):
+            return {}
+        try:
+            value = json.loads(storage.read_bytes(path))
+        except ValueError:
+            return {"command": "damaged"}
+        return value if isinstance(value, dict) else {"command": "damaged"}
+
+    def _has_files(self) -> bool:
+        if storage.is_file(self.path):
+            raise DataError(f"the output {self.path} is a file", remedy="name a folder with --out")
+        return storage.is_folder(self.path) and any(name != _LOCK for name in storage.walk(self.path))
+
+    def _clear(self, parts: set[str]) -> None:
+        """Delete what `prepare` writes, and nothing else."""
+        for part in parts:
+            for folder in dict.fromkeys((self.part_path(part), self.part_spool(part))):
+                names = storage.names_in(folder) if storage.is_folder(folder) else []
+                for name in filter(_is_ours, names):
+                    storage.remove_file(storage.join(folder, name))
+
+    def save_progress(self, facts: dict[str, Any], memory: bytes) -> None:
+        """Write down how far the run is.
+
+        Args:
+            facts: JSON, given back as `progress` when the run goes on.
+            memory: what to append to the hashes seen so far.
+
+        Raises:
+            DataError: the disk is full or cannot be written.
+        """
+        storage.make_folder(self.spool)
+        path = os.path.join(self.spool, _MEMORY)
+        with storage.disk_errors(path), open(path, "ab") as file:
+            file.write(memory)
+            memory_bytes = file.tell()
+        head = {"command": self._command, "memory_bytes": memory_bytes}
+        storage.write_whole(os.path.join(self.spool, _PROGRESS), json.dumps(head | facts).encode())
+
+    def load_memory(self) -> bytes:
+        """Read the hashes seen before the interruption, cutting off those after the last saved progress."""
+        path = os.path.join(self.spool, _MEMORY)
+        num_bytes = self.progress.get("memory_bytes", 0)
+        if not os.path.exists(path):
+            return b""
+        with storage.disk_errors(path), open(path, "r+b") as file:
+            file.truncate(num_bytes)
+            return file.read()
+
+    def finish(self, manifests: dict[str, dict[str, Any]]) -> None:
+        """Write the manifests, then delete the resume state.
+
+        Args:
+            manifests: part → manifest; the empty part is the training part, whose manifest is written last.
+
+        Raises:
+            DataError: the disk is full or cannot be written.
+        """
+        for part in sorted(manifests, reverse=True):
+            folder = self.part_path(part)
+            storage.make_folder(folder)
+            facts = {"declip_version": __version__, "command": self._command} | manifests[part]
+            text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)
+            storage.write_whole(storage.join(folder, MANIFEST), text.encode())
+        self.forget_progress()
+
+    def forget_progress(self) -> None:
+        """Delete the resume state; errors as of `finish`."""
+        for name in (_PROGRESS, _MEMORY):
+            storage.remove_file(os.path.join(self.spool, name))
+
+    def part_path(self, part: str) -> str:
+        """Name the folder of one part of the data; the training part lies in the output folder itself."""
+        return storage.join(self.path, part) if part else self.path
+
+    def part_spool(self, part: str) -> str:
+        """Name the local folder of the unfinished shard of one part."""
+        return os.path.join(self.spool, part) if part else self.spool
+
+
+def _is_ours(name: str) -> bool:
+    stem, _, extension = name.partition(".")
+    is_shard = stem.isdigit() and extension in ("tar", "index")
+    return is_shard or name in (MANIFEST, f"{MANIFEST}.tmp", _PROGRESS, _MEMORY, _LOCK, "unfinished.tar.tmp")

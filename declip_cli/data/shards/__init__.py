@@ -1,0 +1,1 @@
+"""Tar shards on disk or behind a URL, read by number."""

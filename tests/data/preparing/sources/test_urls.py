@@ -1,0 +1,156 @@
+import http.server
+import json
+import sys
+import threading
+
+import pytest
+
+from declip_cli.data.preparing.config import PrepareConfig
+from declip_cli.data.preparing.pipeline import prepare
+from declip_cli.data.preparing.sources import urls
+from declip_cli.data.preparing.sources.urls import name_failure
+from declip_cli.data.stores import open_samples
+from declip_cli.errors import DataError
+
+
+@pytest.fixture
+def server(make_picture):
+    """A web server on this machine with good, slow, broken and missing pictures; yields its address."""
+    over = threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = self.path.strip("/")
+            self.server.asked.append(name)
+            if name.startswith("slow"):
+                over.wait(30)
+                return
+            good = name.startswith("good")
+            self.send_response(200 if good or name.startswith("broken") else 404)
+            self.end_headers()
+            if good:
+                self.wfile.write(make_picture(int(name[4:].partition(".")[0]), width=80, height=64))
+            elif name.startswith("broken"):
+                self.wfile.write(b"<html>this picture has moved</html>")
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        running.asked = []
+        running.daemon_threads = True
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield running
+        over.set()
+        running.shutdown()
+        thread.join()
+
+
+def address(server, name):
+    return f"http://127.0.0.1:{server.server_address[1]}/{name}"
+
+
+@pytest.mark.skipif(
+    sys.version_info >= (3, 13), reason="img2dataset, which the extra `download` brings, needs Python before 3.13"
+)
+def test_a_list_of_urls_is_downloaded_and_failures_are_counted_by_cause(tmp_path, server, make_picture, monkeypatch):
+    monkeypatch.setattr(urls, "_TIMEOUT_S", 1)
+    monkeypatch.setattr(urls, "_RETRIES", 0)
+    names = ["good0.jpg", "slow.jpg", "good1.jpg", "broken.jpg", "missing.jpg", "good2.jpg"]
+    rows = [{"url": address(server, name), "caption": name, "more": ["and", name]} for name in names]
+    rows += [{"url": "ftp:nonsense", "caption": "x", "more": []}, {"url": None, "caption": "x", "more": []}]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = PrepareConfig(
+        source=str(tmp_path / "list.jsonl"),
+        out=str(tmp_path / "out"),
+        caption_columns=("caption", "more"),
+        image_side_px=32,
+        max_bad=0.0,
+    )
+    *_, report = prepare(config)
+    assert report.kind == "urls"
+    assert (report.num_read, report.num_pairs) == (8, 3)
+    assert report.skipped == {
+        "download: timed out": (1, address(server, "slow.jpg")),
+        "not a picture": (1, address(server, "broken.jpg")),
+        "download: HTTP 404": (1, address(server, "missing.jpg")),
+        "download: not a URL": (1, "ftp:nonsense"),
+        "missing URL": (1, "row 8"),
+    }
+    store = open_samples([str(tmp_path / "out")])
+    captions = [store.read(number).captions for number in range(3)]
+    assert captions == [(f"good{n}.jpg", "and", f"good{n}.jpg") for n in range(3)]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "00000.index",
+        "00000.tar",
+        "manifest.json",
+    ]
+
+
+_DOWNLOADER_WITHOUT_NETWORK = """
+import io, json, sys, tarfile
+from pathlib import Path
+settings = json.loads(Path(sys.argv[1]).read_text())
+folder = Path(settings["output_folder"])
+folder.mkdir(exist_ok=True)
+picture = Path(sys.argv[0]).with_name("picture.jpg").read_bytes()
+with tarfile.open(folder / "00000.tar", "w") as tar:
+    for number, line in reversed(list(enumerate(open(settings["url_list"])))):
+        with Path(sys.argv[0]).with_name("asked").open("a") as asked:
+            asked.write(json.loads(line)["url"] + " ")
+        info = tarfile.TarInfo(f"0000{number:04d}.jpg")
+        info.size = len(picture)
+        tar.addfile(info, io.BytesIO(picture))
+"""
+
+
+def test_an_interrupted_download_goes_on_at_its_piece(tmp_path, make_picture, monkeypatch):
+    (tmp_path / "fake.py").write_text(_DOWNLOADER_WITHOUT_NETWORK)
+    (tmp_path / "picture.jpg").write_bytes(make_picture(0))
+    monkeypatch.setattr(urls, "_DOWNLOADER", (str(tmp_path / "fake.py"),))
+    monkeypatch.setattr(urls, "URLS_PER_PIECE", 2)
+    monkeypatch.setattr("declip_cli.data.preparing.pipeline._REPORT_EVERY_S", -1.0)
+    monkeypatch.setattr("declip_cli.data.preparing.engines._RECORDS_PER_TASK", 1)
+    text = "".join(f"http://x/{n}\tpicture {n}\n" for n in range(14))
+    (tmp_path / "Train_GCC-training.tsv").write_text(text)  # without a header, as published
+    options = {"source": str(tmp_path / "Train_GCC-training.tsv"), "out": str(tmp_path / "out"), "workers": 1}
+    reports = prepare(PrepareConfig(**options))
+    for report in reports:
+        if report.num_read == 3:
+            reports.close()
+    (tmp_path / "asked").unlink()
+    *_, report = prepare(PrepareConfig(**options))
+    assert report.was_resumed
+    assert (report.num_read, report.num_pairs) == (14, 14)
+    asked = (tmp_path / "asked").read_text().split()
+    assert {f"http://x/{n}" for n in range(8, 14)} <= set(asked)
+    assert not {"http://x/0", "http://x/1"} & set(asked)
+    store = open_samples([str(tmp_path / "out")])
+    assert [store.read(n).captions for n in range(14)] == [(f"picture {n}",) for n in range(14)]
+
+
+def test_without_img2dataset_the_package_to_install_is_named(tmp_path, monkeypatch):
+    (tmp_path / "list.csv").write_text("url,caption\nhttp://127.0.0.1/a.jpg,a\n")
+    monkeypatch.setattr(urls, "find_spec", lambda name: None)
+    config = PrepareConfig(source=str(tmp_path / "list.csv"), out=str(tmp_path / "out"))
+    with pytest.raises(DataError, match="needs the package img2dataset") as caught:
+        list(prepare(config))
+    assert caught.value.remedy == "pip install 'declip[download]'"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("message", "cause"),
+    [
+        ("HTTP Error 403: Forbidden", "download: HTTP 403"),
+        ("<urlopen error timed out>", "download: timed out"),
+        ("<urlopen error [Errno -2] Name or service not known>", "download: no such host"),
+        ("<urlopen error [Errno 111] Connection refused>", "download: connection refused"),
+        ("<urlopen error [SSL: CERTIFICATE_VERIFY_FAILED]>", "download: no secure connection"),
+        ("Use of image disallowed by X-Robots-Tag directive", "download: not allowed by the site"),
+        ("Remote end closed connection", "download: failed"),
+    ],
+)
+def test_failures_are_sorted_by_cause(message, cause):
+    assert name_failure(message) == cause
