@@ -56,12 +56,12 @@ class _PairCount:
         is_cpu = images.device.type == "cpu"
         self.chunk = _CHUNK_TEXTS if is_cpu else max(1, _CHUNK_SCORES_GPU // len(images))
         best = images.new_full((len(images),), _NO_SCORE)  # (N,)
-        for rows in torch.arange(len(texts), device=images.device).split(4096):
-            own = (texts[rows] * images[owners[rows]]).sum(1)  # (n,)
-            best.scatter_reduce_(0, owners[rows], own, "amax")
+        pieces = zip(texts.split(self.chunk), owners.split(self.chunk), strict=True)
+        own = torch.cat([(part * images[numbers]).sum(1) for part, numbers in pieces])  # (M,)
+        best.scatter_reduce_(0, owners, own, "amax")
         self._has_text = torch.isfinite(best)  # (N,)
         reach = float(images.norm(dim=1).max() * texts.norm(dim=1).max())
-        margin = 64 * torch.finfo(images.dtype).eps * reach
+        margin = 2 * images.shape[1] ** 0.5 * torch.finfo(images.dtype).eps * reach
         self._low, self._high = best - margin, best + margin  # (N,)
         self._surely_above = torch.zeros_like(best, dtype=torch.int64)  # (N,)
         self._maybe_above = torch.zeros_like(self._surely_above)  # (N,)
