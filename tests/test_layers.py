@@ -1,11 +1,10 @@
 """The map of the rooms: who may import whom. A newcomer reads the table first."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 PACKAGE = Path(__file__).parent.parent / "declip_cli"
 FLOOR_0 = {"errors", "config", "config_files", "batch", "assets", "distributed", "recipes"}
@@ -43,6 +42,7 @@ def ident(path):
     return str(path.relative_to(PACKAGE))
 
 
+@functools.cache
 def tree_of(path):
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
@@ -82,47 +82,45 @@ def test_the_map_has_every_room():
     assert {room_of(path) for path in MODULES} == set(MAY_IMPORT)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=ident)
-def test_a_room_imports_only_downward(path):
-    room = room_of(path)
+def test_a_room_imports_only_downward():
     wrong = [
-        f"line {line}: {name}" for name, line in imported_rooms(tree_of(path)) if name not in MAY_IMPORT[room] | {room}
+        f"{ident(path)}:{line} imports {name}"
+        for path in MODULES
+        for name, line in imported_rooms(tree_of(path))
+        if name not in MAY_IMPORT[room_of(path)] | {room_of(path)}
     ]
     assert not wrong
 
 
-@pytest.mark.parametrize("path", MODULES, ids=ident)
-def test_imports_are_absolute(path):
-    assert not [n.lineno for n in ast.walk(tree_of(path)) if isinstance(n, ast.ImportFrom) and n.level > 0]
+def test_imports_are_absolute():
+    nodes = [(path, node) for path in MODULES for node in ast.walk(tree_of(path))]
+    assert not [f"{ident(p)}:{n.lineno}" for p, n in nodes if isinstance(n, ast.ImportFrom) and n.level > 0]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=ident)
-def test_a_module_fits_one_idea(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_MODULE_LINES
+def test_a_module_fits_one_idea():
+    lines = {ident(path): len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES}
+    assert not {name: count for name, count in lines.items() if count > MAX_MODULE_LINES}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=ident)
-def test_a_function_fits_one_screen(path):
-    long, wide = {}, {}
-    for function in functions_of(tree_of(path)):
-        lines = function.end_lineno - function.lineno + 1
-        # A command of the command line has an argument, and a few lines, for every option.
-        is_command = room_of(path) == "cli" and function.name == path.stem
-        if lines > MAX_FUNCTION_LINES and not is_command:
-            long[function.name] = lines
-        if len(arguments_of(function)) > MAX_ARGUMENTS and not is_command:
-            wide[function.name] = len(arguments_of(function))
-    assert not long
-    assert not wide
+def test_a_function_fits_one_screen():
+    found = [(path, function) for path in MODULES for function in functions_of(tree_of(path))]
+    # A command of the command line has an argument, and a few lines, for every option.
+    found = [(p, f) for p, f in found if not (room_of(p) == "cli" and f.name == p.stem)]
+    lines = {f"{ident(p)}:{f.name}": f.end_lineno - f.lineno + 1 for p, f in found}
+    arguments = {f"{ident(p)}:{f.name}": len(arguments_of(f)) for p, f in found}
+    assert not {name: count for name, count in lines.items() if count > MAX_FUNCTION_LINES}
+    assert not {name: count for name, count in arguments.items() if count > MAX_ARGUMENTS}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=ident)
-def test_only_the_console_writes_to_the_terminal(path):
+def test_only_the_console_writes_to_the_terminal():
     writers = {"print", "typer.echo", "typer.secho", "sys.stdout", "sys.stderr", "Console", "rich.print"}
-    found = {ast.unparse(node) for node in ast.walk(tree_of(path)) if isinstance(node, ast.Name | ast.Attribute)}
     # The version is asked for before any command, without the console's parts.
-    allowed = {"cli/console.py": writers, "__main__.py": {"typer.echo"}}.get(ident(path), set())
-    assert not (found & writers) - allowed
+    allowed = {"cli/console.py": writers, "__main__.py": {"typer.echo"}}
+    wrong = {}
+    for path in MODULES:
+        found = {ast.unparse(node) for node in ast.walk(tree_of(path)) if isinstance(node, ast.Name | ast.Attribute)}
+        wrong[ident(path)] = (found & writers) - allowed.get(ident(path), set())
+    assert not {name: found for name, found in wrong.items() if found}
 
 
 def run_python(code):

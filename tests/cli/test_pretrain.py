@@ -160,6 +160,20 @@ def test_a_frozen_tower_keeps_its_weights(done, tmp_path):
     assert not torch.equal(after["ln_final.weight"], before["ln_final.weight"])
 
 
+def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
+    words = [*SMALL, "--method", "clip", "--set", "optim.warmup_steps=1"]
+    alone = pretrain(*words, "--batch-size", 16, "--out", tmp_path / "alone", "--json")
+    together = pretrain(*words, "--processes", 2, "--out", tmp_path / "together", "--json")
+    assert together.exit_code == 0, together.stderr
+    first, second = json.loads(alone.stdout), json.loads(together.stdout)
+    assert second["samples_seen"] == first["samples_seen"] == 48
+    assert second["losses"] == pytest.approx(first["losses"], rel=1e-5)
+    records = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("alone", "together")]
+    assert [json.loads(line)["step"] for line in records[1]] == [1, 2, 3]
+    for one, two in zip(*records, strict=True):
+        assert json.loads(two)["losses"] == pytest.approx(json.loads(one)["losses"], rel=1e-5)
+
+
 def test_force_replaces_a_run(tmp_path):
     out = tmp_path / "run"
     for _ in range(2):

@@ -13,11 +13,10 @@ from declip_cli.train.run_dir import RunDir
 from tests.train.small_runs import metrics, run, small_config
 
 CASES = {
-    "clip": {},
+    "clip, micro-batches": {"train": {"micro_batch_size": 8}},
     "declip": {"method": {"name": "declip"}},
     "average, loader threads": {"train": {"ema_decay": 0.9}, "data": {"workers": 2}},
     "two optimizers": {"optim": {"text_optimizer": "sgd", "text_learning_rate_peak": 0.02}},
-    "micro-batches": {"method": {"name": "declip"}, "train": {"micro_batch_size": 8}},
 }
 
 
