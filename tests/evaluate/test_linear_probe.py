@@ -121,12 +121,22 @@ def test_missing_split_is_named(tmp_path):
     assert str(tmp_path / "test") in caught.value.remedy
 
 
-def test_demo_divides_the_vendors_by_category():
+def test_demo_tests_on_other_emoji_by_another_vendor():
     sets = open_probe_sets("demo")
     assert len(sets.train.class_names) == 9
-    assert {len(part) for part in (sets.train, sets.val, sets.test)} == {1217}
-    assert "twitter" in sets.test.pictures[0][0]
-    assert "google" in sets.train.pictures[0][0]
+    shown = []
+    for part, vendors in (
+        (sets.train, {"google", "emojione2"}),
+        (sets.val, {"google", "emojione2"}),
+        (sets.test, {"twitter"}),
+    ):
+        assert {Path(key).parent.name for key, _ in part.pictures} == vendors
+        assert set(part.labels) == set(range(9))
+        shown.append({Path(key).stem for key, _ in part.pictures})
+    assert not shown[0] & shown[1]
+    assert not shown[0] & shown[2]
+    assert not shown[1] & shown[2]
+    assert len(shown[0] | shown[1] | shown[2]) == 1217
 
 
 def test_grid_has_eight_values_a_decade_between_the_ends():
