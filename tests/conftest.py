@@ -1,8 +1,13 @@
 """What tests of several rooms share."""
 
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
+
+# Two test processes, or two ranks of one test, with a thread each leave no core waiting; read when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import pytest
