@@ -177,7 +177,7 @@ def _read_own_config(folder: Path) -> dict[str, Any]:
         own: dict[str, Any] = json.loads((folder / OWN_CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot read {folder / OWN_CONFIG_FILE}: {error}", remedy="copy the folder again") from error
-    if own.get("format") != FORMAT:
+    if own.get("format") != FORMAT or "architecture" not in own:
         raise ModelError(
             f"{folder} has model format {own.get('format')!r}, this declip reads {FORMAT}",
             remedy="pip install --upgrade declip",
