@@ -1,5 +1,6 @@
 """`declip pretrain`: from options to a run, from reports to a progress line."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -87,11 +88,7 @@ def pretrain(
         if seed >= 0:
             given["train"]["seed"] = seed
         sources = _Sources(recipe=recipe, config=config, given=given, assignments=assignments or [])
-        report = _start(sources, out=out, resume=resume, force=force)
-        if report is not None:
-            emit(report, as_json=as_json)
-            if report["stopped"]:
-                raise typer.Exit(130)
+        _start(sources, out=out, resume=resume, force=force, as_json=as_json)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,44 +111,103 @@ def _print_recipes(as_json: bool) -> None:
         emit({recipe.name: recipe.title for recipe in recipes}, as_json=False)
 
 
-def _start(sources: _Sources, *, out: Path | None, resume: Path | None, force: bool) -> dict[str, Any] | None:
-    """Create or reopen the run folder, then run here or in several processes."""
+def _start(sources: _Sources, *, out: Path | None, resume: Path | None, force: bool, as_json: bool) -> None:
+    """Create or reopen the run folder, run here or in several processes, print the result."""
     from declip_cli.train import launch
     from declip_cli.train.run_dir import RunDir
 
     launch.join_slurm()
+    is_first = launch.is_main_process()
     if resume is not None:
+        _check_resume(sources, out=out, force=force)
         path, config = resume, _resumed_config(sources, resume)
     else:
         path, config = _new_run(sources, out)
-    is_first = launch.is_main_process()
-    if resume is None and is_first:
-        RunDir(path).create(config, force=force)
     if is_first:
+        _tell_ignored(sources, config, is_launched=launch.is_launched())
+        if resume is None:
+            RunDir(path).create(config, force=force)
         note(f"run folder: {path}")
     num_processes = 1 if launch.is_launched() else launch.wanted_processes(config.train.processes)
-    if num_processes == 1:
-        return _work(config, path, resume is not None)
-    launch.start_processes(_work_and_store, (config, path, resume is not None), num_processes=num_processes)
-    return RunDir(path).read_result()
+    arguments = (config, path, resume is not None)
+    try:
+        if num_processes == 1:
+            report = _work(*arguments)
+        else:
+            report = launch.start_processes(_work, arguments, num_processes=num_processes)
+    except KeyboardInterrupt:
+        if is_first:
+            note(f"stopped at once; go on from the last saved state: declip pretrain --resume {path}")
+        raise
+    if is_first:
+        emit(report, as_json=as_json)
+    if report["stopped"]:
+        raise typer.Exit(130)
 
 
-def _settings(sources: _Sources) -> dict[str, Any]:
+def _check_resume(sources: _Sources, *, out: Path | None, force: bool) -> None:
+    from declip_cli.errors import ConfigError
+
+    for option, is_given in {"--out": out, "--force": force, "--recipe": sources.recipe}.items():
+        if is_given:
+            raise ConfigError(
+                f"--resume goes on in the folder and with the settings of the run, {option} starts a new one",
+                remedy=f"leave out {option}, or leave out --resume",
+            )
+
+
+def _tell_ignored(sources: _Sources, config: "RunConfig", *, is_launched: bool) -> None:
+    """Name options that were given but change nothing."""
     from declip_cli.config_files import merge_into, parse_assignments, read_toml
+    from declip_cli.methods.registry import METHODS
+
+    chosen: dict[str, Any] = read_toml(sources.config) if sources.config is not None else {}
+    merge_into(chosen, parse_assignments(sources.assignments))
+    for key in set(chosen.get("method", {})) - METHODS[config.method.name].options:
+        note(f"note: method {config.method.name} does not use method.{key}")
+    if config.train.eval_every_steps and not config.train.eval:
+        note("note: train.eval_every_steps changes nothing without --eval")
+    if config.train.processes and is_launched:
+        note("note: --processes changes nothing here, a launcher has started the processes")
+
+
+def _settings(sources: _Sources, *, is_new: bool = True) -> dict[str, Any]:
+    from declip_cli.config_files import parse_assignments, read_toml
     from declip_cli.recipes import load_recipe
 
-    is_demo = sources.given["data"].get("path") == ["demo"]
+    is_demo = is_new and sources.given["data"].get("path") == ["demo"]
     name = sources.recipe or ("declip-demo" if is_demo and sources.config is None else "")
     settings: dict[str, Any] = load_recipe(name) if name else {}
     chosen = sources.given["method"].get("name", "")
     if chosen and chosen != settings.get("method", {}).get("name", chosen):
-        note(f"note: --method {chosen} has its own loss weights; those of recipe {name} are left out")
-        settings["method"].pop("weights", None)
+        _leave_out_other_method(settings["method"], chosen, recipe=name)
     if sources.config is not None:
-        merge_into(settings, read_toml(sources.config))
-    merge_into(settings, sources.given)
-    merge_into(settings, parse_assignments(sources.assignments))
+        _overlay(settings, read_toml(sources.config))
+    _overlay(settings, sources.given)
+    _overlay(settings, parse_assignments(sources.assignments))
     return settings
+
+
+def _leave_out_other_method(settings: dict[str, Any], chosen: str, *, recipe: str) -> None:
+    """Keep of a recipe for another method what the chosen one has too; loss weights are each method's own."""
+    from declip_cli.methods.registry import METHODS
+    from declip_cli.train.launch import is_main_process
+
+    options = METHODS[chosen].options if chosen in METHODS else set(settings)
+    for key in [key for key in settings if key == "weights" or key not in options]:
+        del settings[key]
+    if is_main_process():
+        note(f"note: --method {chosen} has its own loss weights; those of recipe {recipe} are left out")
+
+
+def _overlay(settings: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Let stronger settings override weaker ones; epochs also override weaker steps."""
+    from declip_cli.config_files import merge_into
+
+    train = changes.get("train", {})
+    if isinstance(train, dict) and train.get("epochs") and "steps" not in train:
+        merge_into(settings, {"train": {"steps": 0}})
+    merge_into(settings, changes)
 
 
 def _new_run(sources: _Sources, out: Path | None) -> "tuple[Path, RunConfig]":
@@ -172,14 +228,11 @@ def _resumed_config(sources: _Sources, path: Path) -> "RunConfig":
     from dataclasses import asdict
 
     from declip_cli.config import RunConfig
-    from declip_cli.config_files import build_config, merge_into
+    from declip_cli.config_files import build_config
     from declip_cli.train.run_dir import RunDir
 
     settings = asdict(RunDir(path).read_config())
-    changes = {section: values for section, values in _settings(sources).items() if values}
-    if changes:
-        note(f"note: these settings differ from those the run was started with: {', '.join(changes)}")
-    merge_into(settings, changes)
+    _overlay(settings, _settings(sources, is_new=False))
     return build_config(RunConfig, settings)
 
 
@@ -208,13 +261,3 @@ def _work(config: "RunConfig", path: Path, is_resumed: bool) -> dict[str, Any]:
         "evaluations": report.evaluations,
         "stopped": report.was_stopped,
     }
-
-
-def _work_and_store(config: "RunConfig", path: Path, is_resumed: bool) -> None:
-    """Train in one of several processes; rank 0 leaves the result in the run folder."""
-    from declip_cli.distributed import rank
-    from declip_cli.train.run_dir import RunDir
-
-    result = _work(config, path, is_resumed)
-    if rank() == 0:
-        RunDir(path).write_result(result)

@@ -32,6 +32,8 @@ class Method(nn.Module, ABC):
 
     default_weights: ClassVar[dict[str, float]]
     """Weight of every term of the method."""
+    options: ClassVar[frozenset[str]] = frozenset({"name", "faithful", "weights", "label_smoothing"})
+    """Fields of `MethodConfig` that change something here."""
     is_token_wise: ClassVar[bool] = False
     """Whether the encoder needs token-wise heads."""
 

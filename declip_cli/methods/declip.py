@@ -18,6 +18,7 @@ class DeClip(Method):
     """Every supervision of the paper; each term can be switched off by its weight."""
 
     default_weights: ClassVar[dict[str, float]] = {"clip": 0.4, "simsiam": 0.2, "mlm": 0.2, "nn": 0.2}
+    options: ClassVar[frozenset[str]] = Method.options | {"pairs", "queue_size"}
 
     def __init__(self, encoder: DualEncoder, config: MethodConfig) -> None:
         super().__init__(encoder, config)

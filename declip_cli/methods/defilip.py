@@ -17,6 +17,7 @@ class DeFilip(DeClip):
     """The token-wise loss is on the first picture and the first text only, as in the original."""
 
     default_weights: ClassVar[dict[str, float]] = DeClip.default_weights | {"filip": 0.2}
+    options: ClassVar[frozenset[str]] = DeClip.options | {"token_wise_top_k"}
     is_token_wise: ClassVar[bool] = True
 
     def __init__(self, encoder: DualEncoder, config: MethodConfig) -> None:

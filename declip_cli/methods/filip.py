@@ -16,6 +16,7 @@ class Filip(Method):
     """Late interaction on the most relevant tokens."""
 
     default_weights: ClassVar[dict[str, float]] = {"filip": 1.0, "clip": 0.0}
+    options: ClassVar[frozenset[str]] = Method.options | {"token_wise_top_k"}
     is_token_wise: ClassVar[bool] = True
 
     def __init__(self, encoder: DualEncoder, config: MethodConfig) -> None:

@@ -18,6 +18,7 @@ class Slip(Method):
     """Image self-supervision beside the language supervision."""
 
     default_weights: ClassVar[dict[str, float]] = {"clip": 1.0, "simclr": 1.0}
+    options: ClassVar[frozenset[str]] = Method.options | {"simclr_temperature"}
 
     def __init__(self, encoder: DualEncoder, config: MethodConfig) -> None:
         super().__init__(encoder, config)

@@ -67,8 +67,9 @@ def forward_backward(
     for part in parts:
         with autocast():
             embeddings = method.embed(part)
-        outputs = [getattr(embeddings, name) for name in wanted]
-        gradients = [leaves[name].grad[start : start + len(part)] for name in wanted]  # type: ignore[index]
+        trained = [name for name in wanted if getattr(embeddings, name).requires_grad]  # not a frozen tower's
+        outputs = [getattr(embeddings, name) for name in trained]
+        gradients = [leaves[name].grad[start : start + len(part)] for name in trained]  # type: ignore[index]
         torch.autograd.backward(outputs, gradients)
         start += len(part)
     return StepResult(terms=_detach_terms(terms), embeddings=cached)

@@ -84,8 +84,8 @@ def train(
     _save_state(training, run_dir, seconds=meter.seconds())
     _save_model(training, run_dir)
     scores = _scores(training, evaluate) if decision.is_done else {}
-    stopped = not decision.is_done
-    yield meter.report(rate=rate, schedule_share=1.0, evaluations=scores, is_last=True, was_stopped=stopped)
+    share, stopped = min(1.0, (decision.schedule_step - 1) / training.total_steps), not decision.is_done
+    yield meter.report(rate=rate, schedule_share=share, evaluations=scores, is_last=True, was_stopped=stopped)
 
 
 def _step(training: Training, rate: float) -> LossTerms:

@@ -53,7 +53,7 @@ def warmup_length(config: OptimConfig, total_steps: int) -> int:
         return min(2500, total_steps // 10)
     require(
         config.warmup_steps < total_steps or total_steps <= 1,
-        f"--warmup-steps must be less than the steps of the run (got {config.warmup_steps}, {total_steps})",
+        f"optim.warmup_steps must be less than the steps of the run (got {config.warmup_steps}, {total_steps})",
         remedy=f"--set optim.warmup_steps={total_steps // 10}",
     )
     return config.warmup_steps

@@ -24,7 +24,6 @@ from declip_cli.errors import TrainError
 
 CONFIG_FILE = "config.json"
 _STATE_FILE = "state.json"
-_RESULT_FILE = "result.json"
 _LIBRARIES = ("torch", "torchvision", "accelerate", "numpy", "opencv-python-headless", "safetensors")
 
 
@@ -79,9 +78,14 @@ class RunDir:
             shutil.rmtree(self.path)
         with full_disk_explained(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            versions = {name: metadata.version(name) for name in _LIBRARIES}
-            versions |= {"declip": __version__, "python": platform.python_version()}
-            content = {"config": asdict(config), "versions": versions}
+        self.write_config(config)
+
+    def write_config(self, config: RunConfig) -> None:
+        """Write the settings with the versions of the libraries in use."""
+        versions = {name: metadata.version(name) for name in _LIBRARIES}
+        versions |= {"declip": __version__, "python": platform.python_version()}
+        content = {"config": asdict(config), "versions": versions}
+        with full_disk_explained(self.path):
             _write_text(self.path / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
 
     def _is_empty(self) -> bool:
@@ -125,15 +129,6 @@ class RunDir:
                 path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
             )
 
-    def write_result(self, result: Mapping[str, Any]) -> None:
-        """Leave the result of a run of several processes for the one that started them."""
-        _write_text(self.path / _RESULT_FILE, json.dumps(result))
-
-    def read_result(self) -> dict[str, Any]:
-        """Read what `write_result` left."""
-        result: dict[str, Any] = json.loads((self.path / _RESULT_FILE).read_text(encoding="utf-8"))
-        return result
-
     def save_state(self, state: SavedState) -> None:
         """Write the state to go on from; older ones go when the new one is whole.
 
@@ -142,17 +137,15 @@ class RunDir:
         """
         folder = self.path / "state" / f"step-{state.step:09d}"
         temporary = folder.with_name(folder.name + ".tmp")
-        with full_disk_explained(self.path):
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            for name, tensors in state.tensors.items():
-                save_file(
-                    {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
-                    temporary / f"{name}.safetensors",
-                )
-            _write_text(temporary / _STATE_FILE, json.dumps({"step": state.step, "values": state.values}))
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            with full_disk_explained(self.path):
+                _write_state(state, temporary)
+                shutil.rmtree(folder, ignore_errors=True)
+                temporary.rename(folder)
+        except TrainError:
+            shutil.rmtree(temporary, ignore_errors=True)  # half a state only takes room
+            raise
         for other in folder.parent.iterdir():
             if other != folder:
                 shutil.rmtree(other, ignore_errors=True)
@@ -210,6 +203,14 @@ def full_disk_explained(path: Path) -> Iterator[None]:
             message = f"the disk of {path} is full; the last whole state is kept"
             raise TrainError(message, remedy=f"free some space, then: declip pretrain --resume {path}") from error
         raise TrainError(f"cannot write to {path}: {error}", remedy="choose another folder with --out") from error
+
+
+def _write_state(state: SavedState, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for name, tensors in state.tensors.items():
+        on_cpu = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        save_file(on_cpu, folder / f"{name}.safetensors")
+    _write_text(folder / _STATE_FILE, json.dumps({"step": state.step, "values": state.values}))
 
 
 def optimizer_tensors(optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from declip_cli.config import RunConfig
 from declip_cli.distributed import rank
+from declip_cli.errors import TrainError
 from declip_cli.model.resnet import ModifiedResNet
 from declip_cli.train.loop import Evaluate, train
 from declip_cli.train.meter import StepReport
@@ -40,19 +41,20 @@ def pretrain(
         DeclipError: data, model, options or disk cannot be used.
     """
     run_dir = RunDir(path)
-    training = build_training(config, run_path=path)
+    has_state = is_resumed and run_dir.has_state()
+    training = build_training(config, run_path=path, is_resumed=has_state)
     say_here: Say = say if rank() == 0 else lambda message: None
-    if is_resumed:
-        if run_dir.has_state():
-            restore_state(training, run_dir.load_state())
-        if rank() == 0:
-            run_dir.forget_metrics_after(training.step)
-    for line in _describe(training):
+    if has_state:
+        restore_state(training, run_dir.load_state())
+    lines = list(_describe(training))
+    if is_resumed and rank() == 0:
+        run_dir.forget_metrics_after(training.step)
+        lines += _take_over_changes(config, run_dir)
+    for line in lines:
         say_here(line)
         if rank() == 0:
             run_dir.append_log(line)
-    if config.train.tracker:
-        training.accelerator.init_trackers("declip", config=_flat(asdict(config)))
+    _start_tracker(training)
     try:
         with _stop_on_signals(say_here) as should_stop:
             for report in train(training, run_dir, evaluate=evaluate, should_stop=should_stop):
@@ -66,10 +68,11 @@ def pretrain(
 
 def _describe(training: Training) -> Iterator[str]:
     config, accelerator, stream = training.config, training.accelerator, training.stream
+    limit = f" or {config.train.time_limit_s:g} s" if config.train.time_limit_s else ""
     millions = sum(p.numel() for p in training.method.parameters()) / 1e6
     yield (
         f"{config.method.name} on {config.model.arch}: {millions:.1f} M parameters, {stream.num_samples} pairs, "
-        f"batch {config.train.batch_size} × {accelerator.num_processes}, {training.total_steps} steps, "
+        f"batch {config.train.batch_size} × {accelerator.num_processes}, {training.total_steps} steps{limit}, "
         f"{accelerator.device.type}, {'fp32' if training.precision == 'no' else training.precision}"
     )
     if config.train.micro_batch_size and isinstance(training.method.encoder.visual, ModifiedResNet):
@@ -77,8 +80,32 @@ def _describe(training: Training) -> Iterator[str]:
             "note: with --micro-batch-size the ResNet's own BatchNorm sees one micro-batch at a time; "
             "the gradient is not exactly that of the whole batch (it is for ViT)"
         )
-    if training.step:
+    if training.step >= training.total_steps:
+        yield f"all {training.total_steps} steps are done already; more with --resume … --steps {2 * training.step}"
+    elif training.step:
         yield f"going on from step {training.step} of {training.total_steps}"
+
+
+def _take_over_changes(config: RunConfig, run_dir: RunDir) -> Iterator[str]:
+    """Write down settings that differ from those of the run so far, once they have proved to fit."""
+    before, now = _flat(asdict(run_dir.read_config())), _flat(asdict(config))
+    changes = [f"{key} {before.get(key)} → {now.get(key)}" for key in before | now if before.get(key) != now.get(key)]
+    if changes:
+        run_dir.write_config(config)
+        yield f"note: these settings differ from those the run was started with: {', '.join(changes)}"
+
+
+def _start_tracker(training: Training) -> None:
+    name = training.config.train.tracker
+    if not name:
+        return
+    try:
+        training.accelerator.init_trackers("declip", config=_flat(asdict(training.config)))
+    except Exception as error:  # whatever the tracker's package raises
+        raise TrainError(
+            f"cannot start the tracker {name}: {error}",
+            remedy="wandb login, or export WANDB_MODE=offline" if name == "wandb" else "leave out train.tracker",
+        ) from error
 
 
 def _record(report: StepReport, training: Training, run_dir: RunDir) -> None:
@@ -114,8 +141,8 @@ def _stop_on_signals(say: Say) -> Iterator[Callable[[], bool]]:
     def handle(number: int, frame: FrameType | None) -> None:
         asked.append(number)
         if len(asked) == 1:
-            say("stopping after this step and saving …")
-        elif number == signal.SIGINT and len(asked) > 2:
+            say("stopping after this step and saving … (Ctrl-C twice more stops at once, without saving)")
+        elif asked.count(signal.SIGINT) > 2:
             raise KeyboardInterrupt
 
     numbers = (signal.SIGINT, signal.SIGTERM)

@@ -46,12 +46,13 @@ class Training:
     seconds: float = 0.0
 
 
-def build_training(config: RunConfig, *, run_path: Path) -> Training:
+def build_training(config: RunConfig, *, run_path: Path, is_resumed: bool = False) -> Training:
     """Make everything a run needs.
 
     Args:
         config: the run.
         run_path: the run folder, for trackers.
+        is_resumed: a saved state follows, so `train.init` is not read again.
 
     Returns:
         The parts, on their device, with the same random weights on every rank.
@@ -63,7 +64,7 @@ def build_training(config: RunConfig, *, run_path: Path) -> Training:
     workers = set_threads(config)
     torch.manual_seed(config.train.seed)
     method = build_method(config.model, config.method)
-    if config.train.init:
+    if config.train.init and not is_resumed:
         _start_from(method, config)
     with torch.no_grad():
         if not config.train.init:
@@ -72,8 +73,7 @@ def build_training(config: RunConfig, *, run_path: Path) -> Training:
     method.to(accelerator.device)
     if accelerator.num_processes > 1 and not config.method.faithful:
         use_full_batch_norm(method, is_accelerator=accelerator.device.type == "cuda")
-    for tower in config.train.freeze:
-        _tower(method, tower).requires_grad_(False)
+    _freeze(method, config)
     copy_from_main(list(method.parameters()) + list(method.buffers()))
     if config.train.compile:
         method.encoder.visual.compile()
@@ -117,7 +117,9 @@ def build_accelerator(config: RunConfig, *, run_path: Path) -> Accelerator:
     )
     is_there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.get(device.type, True)
     if not is_there:
-        raise TrainError(f"train.device is {device.type}, which this machine does not have", remedy="--device cpu")
+        raise TrainError(
+            f"train.device is {device.type}, which this machine does not have", remedy="--set train.device=cpu"
+        )
     precision = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}.get(train.precision, "")
     if not precision:
         precision = "bf16" if has_native_bf16(device) else "no"
@@ -191,5 +193,15 @@ def _start_from(method: Method, config: RunConfig) -> None:
     method.encoder.load_state_dict(ours | {name: theirs[name] for name in ours if name in theirs})
 
 
-def _tower(method: Method, name: str) -> torch.nn.Module:
-    return method.encoder.visual if name == "image" else method.encoder.text
+def _freeze(method: Method, config: RunConfig) -> None:
+    for tower in config.train.freeze:
+        (method.encoder.visual if tower == "image" else method.encoder.text).requires_grad_(False)
+    if config.optim.logit_scale_learning_rate == 0:  # else its gradient would pile up and count in the clipped norm
+        for name, parameter in method.named_parameters():
+            if "logit_scale" in name:
+                parameter.requires_grad_(False)
+    require(
+        any(parameter.requires_grad for parameter in method.parameters()),
+        "everything is frozen, nothing is left to train",
+        remedy="freeze one tower only: --set train.freeze=image",
+    )

@@ -73,7 +73,8 @@ def restore_state(training: Training, state: SavedState) -> None:
             {name: values[rank()].to(device) for name, values in queues.items()}
         )
     if training.average is not None:
-        training.average.restore(state.tensors["average"], state.values["average_updates"])
+        weights = state.tensors.get("average", training.method.encoder.state_dict())  # switched on only now
+        training.average.restore(weights, state.values.get("average_updates", 0))
     if training.accelerator.scaler is not None and "scaler" in state.values:
         training.accelerator.scaler.load_state_dict(state.values["scaler"])
     torch.set_rng_state(state.tensors["random"]["cpu"])

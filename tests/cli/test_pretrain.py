@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from declip_cli.__main__ import app
-from declip_cli.train import loop
+from declip_cli.train import launch, loop
 
 SMALL = ["--data", "demo", "--steps", "3", "--batch-size", "8", "--threads", "1", "--precision", "fp32"]
 SMALL += ["--set", "train.eval=[]", "--set", "train.log_every_steps=1", "--set", "data.part=fit"]
@@ -65,7 +65,7 @@ def test_stderr_tells_how_the_run_goes(done):
     lines = result.stderr.splitlines()
     assert lines[0] == f"run folder: {out}"
     assert lines[1].startswith("declip on vit-tiny32: ")
-    assert "batch 8 × 1, 3 steps, cpu, fp32" in lines[1]
+    assert "batch 8 × 1, 3 steps or 180 s, cpu, fp32" in lines[1]
     assert lines[2].startswith("step 1/3 · clip ")
     assert "samples/s · waiting " in lines[2]
     assert any(line.startswith("done: 24 samples in ") for line in lines)
@@ -132,12 +132,55 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(tmp_path, monkeypatch
     assert "going on from step 1 of 3" in result.stderr
 
 
-def test_a_resumed_run_is_told_what_changed(done, tmp_path):
+def test_a_resumed_run_is_told_what_changed_and_keeps_it(done, tmp_path):
     out = tmp_path / "run"
     assert pretrain(*SMALL, "--out", out).exit_code == 0
-    result = pretrain("--resume", out, "--steps", "5", "--json")
+    # `--data demo` brings its recipe to a new run only.
+    result = pretrain("--resume", out, "--data", "demo", "--steps", "5", "--set", "train.ema_decay=0.9", "--json")
     assert json.loads(result.stdout)["steps"] == 5
-    assert "note: these settings differ from those the run was started with: train" in result.stderr
+    changes = "train.steps 3 → 5, train.ema_decay 0.0 → 0.9"
+    assert f"note: these settings differ from those the run was started with: {changes}\n" in result.stderr
+    settings = json.loads((out / "config.json").read_text(encoding="utf-8"))["config"]
+    assert (settings["train"]["steps"], settings["train"]["batch_size"]) == (5, 8)
+    result = pretrain("--resume", out)
+    assert "all 5 steps are done already" in result.stderr
+
+
+@pytest.mark.parametrize("words", [("--out", "elsewhere"), ("--force",), ("--recipe", "declip-demo")])
+def test_a_resumed_run_takes_no_options_of_a_new_one(words, done):
+    assert error_of("--resume", done[1], *words)[0].startswith(
+        f"--resume goes on in the folder and with the settings of the run, {words[0]}"
+    )
+
+
+def test_epochs_override_the_steps_of_a_recipe(tmp_path):
+    words = [word for word in SMALL if word not in ("--steps", "3")]
+    result = pretrain(*words, "--epochs", "0.005", "--out", tmp_path / "run", "--json")
+    assert json.loads(result.stdout)["steps"] == 1
+
+
+def test_an_option_that_changes_nothing_is_named(tmp_path):
+    unused = ["method.queue_size=7", "method.simclr_temperature=0.2", "train.eval_every_steps=2"]
+    words = [word for assignment in unused for word in ("--set", assignment)]
+    result = pretrain(*SMALL, "--method", "filip", *words, "--out", tmp_path / "run")
+    assert "note: method filip does not use method.queue_size\n" in result.stderr
+    assert "note: method filip does not use method.simclr_temperature\n" in result.stderr
+    assert "note: train.eval_every_steps changes nothing without --eval\n" in result.stderr
+    config = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))["config"]
+    assert config["method"]["pairs"] == 4  # the recipe's is DeCLIP's
+
+
+def test_with_everything_frozen_there_is_nothing_to_train(tmp_path):
+    words = ["--method", "clip", "--set", 'train.freeze=["image", "text"]']
+    words += ["--set", "optim.logit_scale_learning_rate=0"]
+    assert error_of(*SMALL, *words, "--out", tmp_path / "run")[0] == "everything is frozen, nothing is left to train"
+
+
+def test_only_the_first_rank_prints(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    assert pretrain(*SMALL, "--out", out).exit_code == 0
+    monkeypatch.setattr(launch, "is_main_process", lambda: False)
+    assert pretrain("--resume", out, "--json").stdout == ""
 
 
 def test_a_run_can_start_from_another_model(done, tmp_path):
@@ -228,7 +271,7 @@ def test_no_data_is_an_error():
         ),
         (
             ["--set", "optim.warmup_steps=3"],
-            "--warmup-steps must be less than the steps of the run (got 3, 3)",
+            "optim.warmup_steps must be less than the steps of the run (got 3, 3)",
             "--set",
         ),
         (["--precision", "fp16", "--set", "train.device=cpu"], "fp16 needs a GPU (found cpu)", "--precision bf16"),

@@ -1,7 +1,10 @@
 """What each of two processes does in test_processes.py."""
 
 import os
+import signal
+import time
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -70,3 +73,14 @@ def fail_on_rank_one():
         raise TrainError("the second process cannot go on", remedy="mend it")
     dist.init_process_group("gloo")
     dist.barrier()
+
+
+def wait_for_the_end(folder):
+    """Say that this rank waits, until it is asked to stop; rank 0 returns what asked it."""
+    asked = []
+    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    (Path(folder) / os.environ["RANK"]).touch()
+    while not asked:
+        time.sleep(0.02)
+    return asked[0]

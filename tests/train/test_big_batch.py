@@ -35,3 +35,13 @@ def test_running_statistics_of_a_resnet_count_each_batch_once():
     method = golden_method(golden)
     forward_backward(method, golden_batch(golden), micro_batch_size=4, autocast=nullcontext)
     assert int(method.encoder.visual.bn1.num_batches_tracked) == 2
+
+
+@pytest.mark.parametrize("method", ["clip", "defilip"])
+def test_a_frozen_tower_needs_no_gradient_of_the_parts(method):
+    golden = load_golden(f"{method}_vit_seed1_world1")
+    trained = golden_method(golden, faithful=False)
+    trained.encoder.visual.requires_grad_(False)
+    forward_backward(trained, golden_batch(golden), micro_batch_size=3, autocast=nullcontext)
+    assert all(parameter.grad is None for parameter in trained.encoder.visual.parameters())
+    assert trained.encoder.text.token_embedding.weight.grad.abs().sum() > 0

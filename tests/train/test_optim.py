@@ -71,7 +71,7 @@ def test_the_warm_up_is_2500_steps_or_a_tenth_of_a_short_run(total, expected):
 def test_a_warm_up_that_does_not_fit_is_an_error_with_both_numbers():
     assert warmup_length(OptimConfig(warmup_steps=399), 400) == 399
     with pytest.raises(
-        ConfigError, match=r"--warmup-steps must be less than the steps of the run \(got 500, 400\)"
+        ConfigError, match=r"optim.warmup_steps must be less than the steps of the run \(got 500, 400\)"
     ) as e:
         warmup_length(OptimConfig(warmup_steps=500), 400)
     assert e.value.remedy == "--set optim.warmup_steps=40"

@@ -1,13 +1,18 @@
 """Two processes: the recorded numbers in the faithful mode, one process's numbers in the default mode."""
 
+import os
+import signal
+import threading
+import time
+
 import pytest
 import torch
 
 from declip_cli.errors import TrainError
 from declip_cli.model.interop import rename_original
-from declip_cli.train.launch import start_processes
+from declip_cli.train.launch import is_launched, join_slurm, start_processes
 from tests.golden_files import golden_cases, load_golden
-from tests.train.ranks import batch_norm_step, fail_on_rank_one, run, run_batch_norm, step
+from tests.train.ranks import batch_norm_step, fail_on_rank_one, run, run_batch_norm, step, wait_for_the_end
 
 METHODS = ("clip", "slip", "filip", "declip", "defilip")
 RECORDED = golden_cases(world=2, methods=METHODS)
@@ -77,3 +82,33 @@ def test_batch_norm_over_two_ranks_equals_the_library_on_the_whole_batch(two_ran
 def test_a_failing_rank_stops_the_run_with_its_own_error():
     with pytest.raises(TrainError, match=r"the second process cannot go on \(process 1 of 2\)"):
         start_processes(fail_on_rank_one, (), num_processes=2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_being_asked_to_stop_is_passed_on_to_every_rank(number, tmp_path):
+    def ask():
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=ask, daemon=True).start()
+    assert start_processes(wait_for_the_end, (str(tmp_path),), num_processes=2) == signal.SIGTERM
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(
+    ("variables", "is_joined"),
+    [
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, False),  # a job script, outside any step
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, True),
+    ],
+)
+def test_a_step_of_slurm_is_joined_and_a_job_script_is_not(variables, is_joined, monkeypatch):
+    environment = {"SLURM_LOCALID": "1", "SLURM_JOB_ID": "12345", "MASTER_ADDR": "node1", **variables}
+    monkeypatch.setattr(os, "environ", environment)
+    join_slurm()
+    assert is_launched() == is_joined
+    if is_joined:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+        assert [environment[name] for name in names] == ["3", "4", "1", "2", "32345"]

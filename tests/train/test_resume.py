@@ -164,6 +164,7 @@ def test_the_run_stops_by_itself_after_the_second_signal_only_when_asked_three_t
         os.kill(os.getpid(), signal.SIGTERM)
         assert should_stop()
         os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -110,6 +110,7 @@ def test_a_full_disk_is_explained_and_the_last_whole_state_stays(run_dir, monkey
         run_dir.save_state(state(9))
     assert f"declip pretrain --resume {run_dir.path}" in caught.value.remedy
     assert run_dir.load_state().step == 5
+    assert [path.name for path in (run_dir.path / "state").iterdir()] == ["step-000000005"]
     monkeypatch.undo()
     run_dir.save_state(state(9))
     assert run_dir.load_state().step == 9
