@@ -90,7 +90,7 @@ def nearest_neighbours(
 
     Source: DeCLIP, arXiv 2110.05208, section 3.4; P/model/declip.py:281-300.
     """
-    if int(queue.num_filled) == 0:
+    if queue.count() == 0:
         return images.sum() * 0.0
     found = queue.nearest(texts.flatten(0, 1)).view_as(texts)  # (B, T, D)
     pairs = [(view, text) for view in range(images.shape[1]) for text in range(texts.shape[1])]

@@ -1,5 +1,7 @@
 """The queue of recent text features in which nearest neighbours are found."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,6 +31,19 @@ class NeighbourQueue(nn.Module):
         self.register_buffer("rows", torch.zeros(num_rows, dim))
         self.register_buffer("next_row", torch.zeros((), dtype=torch.int64))
         self.register_buffer("num_filled", torch.zeros((), dtype=torch.int64))
+        self._was_full = False
+
+    def count(self) -> int:
+        """Return the number of rows that hold a feature; waits for the device only until all of them do."""
+        if not self._was_full:
+            num_filled = int(self.num_filled)
+            self._was_full = num_filled == len(self.rows)
+            return num_filled
+        return len(self.rows)
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401
+        self._was_full = False
+        super()._load_from_state_dict(*arguments, **options)
 
     def fill_randomly(self) -> None:
         """Start with random directions that count as features, as the original does."""
@@ -48,7 +63,7 @@ class NeighbourQueue(nn.Module):
         Raises:
             ValueError: the queue is empty.
         """
-        num_filled = int(self.num_filled)
+        num_filled = self.count()
         if num_filled == 0:
             raise ValueError("the queue is empty: look for neighbours only when num_filled > 0")
         # Close calls may differ from a float32 search; a true neighbour is found by both.

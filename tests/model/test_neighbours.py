@@ -108,3 +108,14 @@ def test_a_bfloat16_search_finds_what_clearly_is_nearest(monkeypatch):
     queue, features = NeighbourQueue(50, 64), unit(50, 64)
     queue.push(features)
     assert torch.equal(queue.nearest(features.flip(0)), features.flip(0))
+
+
+def test_the_rows_are_counted_again_after_a_state_is_loaded():
+    full, empty = NeighbourQueue(3, 3), NeighbourQueue(3, 3).state_dict()
+    full.push(unit(2, 3))
+    assert full.count() == 2
+    full.push(unit(2, 3))
+    assert full.count() == 3
+    assert full.count() == 3
+    full.load_state_dict(empty)
+    assert full.count() == 0
