@@ -165,7 +165,7 @@ def _tell_ignored(sources: _Sources, config: "RunConfig", *, is_launched: bool) 
     merge_into(chosen, parse_assignments(sources.assignments))
     for key in set(chosen.get("method", {})) - METHODS[config.method.name].options:
         note(f"note: method {config.method.name} does not use method.{key}")
-    if config.train.eval_every_steps and not config.train.eval:
+    if chosen.get("train", {}).get("eval_every_steps") and not config.train.eval:
         note("note: train.eval_every_steps changes nothing without --eval")
     if config.train.processes and is_launched:
         note("note: --processes changes nothing here, a launcher has started the processes")
