@@ -8,8 +8,8 @@ from typing import Any, Protocol, TypeAlias
 from declip_cli.data.benchmarks import ClassificationSet, available_splits, open_classification
 from declip_cli.data.benchmarks.folders import class_folders
 from declip_cli.data.benchmarks.known import KNOWN
+from declip_cli.data.preparing.sources.folder import CAPTIONS_FILE
 from declip_cli.data.retrieval_sets import KNOWN_RETRIEVAL, RetrievalSet, has_shards, open_retrieval
-from declip_cli.data.sources.folder import CAPTIONS_FILE
 from declip_cli.evaluate.retrieve import retrieve
 from declip_cli.evaluate.zeroshot import zeroshot
 from declip_cli.model.checkpoint import PretrainedModel
