@@ -207,8 +207,8 @@ class OptimConfig:
     text_optimizer: Literal["", "adamw", "sgd"] = ""
     """Optimizer of the text tower alone; empty: the same (the paper's ViT used AdamW and SGD, DeCLIP issue #17)."""
     learning_rate_peak: float = 1e-3
-    learning_rate_start: float = 1e-4
-    """Rate of step 1; warm-up is linear from here to the peak."""
+    learning_rate_start: float = -1.0
+    """Rate of step 1; warm-up is linear from here to the peak. -1: a tenth of the peak, as in the original."""
     learning_rate_end: float = 0.0
     text_learning_rate_peak: float = 0.0
     """Peak of the text tower; 0: the same as the rest."""
@@ -235,7 +235,7 @@ class OptimConfig:
             f"--learning-rate must be positive (got {self.learning_rate_peak})",
             remedy="--learning-rate 1e-3",
         )
-        for key in ("learning_rate_start", "learning_rate_end", "text_learning_rate_peak"):
+        for key in ("learning_rate_end", "text_learning_rate_peak"):
             require_at_least(0, "optim", {key: getattr(self, key)})
         require(
             self.learning_rate_start <= self.learning_rate_peak,

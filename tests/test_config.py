@@ -186,7 +186,7 @@ def test_a_broken_file_is_an_error_that_shows_what_a_line_looks_like(tmp_path):
         (DataConfig, {"workers": -2}, "data.workers must be at least -1 (got -2)"),
         (
             OptimConfig,
-            {"learning_rate_peak": 5e-5},
+            {"learning_rate_peak": 5e-5, "learning_rate_start": 1e-4},
             "optim.learning_rate_start must not exceed the peak (got 0.0001, 5e-05)",
         ),
         (OptimConfig, {"weight_decay": -0.1}, "optim.weight_decay cannot be negative (got -0.1)"),

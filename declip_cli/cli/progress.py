@@ -87,13 +87,30 @@ class RunProgress:
             note(f"  go on: declip pretrain --resume {path}")
             return
         note(f"done: {report.samples_seen:,} samples in {report.seconds:,.0f} s; the model is in {path / 'model'}")
-        for name, scores in report.evaluations.items():
-            note(f"{name}:")
-            for words in _score_words(scores):
-                note(f"  {words}")
         is_demo = self._config.data.path == ("demo",)
+        for name, scores in report.evaluations.items():
+            note("emoji by twitter, a vendor never trained on:" if is_demo and name == "demo" else f"{name}:")
+            for line in _summary(scores):
+                note(f"  {line}")
         for command in _next_commands(path, is_demo=is_demo):
             note(f"  try: {command}")
+
+
+def _summary(scores: dict[str, Any]) -> list[str]:
+    """Put scores beside chance, a line each."""
+    lines = []
+    for key, label in (("top1", "top-1"), ("top5", "top-5")):
+        if key in scores:
+            chance = scores[f"chance_{key}"]
+            lines.append(
+                f"zero-shot {label} among {scores['num_classes']:,} names: {scores[key]:.1%}  "
+                f"(chance {chance:.2%}: {scores[key] / chance:,.0f} times that)"
+            )
+    for key, label in (("text_to_image", "text → image"), ("image_to_text", "image → text")):
+        if key in scores:
+            recalls = (f"@{k} {scores[key][f'recall_at_{k}']:.1%}" for k in (1, 5, 10))
+            lines.append(f"{label} recall {' · '.join(recalls)}  (chance @10 {10 / scores['num_images']:.2%})")
+    return lines or _score_words(scores)
 
 
 def _score_words(scores: dict[str, Any], prefix: str = "") -> list[str]:

@@ -144,7 +144,7 @@ def _scheduled_rate(training: Training, step: int) -> float:
     optim = training.config.optim
     return learning_rate(
         step,
-        start=optim.learning_rate_start,
+        start=optim.learning_rate_start if optim.learning_rate_start >= 0 else optim.learning_rate_peak / 10,
         peak=optim.learning_rate_peak,
         end=optim.learning_rate_end,
         warmup_steps=training.warmup_steps,
