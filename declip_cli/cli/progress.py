@@ -128,6 +128,6 @@ def _next_commands(path: Path, *, is_demo: bool) -> list[str]:
         return [f"declip zeroshot FOLDER_OF_CLASSES --model {path}"]
     return [
         f"declip linear-probe demo --model {path}",
-        f'declip retrieve demo --query "a red apple" --model {path} -k 5',
+        f"declip retrieve demo --query guitar --model {path} -k 5",
         "declip prepare YOUR_PICTURES --out shards/  &&  declip pretrain --data shards/ --arch vit-b32",
     ]

@@ -95,6 +95,9 @@ def save_model(encoder: DualEncoder, folder: Path, *, config: ModelConfig, metho
 def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     temporary = path.with_name(path.name + ".tmp")
     save_file(tensors, temporary)
+    mask = os.umask(0)
+    os.umask(mask)
+    temporary.chmod(0o666 & ~mask)  # safetensors makes files for the owner alone; a model is to be shared
     temporary.replace(path)
 
 
