@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from declip_cli.batch import Batch, Embeddings, LossTerms
@@ -157,8 +156,3 @@ def embeddings_of(images: Tensor, texts: Tensor, **others: Tensor) -> Embeddings
     empty = images.new_zeros(len(images), 0)
     names = ("image_features", "image_tokens", "text_tokens", "text_token_mask", "mask_losses", "mask_counts")
     return Embeddings(images=images, texts=texts, **{name: others.get(name, empty) for name in names})
-
-
-def unit(embeds: Tensor) -> Tensor:
-    """Scale the last dimension to unit length, in float32."""
-    return F.normalize(embeds.float(), dim=-1)

@@ -4,8 +4,9 @@ from typing import ClassVar
 
 from declip_cli.batch import Batch, Embeddings, LossTerms
 from declip_cli.config import Views
-from declip_cli.methods.base import Method, embeddings_of, unit
+from declip_cli.methods.base import Method, embeddings_of
 from declip_cli.methods.terms import PAIRS, contrastive_pairs
+from declip_cli.model.clip import unit
 
 
 class Clip(Method):

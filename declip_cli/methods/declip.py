@@ -7,9 +7,9 @@ from torch import Tensor
 from declip_cli.batch import Batch, Embeddings, LossTerms
 from declip_cli.config import ImageView, MethodConfig, TextView, Views
 from declip_cli.distributed import gather
-from declip_cli.methods.base import Method, embeddings_of, unit
+from declip_cli.methods.base import Method, embeddings_of
 from declip_cli.methods.terms import PAIRS, contrastive_pairs, masked_language, nearest_neighbours, siamese
-from declip_cli.model.clip import DualEncoder
+from declip_cli.model.clip import DualEncoder, unit
 from declip_cli.model.heads import SimSiamPredictor, SimSiamProjector
 from declip_cli.model.neighbours import NeighbourQueue
 

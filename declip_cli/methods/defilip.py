@@ -7,10 +7,10 @@ from torch import nn
 
 from declip_cli.batch import Batch, Embeddings, LossTerms
 from declip_cli.config import MethodConfig, Views
-from declip_cli.methods.base import embeddings_of, unit
+from declip_cli.methods.base import embeddings_of
 from declip_cli.methods.declip import DeClip
 from declip_cli.methods.terms import token_wise
-from declip_cli.model.clip import DualEncoder
+from declip_cli.model.clip import DualEncoder, unit
 
 
 class DeFilip(DeClip):

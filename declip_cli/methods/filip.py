@@ -7,9 +7,9 @@ from torch import nn
 
 from declip_cli.batch import Batch, Embeddings, LossTerms
 from declip_cli.config import MethodConfig, Views
-from declip_cli.methods.base import Method, embeddings_of, unit
+from declip_cli.methods.base import Method, embeddings_of
 from declip_cli.methods.terms import PAIRS, contrastive_pairs, token_wise
-from declip_cli.model.clip import DualEncoder
+from declip_cli.model.clip import DualEncoder, unit
 
 
 class Filip(Method):

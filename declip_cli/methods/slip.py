@@ -8,9 +8,9 @@ from declip_cli.batch import Batch, Embeddings, LossTerms
 from declip_cli.config import MethodConfig, Views
 from declip_cli.distributed import gather, rows_of_rank
 from declip_cli.losses import nt_xent
-from declip_cli.methods.base import Method, embeddings_of, unit
+from declip_cli.methods.base import Method, embeddings_of
 from declip_cli.methods.terms import PAIRS, contrastive_pairs
-from declip_cli.model.clip import DualEncoder
+from declip_cli.model.clip import DualEncoder, unit
 from declip_cli.model.heads import SimClrHead
 
 

@@ -54,8 +54,8 @@ def test_the_queue_after_the_step_equals_the_recording(name):
 
 @pytest.mark.parametrize("name", golden_cases(world=1, methods=("declip",)))
 def test_each_of_the_four_pairs_equals_the_recording(name):
-    from declip_cli.methods.base import unit
     from declip_cli.methods.terms import PAIRS, contrastive_pairs
+    from declip_cli.model.clip import unit
 
     golden = load_golden(name)
     method = golden_method(golden, faithful=True)
