@@ -1,63 +1,17 @@
-"""Everything a run can be told, with units and sources; each default stands here and nowhere else."""
+"""Everything a run can be told, with units and sources; each default stands here and nowhere else.
 
+None leaves a choice to `resolve.py`, which writes down what was chosen; on the command line and in TOML it is `none`.
+"""
+
+import math
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from declip_cli.errors import ConfigError
+from declip_cli.config_checks import require, require_at_least, require_fractions
 
 ImageView: TypeAlias = Literal["plain", "augmented"]
 TextView: TypeAlias = Literal["plain", "augmented", "masked"]
 MethodName: TypeAlias = Literal["clip", "slip", "filip", "declip", "defilip"]
-
-
-def require(condition: bool, message: str, *, remedy: str) -> None:
-    """Raise ConfigError unless a condition on the configuration holds.
-
-    Args:
-        condition: what must be true.
-        message: names the option and the values found and expected.
-        remedy: how to mend it.
-
-    Raises:
-        ConfigError: the condition is false.
-    """
-    if not condition:
-        raise ConfigError(message, remedy=remedy)
-
-
-def require_fractions(section: str, values: dict[str, float]) -> None:
-    """Raise ConfigError unless every value lies in [0, 1].
-
-    Args:
-        section: the configuration section, for the message.
-        values: key → value.
-
-    Raises:
-        ConfigError: a value is outside [0, 1].
-    """
-    for key, value in values.items():
-        require(
-            0.0 <= value <= 1.0,
-            f"{section}.{key} is a fraction in [0, 1] (got {value})",
-            remedy=f"--set {section}.{key}=…",
-        )
-
-
-def require_at_least(lowest: int, section: str, values: dict[str, float]) -> None:
-    """Raise ConfigError unless every value is at least as large as a bound.
-
-    Args:
-        lowest: the bound.
-        section: the configuration section, for the message.
-        values: key → value.
-
-    Raises:
-        ConfigError: a value is too small.
-    """
-    rule = f"must be at least {lowest}" if lowest else "cannot be negative"
-    for key, value in values.items():
-        message = f"{section}.{key} {rule} (got {value})"
-        require(value >= lowest, message, remedy=f"--set {section}.{key}={lowest}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +30,12 @@ class ModelConfig:
 
     arch: str = "vit-b32"
     """A name of `model/architectures.py`."""
-    image_side_px: int = 0
-    """Side of the square picture the model sees; 0 takes the architecture's own."""
-    context_length: int = 0
-    """Longest text in tokens, start and end included; 0 takes the architecture's own (77, or less if tiny)."""
-    embed_dim: int = 0
-    """Width of the shared embedding; 0 takes the architecture's own."""
+    image_side_px: int | None = None
+    """Side of the square image the model sees; None: the architecture's own."""
+    context_length: int | None = None
+    """Longest text in tokens, start and end included; None: the architecture's own (77, or less if tiny)."""
+    embed_dim: int | None = None
+    """Width of the shared embedding; None: the architecture's own."""
     quick_gelu: bool = True
     """x·sigmoid(1.702x), as OpenAI and the original; false is the exact GELU."""
     gradient_checkpointing: bool = False
@@ -155,27 +109,28 @@ class DataConfig:
 
     path: tuple[str, ...] = ()
     """Shard folders made by `declip prepare`, tar patterns, or `demo`."""
-    workers: int = -1
-    """Loader threads beside the training thread; -1 chooses from the cores there are, 0 loads in line."""
-    cache_dir: str = ""
-    """Where remote shards are kept; empty uses `$DECLIP_CACHE`, else `~/.cache/declip`."""
+    workers: int | None = None
+    """Loader threads beside the training thread; 0 loads in line; None chooses from the cores there are."""
+    cache_dir: str | None = None
+    """Where remote shards are kept; None: `$DECLIP_CACHE`, else `~/.cache/declip`."""
     max_bad: float = 0.05
     """Largest share of samples that may be unreadable before the run stops."""
-    part: str = ""
-    """Named part of the demo corpus (`train`, `fit`, `validation`); empty is all training pairs."""
+    part: str | None = None
+    """Named part of the data (of the demo: `train`, `fit`, `validation`); None: all training pairs."""
 
     def __post_init__(self) -> None:
         require_fractions("data", {"max_bad": self.max_bad})
-        require_at_least(-1, "data", {"workers": self.workers})
+        require_at_least(0, "data", {"workers": self.workers})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MethodConfig:
-    """The objective."""
+    """The objective. Switches that are None follow `faithful`; see `presets.py`."""
 
     name: MethodName = "declip"
     faithful: bool = False
-    """Reproduce the original code including its quirks; the table of differences is in the README."""
+    """Preset of the switches below and of `optim.decayed`, `optim.gradient_clip_norm`, `train.logit_scale_min` and
+    `train.logit_scale_max`: true reproduces the original code, quirks included."""
     weights: dict[str, float] = field(default_factory=dict)
     """Weight of each loss term; terms left out keep the method's own. 0 switches a term off."""
     pairs: Literal[1, 2, 4] = 4
@@ -183,10 +138,32 @@ class MethodConfig:
     queue_size: int = 65536
     """Rows of the nearest-neighbour queue (2^16 in the paper)."""
     token_wise_top_k: int = 16
-    """Tokens of each text and picture that are gathered in the token-wise loss: those most relevant to its pair."""
+    """Tokens of each text and image that are gathered in the token-wise loss: those most relevant to its pair."""
     simclr_temperature: float = 0.1
     label_smoothing: float = 0.0
-    """Of the contrastive losses between pictures and texts, in [0, 1]."""
+    """Of the contrastive losses between images and texts, in [0, 1]."""
+    nn_symmetric: bool | None = None
+    """Match neighbour → image as well as image → neighbour (P/model/declip.py:281-300 has the latter only)."""
+    nn_exclude_own: bool | None = None
+    """Never return a pair's own caption of an earlier epoch as its neighbour."""
+    queue_start: Literal["empty", "random"] | None = None
+    """What the queue holds at first: nothing, or random directions that may be returned (original)."""
+    queue_scope: Literal["global", "rank"] | None = None
+    """Whose features a rank's queue takes: all ranks', or its own only (original)."""
+    mlm_mean: Literal["global", "rank"] | None = None
+    """Masked tokens the masked-language loss is averaged over: all ranks', or each rank's own (original)."""
+    mask_special_ids: bool | None = None
+    """Let random replacements in masked texts be special tokens too, as the original does."""
+    score_padding: bool | None = None
+    """Compare padding tokens in the token-wise loss, at full context length, as the original does."""
+    filip_text: Literal["plain", "masked"] | None = None
+    """Text that FILIP learns from; the original feeds the masked one, without a masked-language loss."""
+    cap_logit_scale: bool | None = None
+    """Cap the exponentiated scale at 100 in forward, with full gradient (original's CLIP, DeCLIP and DeFILIP)."""
+    batch_norm: Literal["global", "rank"] | None = None
+    """Batch that BatchNorm sees: all ranks', or each rank's own (original)."""
+    freeze_patch_embed: bool | None = None
+    """Keep a ViT's patch embedding at its random start, as the original does."""
 
     def __post_init__(self) -> None:
         require_at_least(1, "method", {"queue_size": self.queue_size, "token_wise_top_k": self.token_wise_top_k})
@@ -201,49 +178,58 @@ class MethodConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimConfig:
-    """Optimizer and schedule; the defaults are the original's YFCC15M recipe."""
+    """Optimizer and schedule."""
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    text_optimizer: Literal["", "adamw", "sgd"] = ""
-    """Optimizer of the text tower alone; empty: the same (the paper's ViT used AdamW and SGD, DeCLIP issue #17)."""
-    learning_rate_peak: float = 1e-3
-    learning_rate_start: float = -1.0
-    """Rate of step 1; warm-up is linear from here to the peak. -1: a tenth of the peak, as in the original."""
+    text_optimizer: Literal["adamw", "sgd"] | None = None
+    """Optimizer of the text tower; None: the same (the paper's ViT used AdamW and SGD, DeCLIP issue #17)."""
+    learning_rate_peak: float | None = None
+    """None: 1e-3 · sqrt(global batch / 4,096) with AdamW: the original's YFCC15M rate at its batch, scaled by the
+    square root (arXiv 2205.10287); SGD has no default."""
+    learning_rate_start: float | None = None
+    """Rate of the first step; warm-up is linear from here to the peak. None: a tenth of the peak (original)."""
     learning_rate_end: float = 0.0
-    text_learning_rate_peak: float = 0.0
-    """Peak of the text tower; 0: the same as the rest."""
-    logit_scale_learning_rate: float = -1.0
-    """Peak of the logit scales; -1: the same as the rest; 0 freezes them."""
-    warmup_steps: int = -1
-    """Steps up to the peak; -1: 2500, or a tenth of the run where that is less."""
+    text_learning_rate_peak: float | None = None
+    """Peak of the text tower; None: the same as the rest."""
+    logit_scale_learning_rate: float | None = None
+    """Peak of the logit scales; None: the same as the rest; 0 freezes them."""
+    warmup_steps: int | None = None
+    """Steps up to the peak; None: 2,500 (original), or a tenth of the run where that is less."""
+    warmup_samples: int | None = None
+    """The same in pairs seen; overrides `warmup_steps`. What a resolved run keeps."""
     weight_decay: float = 0.1
-    text_weight_decay: float = -1.0
-    """Decay of the text tower; -1: the same as the rest."""
+    text_weight_decay: float | None = None
+    """Decay of the text tower; None: the same as the rest."""
+    decayed: Literal["matrices", "original"] | None = None
+    """What is decayed: parameters of two and more dimensions; or also attention biases and the class embedding, as
+    the original's groups really act. None: see `method.faithful`."""
     beta1: float = 0.9
     beta2: float = 0.98
     epsilon: float = 1e-8
     momentum: float = 0.9
     """Of SGD, with Nesterov's correction."""
-    gradient_clip_norm: float = 0.0
-    """Largest L2 norm of all gradients together; 0 does not clip."""
+    gradient_clip_norm: float | None = None
+    """Largest L2 norm of all gradients together; inf never clips. None: 1, or inf with `method.faithful`."""
     layer_decay: float = 1.0
     """Factor on the learning rate per layer from the output down to the input; 1 is off."""
 
     def __post_init__(self) -> None:
-        require(
-            self.learning_rate_peak > 0,
-            f"--learning-rate must be positive (got {self.learning_rate_peak})",
-            remedy="--learning-rate 1e-3",
-        )
-        for key in ("learning_rate_end", "text_learning_rate_peak"):
-            require_at_least(0, "optim", {key: getattr(self, key)})
-        require(
-            self.learning_rate_start <= self.learning_rate_peak,
-            "optim.learning_rate_start must not exceed the peak "
-            f"(got {self.learning_rate_start}, {self.learning_rate_peak})",
-            remedy="--set optim.learning_rate_start=0",
-        )
-        for key in ("weight_decay", "gradient_clip_norm", "momentum"):
+        if self.learning_rate_peak is not None:
+            require(
+                self.learning_rate_peak > 0,
+                f"--learning-rate must be positive (got {self.learning_rate_peak})",
+                remedy="--learning-rate 1e-3",
+            )
+            start = 0.0 if self.learning_rate_start is None else self.learning_rate_start
+            require(
+                start <= self.learning_rate_peak,
+                "optim.learning_rate_start must not exceed the peak "
+                f"(got {self.learning_rate_start}, {self.learning_rate_peak})",
+                remedy="--set optim.learning_rate_start=0",
+            )
+        at_least_0 = ("learning_rate_start", "learning_rate_end", "text_learning_rate_peak", "weight_decay", "momentum")
+        at_least_0 += ("logit_scale_learning_rate", "warmup_steps", "warmup_samples", "text_weight_decay")
+        for key in (*at_least_0, "gradient_clip_norm"):
             require_at_least(0, "optim", {key: getattr(self, key)})
         for key in ("beta1", "beta2"):
             value = getattr(self, key)
@@ -259,58 +245,71 @@ class OptimConfig:
 class TrainConfig:
     """The loop."""
 
-    epochs: float = 0.0
-    """Passes over the data; 0 with steps = 0 takes 32, the paper's."""
-    steps: int = 0
-    """Optimizer steps; overrides epochs."""
+    epochs: float | None = None
+    """Passes over the data; None: 32, the paper's."""
+    steps: int | None = None
+    """Optimizer steps; overrides `epochs`."""
+    samples: int | None = None
+    """Pairs to see in all; overrides both. What a resolved run keeps, so that other hardware changes no end."""
     batch_size: int = 256
     """Pairs per step on each process."""
-    micro_batch_size: int = 0
-    """Pairs per forward pass; 0 is the whole batch. The gradient is that of the whole batch (GradCache)."""
+    micro_batch_size: int | None = None
+    """Pairs per forward pass; None: the whole batch. The gradient is that of the whole batch (GradCache)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """`auto`: bf16 where the processor computes it natively, else fp32."""
+    """`auto`: bf16 where it is computed natively, else fp16 on a GPU with tensor cores, else fp32."""
+    tf32: bool = True
+    """Let a GPU round the factors of float32 products to TF32's 10 bits, as the original's PyTorch did."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    threads: int = 0
-    """CPU threads of this process, loader threads included; 0 takes the cores there are."""
+    threads: int | None = None
+    """CPU threads of this process, loader threads included; None takes the cores there are."""
     seed: int = 0
     log_every_steps: int = 10
-    checkpoint_every_steps: int = 0
-    checkpoint_every_minutes: float = 15.0
+    checkpoint_every_steps: int | None = None
+    checkpoint_every_minutes: float | None = 15.0
+    keep_states: int = 2
+    """Newest states that are kept; a damaged one falls back to the one before."""
+    keep_best: str | None = None
+    """Score by which the best model is kept in `best/`, such as `imagenet.top1`; of an evaluation in `eval`."""
     eval: tuple[str, ...] = ()
     """Evaluations during training: names or folders as `zeroshot` and `retrieve` take them."""
-    eval_every_steps: int = 0
-    """0 evaluates once, at the end."""
-    time_limit_s: float = 0.0
-    """Stop early, with the schedule ending there, after this time; 0 is no limit."""
-    ema_decay: float = 0.0
-    """Decay per step of the running average of the weights; 0 is off. The averaged model is the one saved."""
+    eval_every_steps: int | None = None
+    """None evaluates once, at the end."""
+    time_limit_s: float | None = None
+    """Stop early, with the schedule ending there, after this time."""
+    ema_decay: float | None = None
+    """Decay per step of the running average of the weights; the averaged model is the one saved. None: off."""
     freeze: tuple[Literal["image", "text"], ...] = ()
     compile: bool = False
     """torch.compile on both towers."""
-    init: str = ""
-    """Model to start from; empty starts from random weights."""
-    logit_scale_init: float = 2.6593
-    """ln(1/0.07)."""
-    logit_scale_min: float = -1.0
-    """Lower bound of the logarithm of the logit scale; -1: 0 (ln 1), in the faithful mode 3."""
-    logit_scale_max: float = -1.0
-    """Upper bound; -1: 4.6052 (ln 100), in the faithful mode 6."""
-    tracker: Literal["", "tensorboard", "wandb"] = ""
-    processes: int = 0
-    """Processes to start; 0: one per GPU, else 1. Ignored under a launcher that already set the ranks."""
+    init: str | None = None
+    """Model to start from; None starts from random weights."""
+    logit_scale_init: float = math.log(1 / 0.07)
+    """Logarithm of every logit scale at the start."""
+    logit_scale_min: float | None = None
+    """Lower bound of the logarithm of the logit scales. None: 0 (ln 1), with `method.faithful` 3."""
+    logit_scale_max: float | None = None
+    """Upper bound. None: 4.6052 (ln 100), with `method.faithful` 6."""
+    max_bad_steps: int = 10
+    """Broken batches in a row, each skipped and counted, after which the last good state is taken up again."""
+    max_rollbacks: int = 3
+    """How often that may happen, each time at half the rate, before the run ends with an error."""
+    tracker: Literal["tensorboard", "wandb"] | None = None
+    processes: int | None = None
+    """Processes to start; None: one per GPU, else 1. Ignored under a launcher that already set the ranks."""
 
     def __post_init__(self) -> None:
-        at_least_0: tuple[str, ...] = ("epochs", "steps", "micro_batch_size", "threads", "time_limit_s", "processes")
-        at_least_0 += ("checkpoint_every_steps", "checkpoint_every_minutes", "eval_every_steps")
+        at_least_0: tuple[str, ...] = ("epochs", "time_limit_s", "checkpoint_every_minutes", "max_rollbacks")
         require_at_least(0, "train", {key: getattr(self, key) for key in at_least_0})
-        require_at_least(1, "train", {"log_every_steps": self.log_every_steps})
+        at_least_1: tuple[str, ...] = ("steps", "samples", "micro_batch_size", "threads", "processes", "keep_states")
+        at_least_1 += ("checkpoint_every_steps", "eval_every_steps", "log_every_steps", "max_bad_steps")
+        require_at_least(1, "train", {key: getattr(self, key) for key in at_least_1})
         require(
             self.batch_size >= 2,
             f"--batch-size must be at least 2, a contrastive loss needs negatives (got {self.batch_size})",
             remedy="--batch-size 256",
         )
         require(
-            0.0 <= self.ema_decay < 1.0,
+            0.0 <= (self.ema_decay or 0.0) < 1.0,
             f"train.ema_decay is in [0, 1) (got {self.ema_decay})",
             remedy="--set train.ema_decay=0.9999",
         )

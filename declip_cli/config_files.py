@@ -3,12 +3,14 @@
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from declip_cli.errors import ConfigError
+from declip_cli.errors import ChoiceError, ConfigError
 
 T = TypeVar("T")
 
@@ -115,6 +117,10 @@ def build_config(kind: type[T], values: Mapping[str, Any], *, where: str = "") -
 
 
 def _convert(hint: Any, value: Any, dotted: str) -> Any:  # noqa: ANN401
+    if get_origin(hint) is UnionType:  # X | None
+        if value is None or value == "none":
+            return None
+        (hint,) = (argument for argument in get_args(hint) if argument is not NoneType)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         _check(isinstance(value, Mapping), dotted, "a section", value)
         return build_config(hint, value, where=dotted)
@@ -126,27 +132,24 @@ def _convert(hint: Any, value: Any, dotted: str) -> Any:  # noqa: ANN401
     if origin is dict:
         _check(isinstance(value, Mapping), dotted, "a table", value)
         return {str(name): _convert(arguments[1], item, f"{dotted}.{name}") for name, item in value.items()}
-    if arguments and origin is not None:  # Literal
-        _check(
-            value in arguments and type(value) in map(type, arguments),
-            dotted,
-            f"one of {_words(arguments)}",
-            value,
-        )
+    if origin is Literal:
+        if value not in arguments or type(value) not in map(type, arguments):
+            words = ", ".join(map(str, arguments))
+            raise ChoiceError(f"{dotted} must be one of {words} (got {value!r})", remedy=f"--set {dotted}=…")
         return value
+    return _convert_plain(hint, value, dotted)
+
+
+def _convert_plain(hint: type, value: Any, dotted: str) -> Any:  # noqa: ANN401
+    if hint is float and value in ("inf", "-inf"):  # JSON has no infinity
+        return float(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    _check(
-        type(value) is hint,
-        dotted,
-        {bool: "true or false", int: "a whole number"}.get(hint, hint.__name__),
-        value,
-    )
+    if hint is str and isinstance(value, bool | int | float):  # `--set data.part=true` and the like are words
+        return str(value).lower() if isinstance(value, bool) else str(value)
+    kind = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(hint, hint.__name__)
+    _check(type(value) is hint, dotted, kind, value)
     return value
-
-
-def _words(options: tuple[Any, ...]) -> str:
-    return ", ".join(str(option) or '""' for option in options)
 
 
 def _check(is_right: bool, dotted: str, expected: str, value: Any) -> None:  # noqa: ANN401
@@ -154,13 +157,22 @@ def _check(is_right: bool, dotted: str, expected: str, value: Any) -> None:  # n
         raise ConfigError(f"{dotted} must be {expected} (got {value!r})", remedy=f"--set {dotted}=…")
 
 
-def to_json(config: Any) -> str:  # noqa: ANN401
-    """Write a configuration dataclass as JSON that `build_config` reads back.
+def to_plain(config: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Turn a configuration dataclass into nested values fit for JSON, infinities as text.
 
     Args:
         config: any configuration dataclass.
 
     Returns:
-        Indented JSON.
+        What `build_config` reads back.
     """
-    return json.dumps(dataclasses.asdict(config), indent=2, allow_nan=False)
+
+    def plain(value: Any) -> Any:  # noqa: ANN401
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, tuple):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, float) and math.isinf(value) else value
+
+    values: dict[str, Any] = plain(dataclasses.asdict(config))
+    return values

@@ -1,5 +1,7 @@
 """Errors a user can mend: what happened, and what to do about it."""
 
+from typing import ClassVar
+
 
 class DeclipError(Exception):
     """Say what went wrong, where, what was found, what was expected, and how to mend it.
@@ -9,6 +11,9 @@ class DeclipError(Exception):
         remedy: a command or an option that mends it; printed on a line of its own.
     """
 
+    exit_code: ClassVar[int] = 1
+    """What the command ends with."""
+
     def __init__(self, message: str, *, remedy: str) -> None:
         super().__init__(message)
         self.message = message
@@ -17,6 +22,12 @@ class DeclipError(Exception):
 
 class ConfigError(DeclipError):
     """An option, a recipe or a configuration key cannot be used."""
+
+
+class ChoiceError(ConfigError):
+    """A word that is none of the choices there are: wrong usage, as an unknown option is."""
+
+    exit_code: ClassVar[int] = 2
 
 
 class DataError(DeclipError):

@@ -7,12 +7,16 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "declip_cli"
-FLOOR_0 = {"errors", "config", "config_files", "batch", "assets", "distributed", "recipes"}
+FLOOR_0 = {"errors", "files", "config_checks", "config", "presets", "config_files", "batch"}
+FLOOR_0 |= {"assets", "distributed", "recipes"}
 MAY_IMPORT = {
     # floor 0: what everybody may know
     "errors": set(),
     "assets": {"errors"},
-    "config": {"errors"},
+    "files": set(),
+    "config_checks": {"errors"},
+    "config": {"config_checks"},
+    "presets": {"config"},
     "config_files": {"errors", "config"},
     "recipes": {"errors", "assets", "config_files"},
     "batch": set(),

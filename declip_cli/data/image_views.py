@@ -11,7 +11,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from declip_cli.config import AugmentConfig, ImageView, require
+from declip_cli.config import AugmentConfig, ImageView
+from declip_cli.config_checks import require
 from declip_cli.data.colour import ColourName, ColourStep, Scratch, apply_fused, apply_steps, blur
 from declip_cli.data.decode import (
     JpegFrame,

@@ -45,8 +45,8 @@ class StreamConfig:
     world_size: int = 1
     workers: int = 0
     """Loader threads; 0 loads in line."""
-    faithful: bool = False
-    """Mask texts with the original's range of random ids."""
+    mask_special_ids: bool = False
+    """Let random ids of masked texts be special ones too, as the original does."""
     max_bad: float = 0.05
     """Largest share of samples that may be unreadable before the stream stops."""
     pin_memory: bool = False
@@ -117,7 +117,7 @@ class TrainStream(Iterator[Batch]):
             samples,
             config.views,
             image_views=ImageViews(config.augment, config.side_px),
-            text_views=TextViews(config.augment, Tokenizer(config.context_length), faithful=config.faithful),
+            text_views=TextViews(config.augment, Tokenizer(config.context_length), mask_special_ids=config.mask_special_ids),
             seed=config.seed,
             cache_bytes=config.cache_mib << 20,
         )

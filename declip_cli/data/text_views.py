@@ -26,14 +26,14 @@ class TextViews:
     Args:
         config: operations and probabilities.
         tokenizer: makes ids of words and cuts them to the context length.
-        faithful: let the random ids of masking be special ones too, as the original does; START or END in the
+        mask_special_ids: let the random ids of masking be special ones too, as the original does; START or END in the
             middle of a text moves the place from which the text tower reads its feature.
     """
 
-    def __init__(self, config: AugmentConfig, tokenizer: Tokenizer, *, faithful: bool = False) -> None:
+    def __init__(self, config: AugmentConfig, tokenizer: Tokenizer, *, mask_special_ids: bool = False) -> None:
         self._tokenizer = tokenizer
         self._mask_probability = config.mask_probability
-        self._num_random_ids = VOCAB_SIZE if faithful else NUM_ORDINARY
+        self._num_random_ids = VOCAB_SIZE if mask_special_ids else NUM_ORDINARY
         self._operations = [_operation(name, config) for name in config.text_operations]
 
     def draw(self, kind: TextView, caption: str, rng: random.Random) -> tuple[list[int], list[int]]:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from declip_cli.batch import Batch, Embeddings, LossTerms
-from declip_cli.config import MethodConfig, Views, require
+from declip_cli.config import MethodConfig, Views
+from declip_cli.config_checks import require
 from declip_cli.losses import masked_cross_entropy
 from declip_cli.model.clip import DualEncoder
 from declip_cli.model.text_transformer import VOCABULARY_SIZE

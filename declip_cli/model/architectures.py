@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from declip_cli.config import ModelConfig, require
+from declip_cli.config import ModelConfig
+from declip_cli.config_checks import require
 from declip_cli.errors import ConfigError
 
 

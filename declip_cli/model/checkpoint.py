@@ -15,6 +15,7 @@ from torch import Tensor
 from declip_cli import __version__
 from declip_cli.config import ModelConfig
 from declip_cli.errors import DeclipError, ModelError
+from declip_cli.files import SUMS_FILE, check_folder, existing_folder, new_folder
 from declip_cli.model.architectures import describe_architecture, restore_architecture
 from declip_cli.model.clip import IMAGE_MEAN, IMAGE_STD, DualEncoder
 from declip_cli.model.heads import TOKEN_WISE_DIM
@@ -62,11 +63,10 @@ def save_model(encoder: DualEncoder, folder: Path, *, config: ModelConfig, metho
 
     Args:
         encoder: the model, on any device.
-        folder: written file by file, each whole or not at all.
+        folder: appears whole, with the digests of its files, in the place of an earlier one.
         config: how the encoder was built.
         method: name of the method that trained it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
     weights, extra = open_clip_state(state)
     own = {
@@ -86,25 +86,15 @@ def save_model(encoder: DualEncoder, folder: Path, *, config: ModelConfig, metho
         },
         "tokenizer": {"vocabulary": "clip-bpe", "context_length": encoder.architecture.text.context_length},
     }
-    _write_tensors(weights, folder / WEIGHTS_FILE)
-    _write_tensors(extra, folder / EXTRA_FILE)
-    _write_json(open_clip_config(encoder.architecture, IMAGE_MEAN, IMAGE_STD), folder / OPEN_CLIP_CONFIG_FILE)
-    _write_json(own, folder / OWN_CONFIG_FILE)
-
-
-def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary)
-    mask = os.umask(0)
-    os.umask(mask)
-    temporary.chmod(0o666 & ~mask)  # safetensors makes files for the owner alone; a model is to be shared
-    temporary.replace(path)
+    with new_folder(folder) as new:
+        save_file(weights, new / WEIGHTS_FILE)
+        save_file(extra, new / EXTRA_FILE)
+        _write_json(open_clip_config(encoder.architecture, IMAGE_MEAN, IMAGE_STD), new / OPEN_CLIP_CONFIG_FILE)
+        _write_json(own, new / OWN_CONFIG_FILE)
 
 
 def _write_json(content: dict[str, Any], path: Path) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def runs_root() -> Path:
@@ -149,14 +139,15 @@ def load_model(path: Path | None, *, device: str | torch.device = "cpu") -> Pret
     path = find_newest_run(runs_root()) if path is None else path
     if not path.exists():
         raise ModelError(f"no model at {path}", remedy="--model takes a run folder, a model folder or a checkpoint")
-    folder = path / "model" if (path / "model").is_dir() else path
+    inner = existing_folder(path / "model")
+    folder = inner if inner.is_dir() else existing_folder(path)
     if path.is_file() or not (folder / OWN_CONFIG_FILE).is_file():
         return _load_foreign(path if path.is_file() else folder, device)
-    own = _read_own_config(folder)
+    own, state, fingerprint = _read_folder(folder)
     has_heads = bool(own["has_token_wise_heads"])
     encoder = DualEncoder(restore_architecture(own["architecture"]), token_wise_dim=TOKEN_WISE_DIM if has_heads else 0)
     try:
-        encoder.load_state_dict(_read_state(folder))
+        encoder.load_state_dict(state)
     except (KeyError, RuntimeError) as error:
         raise ModelError(
             f"the weights in {folder} do not fit its {OWN_CONFIG_FILE}: {error}", remedy="copy the folder again"
@@ -171,8 +162,35 @@ def load_model(path: Path | None, *, device: str | torch.device = "cpu") -> Pret
         image_side_px=preprocessing["image_side_px"],
         resize_px=preprocessing["resize_px"],
         context_length=encoder.architecture.text.context_length,
-        fingerprint=_fingerprint(folder / WEIGHTS_FILE, folder / EXTRA_FILE, folder / OWN_CONFIG_FILE),
+        fingerprint=fingerprint,
     )
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+    """Read settings, weights and fingerprint; once more where a run in progress replaced the folder meanwhile."""
+    for is_last_try in (False, False, True):
+        before = _sums(folder)
+        try:
+            if before:
+                check_folder(folder)
+            own, state = _read_own_config(folder), _read_state(folder)
+            fingerprint = _fingerprint(folder / WEIGHTS_FILE, folder / EXTRA_FILE, folder / OWN_CONFIG_FILE)
+            if _sums(folder) == before:
+                return own, state, fingerprint
+        except (OSError, ValueError, ModelError) as error:
+            if is_last_try or _sums(folder) == before:
+                if isinstance(error, ModelError):
+                    raise
+                raise ModelError(f"the model in {folder} is damaged: {error}", remedy="copy the folder again") from error
+    raise ModelError(f"the model in {folder} changes while it is read", remedy="try again in a moment")
+
+
+def _sums(folder: Path) -> bytes:
+    """Read the list of digests; empty for a folder that another version or tool has written."""
+    try:
+        return (folder / SUMS_FILE).read_bytes()
+    except OSError:
+        return b""
 
 
 def _read_own_config(folder: Path) -> dict[str, Any]:

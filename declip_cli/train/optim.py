@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from declip_cli.config import OptimConfig, RunConfig, require
+from declip_cli.config import OptimConfig, RunConfig
+from declip_cli.config_checks import require
 from declip_cli.model.batch_norm import FullBatchNorm
 
 _NORMS = (nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, FullBatchNorm)

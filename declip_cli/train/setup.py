@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from declip_cli.config import RunConfig, require
+from declip_cli.config import RunConfig
+from declip_cli.config_checks import require
 from declip_cli.data.stores import open_samples
 from declip_cli.data.stream import StreamConfig, TrainStream
 from declip_cli.distributed import copy_from_main
@@ -173,7 +174,7 @@ def _build_stream(config: RunConfig, method: Method, accelerator: Accelerator, w
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             workers=workers,
-            faithful=config.method.faithful,
+            mask_special_ids=bool(settle_method(config.method).mask_special_ids),
             max_bad=config.data.max_bad,
             pin_memory=accelerator.device.type == "cuda",
         ),

@@ -179,7 +179,7 @@ def test_only_the_faithful_mode_draws_special_ids(faithful, limit, tokenizer, mo
             limits.add(stop)
             return stop - 1
 
-    views = TextViews(AugmentConfig(mask_probability=1.0), tokenizer, faithful=faithful)
+    views = TextViews(AugmentConfig(mask_probability=1.0), tokenizer, mask_special_ids=faithful)
     ids, _ = views.draw("masked", "word " * 60, Recorder(0))
     assert limits == {limit}
     assert limit - 1 in ids

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from declip_cli.config import require, require_fractions
+from declip_cli.config_checks import require, require_fractions
 
 SourceKind: TypeAlias = Literal[
     "", "captions", "folder", "table", "coco", "flickr30k", "tars", "declip", "yfcc15m", "urls"

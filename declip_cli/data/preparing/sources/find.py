@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 
-from declip_cli.config import require
+from declip_cli.config_checks import require
 from declip_cli.data.demo import demo_records
 from declip_cli.data.preparing.config import PrepareConfig, SourceKind
 from declip_cli.data.preparing.sources import coco, flickr30k, folder, table, tars, urls, yfcc15m

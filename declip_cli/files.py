@@ -1,0 +1,120 @@
+"""Files that appear whole or not at all, and folders whose bytes are vouched for by a list of digests."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+SUMS_FILE = "SHA256SUMS"
+"""Digests of a folder's files, as `sha256sum --check` reads them."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole: under another name first, flushed to the disk, then renamed.
+
+    Args:
+        path: replaced if it is there.
+        text: written as UTF-8.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole, as `write_text` does; safe with several writers, of whom the last wins."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _flush(path.parent)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Fill a folder that appears whole, with the digests of its files, in the place of the one before.
+
+    Between the two renames at the end there is a moment in which only `existing_folder` finds the one before.
+
+    Args:
+        folder: what is made or replaced.
+
+    Yields:
+        Where to write the files.
+
+    Raises:
+        OSError: it cannot be written; the folder before is untouched and nothing half remains.
+    """
+    temporary, previous = (folder.with_name(folder.name + ending) for ending in (".tmp", ".old"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        mask = os.umask(0)
+        os.umask(mask)
+        paths = sorted(path for path in temporary.rglob("*") if path.is_file())
+        for path in paths:
+            path.chmod(0o666 & ~mask)  # safetensors makes files for the owner alone; a model is to be shared
+            _flush(path)
+        sums = "".join(f"{digest_of(path)}  {path.relative_to(temporary).as_posix()}\n" for path in paths)
+        write_text(temporary / SUMS_FILE, sums)
+        if folder.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+            folder.rename(previous)
+        temporary.rename(folder)
+        _flush(folder.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def existing_folder(folder: Path) -> Path:
+    """Find a folder made by `new_folder`, also in the moment in which it is replaced or after a kill in it."""
+    previous = folder.with_name(folder.name + ".old")
+    return previous if previous.is_dir() and not folder.is_dir() else folder
+
+
+def check_folder(folder: Path) -> None:
+    """Compare the files of a folder with the digests written with them.
+
+    Args:
+        folder: made by `new_folder`.
+
+    Raises:
+        OSError: a file is missing or cannot be read.
+        ValueError: a file is not what was written, or the list of digests is damaged.
+    """
+    lines = (folder / SUMS_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+    for line in lines:
+        digest, gap, name = line.partition("  ")
+        if len(digest) != 64 or not gap or not name or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{SUMS_FILE} is damaged")
+        if digest_of(folder / name) != digest:
+            raise ValueError(f"{name} is not what was written: its sha256 differs from {SUMS_FILE}")
+    if not lines:
+        raise ValueError(f"{SUMS_FILE} is empty")
+
+
+def digest_of(path: Path) -> str:
+    """Return the sha256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
