@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from declip_cli.errors import ChoiceError, ConfigError
 
@@ -117,7 +117,7 @@ def build_config(kind: type[T], values: Mapping[str, Any], *, where: str = "") -
 
 
 def _convert(hint: Any, value: Any, dotted: str) -> Any:  # noqa: ANN401
-    if get_origin(hint) is UnionType:  # X | None
+    if get_origin(hint) in (Union, UnionType):  # X | None
         if value is None or value == "none":
             return None
         (hint,) = (argument for argument in get_args(hint) if argument is not NoneType)
