@@ -1,14 +1,34 @@
 """Files that appear whole or not at all, and folders whose bytes are vouched for by a list of digests."""
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 SUMS_FILE = "SHA256SUMS"
 """Digests of a folder's files, as `sha256sum --check` reads them."""
+
+
+def parse_json(text: str | bytes) -> Any:  # noqa: ANN401  (JSON is anything)
+    """Parse JSON that may be damaged or hostile.
+
+    Args:
+        text: JSON, as UTF-8 if bytes; a byte order mark is left out.
+
+    Returns:
+        What it says.
+
+    Raises:
+        ValueError: it is not JSON, or it is nested a thousand lists deep, as only an attack is.
+    """
+    try:
+        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+    except RecursionError as error:
+        raise ValueError("JSON nested too deeply") from error
 
 
 def write_text(path: Path, text: str) -> None:

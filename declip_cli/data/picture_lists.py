@@ -87,7 +87,7 @@ def _file(path: str, caption: str = "") -> ListedPicture:
     try:
         status = os.stat(path)
         stamp = f"{status.st_size}:{status.st_mtime_ns}"
-    except OSError:
+    except (OSError, ValueError):
         stamp = ""
     return ListedPicture(path, partial(read_file, path), stamp, caption)
 

@@ -246,7 +246,10 @@ def _open_known(known: KnownRetrieval, root: Path) -> RetrievalSet:
             remedy=how_to_get(known, root),
         )
     pairs = _Pairs(known.name)
-    captions = _reader(path)(path)
+    try:
+        captions = _reader(path)(path)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is damaged: {error!r}", remedy=how_to_get(known, root)) from error
     if not captions:
         raise EvaluateError(f"{path} names no test picture", remedy=how_to_get(known, root))
     folder = locate_pictures(str(path), list(captions))

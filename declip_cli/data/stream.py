@@ -117,7 +117,9 @@ class TrainStream(Iterator[Batch]):
             samples,
             config.views,
             image_views=ImageViews(config.augment, config.side_px),
-            text_views=TextViews(config.augment, Tokenizer(config.context_length), mask_special_ids=config.mask_special_ids),
+            text_views=TextViews(
+                config.augment, Tokenizer(config.context_length), mask_special_ids=config.mask_special_ids
+            ),
             seed=config.seed,
             cache_bytes=config.cache_mib << 20,
         )

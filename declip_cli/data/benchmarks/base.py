@@ -96,8 +96,11 @@ class FilePictures(Sequence[Picture]):
 
 
 def read_file(path: str) -> bytes:
-    """Return a file's bytes."""
-    return Path(path).read_bytes()
+    """Return a file's bytes; a name that no file can have, with a zero byte in it, counts as a missing file."""
+    try:
+        return Path(path).read_bytes()
+    except ValueError as error:
+        raise FileNotFoundError(str(error)) from error
 
 
 def list_folder(folder: Path) -> list[Path]:

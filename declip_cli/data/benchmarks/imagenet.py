@@ -17,6 +17,7 @@ from declip_cli.data.benchmarks.base import (
 from declip_cli.data.benchmarks.folders import class_folders, list_classes
 from declip_cli.data.benchmarks.matlab import read_mat, to_int
 from declip_cli.errors import EvaluateError
+from declip_cli.files import parse_json
 
 
 @cache
@@ -147,7 +148,7 @@ def read_objectnet(root: Path, split: str) -> Listing:
     for name in ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json"):
         path = base / "mappings" / name
         try:
-            tables.append(json.loads(path.read_text(encoding="utf-8")))
+            tables.append(parse_json(path.read_bytes()))
         except (OSError, ValueError) as error:
             raise missing_file(path) from error
     label_of_folder, imagenet_names = tables

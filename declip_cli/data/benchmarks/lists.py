@@ -1,7 +1,6 @@
 """Sets whose splits are lists of files: pets, food101, sun397, flowers102, cars, aircraft, dtd, gtsrb."""
 
 import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from declip_cli.data.benchmarks.base import FilePictures, Listing, missing_file,
 from declip_cli.data.benchmarks.folders import class_folders, list_classes
 from declip_cli.data.benchmarks.matlab import Value, read_mat, to_int
 from declip_cli.errors import EvaluateError
+from declip_cli.files import parse_json
 
 
 def _listing(paths: Sequence[Path], labels: Sequence[int], class_names: Sequence[str] = ()) -> Listing:
@@ -30,7 +30,7 @@ def read_food101(root: Path, split: str) -> Listing:
     base = root / "food-101"
     path = base / "meta" / f"{split}.json"
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise missing_file(path) from error
     classes = sorted(table)

@@ -13,6 +13,7 @@ from declip_cli.data.preparing.config import PrepareConfig
 from declip_cli.data.shards import storage
 from declip_cli.data.shards.store import MANIFEST, default_cache_dir
 from declip_cli.errors import DataError
+from declip_cli.files import parse_json
 
 _PROGRESS, _MEMORY, _LOCK = "progress.json", "progress.memory", "progress.lock"
 _NOT_THE_COMMAND = ("out", "workers", "max_bad", "engine", "force")
@@ -115,7 +116,7 @@ class OutFolder:
         if not storage.is_file(path):
             return {}
         try:
-            value = json.loads(storage.read_bytes(path))
+            value = parse_json(storage.read_bytes(path))
         except ValueError:
             return {"command": "damaged"}
         return value if isinstance(value, dict) else {"command": "damaged"}

@@ -1,7 +1,6 @@
 """Image-text pairs in tar shards, read by number."""
 
 import hashlib
-import json
 import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from declip_cli.data.shards.files import ShardFiles
 from declip_cli.data.shards.index import ShardIndex, load_index
 from declip_cli.data.shards.tar_samples import captions_of, group_of
 from declip_cli.errors import DataError
+from declip_cli.files import parse_json
 
 MANIFEST = "manifest.json"
 PREPARE = "declip prepare SOURCE --out SHARDS, then --data SHARDS"
@@ -130,7 +130,7 @@ def read_manifest(folder: str) -> dict[str, Any]:
     """
     path = storage.join(folder, MANIFEST)
     try:
-        manifest: dict[str, Any] = json.loads(storage.read_bytes(path))
+        manifest: dict[str, Any] = parse_json(storage.read_bytes(path))
         if not isinstance(manifest["shards"], list):
             raise TypeError("shards is no list")
         return manifest

@@ -1,13 +1,13 @@
 """Which members of a tar archive make one image-text pair, in the layout of WebDataset and img2dataset."""
 
 import io
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from declip_cli.data.shards.tar_format import Member, plain_members, read_members
 from declip_cli.errors import DataError
+from declip_cli.files import parse_json
 
 PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jp2", "ppm", "jfif")
 CAPTION_EXTENSIONS = ("json", "txt", "caption")
@@ -256,7 +256,7 @@ def is_unicode(value: object) -> bool:
 
 def _parse_json(data: bytes, key: str) -> dict[str, Any]:
     try:
-        row = json.loads(decode_text(data, key))
+        row = parse_json(decode_text(data, key))
     except ValueError as error:
         raise DataError(
             f"the metadata of {key} is not JSON: {error}",

@@ -1,6 +1,5 @@
 """COCO captions, and the files of Andrej Karpathy's splits of COCO, Flickr8k and Flickr30k."""
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +7,7 @@ from declip_cli.data.preparing.sources.locate import locate_pictures
 from declip_cli.data.preparing.sources.records import BadRecord, Record, file_record
 from declip_cli.data.shards import storage
 from declip_cli.errors import DataError
+from declip_cli.files import parse_json
 
 _SPLITS = {"": "", "train": "", "restval": "", "val": "val", "test": "test"}
 
@@ -30,7 +30,7 @@ def find_annotations(folder: str) -> list[str]:
 
 
 def read_json(path: str) -> dict[str, Any]:
-    """Read a whole JSON file with a list of `images`.
+    """Read a whole JSON file with a list of `images`, and perhaps one of `annotations`.
 
     Args:
         path: local path or URL.
@@ -42,11 +42,12 @@ def read_json(path: str) -> dict[str, Any]:
         DataError: it is not such a file.
     """
     try:
-        content = json.loads(storage.read_bytes(path))
-        if isinstance(content, dict) and isinstance(content["images"], list):
-            return content
-        raise KeyError("images")
-    except (ValueError, KeyError) as error:
+        content = parse_json(storage.read_bytes(path))
+        for rows in (content["images"], content.get("annotations", [])):
+            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+                raise TypeError("a list of objects is expected")
+        return dict(content)
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path} is neither COCO captions nor a Karpathy split: no list of images ({error})",
             remedy="say what it is with --kind",
@@ -74,21 +75,25 @@ def read_annotations(path: str, *, images: str = "") -> Iterator[Record]:
 
 
 def _coco_records(content: dict[str, Any], path: str, images: str) -> Iterator[Record]:
-    captions: dict[Any, list[object]] = {}
+    captions: dict[str, list[object]] = {}
     for annotation in content["annotations"]:
         if "caption" in annotation:
-            captions.setdefault(annotation.get("image_id"), []).append(annotation["caption"])
+            captions.setdefault(str(annotation.get("image_id")), []).append(annotation["caption"])
     rows = content["images"]
     folder = locate_pictures(path, [str(row.get("file_name")) for row in rows[:100]], images=images)
-    return (file_record(folder, row.get("file_name"), captions.get(row.get("id"), [])) for row in rows)
+    return (file_record(folder, row.get("file_name"), captions.get(str(row.get("id")), [])) for row in rows)
 
 
 def _karpathy_records(rows: list[dict[str, Any]], path: str, images: str) -> Iterator[Record]:
     names = [_karpathy_name(row) for row in rows[:100]]
     folder = locate_pictures(path, names, images=images)
     for row in rows:
-        captions: list[object] = [sentence.get("raw") for sentence in row.get("sentences", [])]
-        split = row.get("split", "")
+        sentences = row.get("sentences")
+        captions: list[object] = [
+            sentence.get("raw") if isinstance(sentence, dict) else sentence
+            for sentence in (sentences if isinstance(sentences, list) else [])
+        ]
+        split = str(row.get("split", ""))
         if split not in _SPLITS:
             yield BadRecord(_karpathy_name(row), "unknown split")
         else:
@@ -96,5 +101,5 @@ def _karpathy_records(rows: list[dict[str, Any]], path: str, images: str) -> Ite
 
 
 def _karpathy_name(row: dict[str, Any]) -> str:
-    below, name = row.get("filepath", ""), row.get("filename", "")
+    below, name = row.get("filepath", ""), str(row.get("filename", ""))
     return f"{below}/{name}" if below else name

@@ -1,6 +1,5 @@
 """Recognise what a source is by looking at it, and open it."""
 
-import json
 import os
 from collections.abc import Callable, Iterator
 
@@ -12,6 +11,7 @@ from declip_cli.data.preparing.sources.locate import locate_pictures
 from declip_cli.data.preparing.sources.records import FileRecord, Record, Source, skip_first
 from declip_cli.data.shards import storage
 from declip_cli.errors import DataError
+from declip_cli.files import parse_json
 
 _HELP = "a folder, a table, a .tar pattern, a COCO or Flickr30k file, or a list of URLs; or say --kind"
 
@@ -217,7 +217,7 @@ def _is_json_lines(path: str) -> bool:
     with storage.open_binary(path) as file:
         line = file.readline(1 << 20)
     try:
-        return isinstance(json.loads(line), dict) and b'"images"' not in line
+        return isinstance(parse_json(line), dict) and b'"images"' not in line
     except ValueError:
         return False
 

@@ -1,6 +1,5 @@
 """Folders of pictures: with a list in `captions.jsonl`, or with a text file beside each picture."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -8,6 +7,7 @@ from declip_cli.data.preparing.sources.records import BadRecord, Record, file_re
 from declip_cli.data.samples import RawSample
 from declip_cli.data.shards import storage
 from declip_cli.data.shards.tar_samples import PICTURE_EXTENSIONS, Group, captions_of, captions_of_row
+from declip_cli.files import parse_json
 
 CAPTIONS_FILE = "captions.jsonl"
 _BESIDE = ("json", "txt", "caption")
@@ -48,7 +48,7 @@ def read_lists(lists: list[str], *, root: str) -> Iterator[Record]:
 
 def _read_line(line: bytes, folder: str, prefix: str, place: str) -> Record:
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = parse_json(line)
     except UnicodeDecodeError:
         return BadRecord(place, "caption not UTF-8")
     except ValueError:

@@ -121,7 +121,7 @@ def read_picture(path: str) -> bytes:
                 raise DataError(f"{path} is too big for a picture", remedy="leave it out", cause="too big")
             file.seek(0)
             return file.read()
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:  # ValueError: no file can have this name
         raise DataError(f"no picture at {path}", remedy="check --images", cause="missing file") from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error}", remedy="check the file", cause="unreadable file") from error

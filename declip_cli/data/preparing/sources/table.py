@@ -3,7 +3,6 @@
 import csv
 import io
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ from declip_cli.data.preparing.sources.records import BadRecord, BytesRecord, Fi
 from declip_cli.data.shards import storage
 from declip_cli.data.shards.tar_samples import is_unicode
 from declip_cli.errors import DataError
+from declip_cli.files import parse_json
 
 TABLE_EXTENSIONS = (".csv", ".tsv", ".jsonl", ".parquet", ".json")
 IMAGE_COLUMNS = (
@@ -120,7 +120,7 @@ def _json_rows(path: str) -> Iterator[Row]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8-sig"))
+                row = parse_json(line)
                 yield row if isinstance(row, dict) else {"": "damaged line"}
             except UnicodeDecodeError:
                 yield {"": "caption not UTF-8"}
