@@ -1,4 +1,4 @@
-"""The parcels that change hands between the rooms, and the legend of their dimensions.
+"""The parcels that change hands between the packages, and the legend of their dimensions.
 
 B  pairs on this rank          M  keys of all ranks           N  samples
 V  image views                 T  text views                  C  classes
@@ -21,13 +21,13 @@ class Batch:
     """
 
     images: Tensor
-    """uint8 RGB, (B, V, S, S, 3); or, in tests, normalised float, (B, V, 3, S, S)."""
+    """uint8 RGB, (B, V, S, S, 3); or, in tests, normalized float, (B, V, 3, S, S)."""
     tokens: Tensor
     """Token ids, int64, (B, T, L); 0 is padding. L is the longest text of the batch or the context length."""
     mask_labels: Tensor
     """Ids hidden by masking in the text view of kind `masked`, -100 elsewhere, int64, (B, L)."""
     numbers: Tensor
-    """Each pair's number in the data set, int64, (B,)."""
+    """Position of each pair in the data set, int64, (B,)."""
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -51,9 +51,9 @@ class Embeddings:
     """
 
     images: Tensor
-    """Projected image embeddings, not normalised, (B, V, D)."""
+    """Projected image embeddings, not normalized, (B, V, D)."""
     texts: Tensor
-    """Projected text embeddings, not normalised, (B, T, D)."""
+    """Projected text embeddings, not normalized, (B, T, D)."""
     image_features: Tensor
     """Image features before the projection, (B, V', E)."""
     image_tokens: Tensor
@@ -66,6 +66,8 @@ class Embeddings:
     """Sum of the masked-language cross-entropies of each pair, in nats, (B,) or (B, 0)."""
     mask_counts: Tensor
     """Number of masked tokens of each pair, float, (B,) or (B, 0)."""
+    numbers: Tensor
+    """Position of each pair in the data set, int64, (B,)."""
 
     def __len__(self) -> int:
         return self.images.shape[0]

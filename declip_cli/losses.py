@@ -50,12 +50,12 @@ def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
 
 
 def nt_xent(queries: Tensor, keys: Tensor, rows: Tensor, *, temperature: float) -> Tensor:
-    """Tell the other view of the same picture from all other views of all pictures.
+    """Tell the other view of the same image from all other views of all images.
 
     Args:
-        queries: both views of this rank's pictures, unit length, (B, 2, D).
-        keys: both views of all ranks' pictures, unit length, (M, 2, D).
-        rows: the row of `keys` that each picture of this rank stands in, int64, (B,).
+        queries: both views of this rank's images, unit length, (B, 2, D).
+        keys: both views of all ranks' images, unit length, (M, 2, D).
+        rows: the row of `keys` that each image of this rank stands in, int64, (B,).
         temperature: what the cosine is divided by.
 
     Returns:
@@ -107,7 +107,7 @@ def most_relevant_tokens(
     Returns:
         The kept features, (B, K, Q), and True where they count, (B, K).
 
-    Source: P/model/filip.py: similarity with the own pair, summed over the partner's tokens.
+    Source: prototype/model/filip.py: similarity with the own pair, summed over the partner's tokens.
     """
     num_missing = top_k - tokens.shape[1]
     if num_missing >= 0:  # every rank gathers K tokens, however long its own texts are
@@ -121,7 +121,7 @@ def most_relevant_tokens(
 
 
 def token_wise_similarity(queries: Tensor, keys: Tensor, *, query_mask: Tensor, key_mask: Tensor) -> Tensor:
-    """Score each picture-text pair by its best-matching tokens.
+    """Score each image-text pair by its best-matching tokens.
 
     Each token of the query takes its best match among the key's tokens; the mean over the query's tokens is the
     score. Works through the queries in chunks that are computed again in backward, so that memory does not grow

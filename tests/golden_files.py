@@ -32,6 +32,11 @@ def golden_cases(*, world: int, methods: tuple[str, ...]) -> list[str]:
     return names
 
 
+def golden_case(method: str, *, arch: str = "vit") -> str:
+    """Name one single-process recording of a method, whatever its seed."""
+    return next(name for name in golden_cases(world=1, methods=(method,)) if f"_{arch}_" in name)
+
+
 @dataclass(frozen=True)
 class Golden:
     meta: dict

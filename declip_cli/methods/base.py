@@ -1,7 +1,8 @@
 """The contract of a method: views in, embeddings per pair, one objective over the full batch."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Callable
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -10,118 +11,157 @@ from declip_cli.batch import Batch, Embeddings, LossTerms
 from declip_cli.config import MethodConfig, Views
 from declip_cli.config_checks import require
 from declip_cli.losses import masked_cross_entropy
-from declip_cli.model.clip import DualEncoder
+from declip_cli.methods.terms import PAIRS, contrastive_pairs
+from declip_cli.model.clip import DualEncoder, unit
 from declip_cli.model.text_transformer import VOCABULARY_SIZE
 from declip_cli.model.vision_transformer import ImageStates, VisionTransformer
+from declip_cli.presets import settle_method
+
+Term: TypeAlias = Callable[[Embeddings], Tensor]
+"""Computes one loss term, (), from this rank's rows of the full batch."""
 
 
 class Method(nn.Module, ABC):
     """A dual encoder with an objective.
 
     `embed` is expensive and works on any part of a batch; `objective` is cheap and wants this rank's rows of the
-    full batch. Because the split is the same for all methods, big batches are trained from small forward passes
-    (`train/big_batch.py`) without a line in any method.
+    full batch. Because every method is split this way, big batches are trained from small forward passes
+    (GradCache) without a line about it in any method.
 
     Args:
         encoder: the towers; with token-wise heads if the method compares tokens.
-        config: weights and options.
+        config: weights and switches; switches that are None take the preset's value.
 
     Raises:
-        ConfigError: a weight for a term the method does not have.
+        ConfigError: a weight for a term the method does not have, or no term with a weight above 0.
     """
 
     default_weights: ClassVar[dict[str, float]]
     """Weight of every term of the method."""
-    options: ClassVar[frozenset[str]] = frozenset({"name", "faithful", "weights", "label_smoothing"})
-    """Fields of `MethodConfig` that change something here."""
+    options: ClassVar[frozenset[str]] = frozenset(
+        {"name", "faithful", "weights", "label_smoothing", "batch_norm", "freeze_patch_embed"}
+    )
+    """Fields of `MethodConfig` that change something for this method."""
     is_token_wise: ClassVar[bool] = False
     """Whether the encoder needs token-wise heads."""
 
     def __init__(self, encoder: DualEncoder, config: MethodConfig) -> None:
         super().__init__()
+        config = settle_method(config)
+        names = ", ".join(self.default_weights)
         unknown = sorted(set(config.weights) - set(self.default_weights))
         require(
             not unknown,
             f"method {config.name} has no loss term {', '.join(unknown)}",
-            remedy=f"its terms are {', '.join(self.default_weights)}: --set method.weights.NAME=NUMBER",
+            remedy=f"its terms are {names}: --set method.weights.NAME=NUMBER",
         )
         self.encoder = encoder
         self.config = config
         self.weights = self.default_weights | config.weights
+        require(
+            any(self.weights.values()),
+            f"all loss terms of method {config.name} are switched off",
+            remedy=f"give at least one of {names} a weight above 0",
+        )
         self.mask_head: nn.Linear | None = None
-        if self.weights.get("mlm"):
+        if self.is_active("mlm"):
             self.mask_head = nn.Linear(encoder.text.feature_dim, VOCABULARY_SIZE)
-        if config.faithful and isinstance(encoder.visual, VisionTransformer):
-            # The original never trains the patch embedding (protocol: freeze_conv1).
+        if config.freeze_patch_embed and isinstance(encoder.visual, VisionTransformer):
             encoder.visual.conv1.weight.requires_grad_(False)
 
     @property
     @abstractmethod
     def views(self) -> Views:
-        """The views the loader is to make."""
+        """The views the loader makes for this method."""
 
     @abstractmethod
     def embed(self, batch: Batch) -> Embeddings:
         """Run the towers on any number of pairs."""
 
     @abstractmethod
+    def terms(self) -> dict[str, Term]:
+        """Name the function of every loss term; `objective` calls those with a weight."""
+
     def objective(self, embeddings: Embeddings) -> LossTerms:
-        """Score this rank's rows of the full batch against all ranks'."""
+        """Score this rank's rows of the full batch against all ranks'.
 
-    def remember(self, embeddings: Embeddings) -> None:
-        """Take features of this step into the method's memory; most methods have none."""
+        Args:
+            embeddings: from `embed`, of this rank's whole batch.
 
-    def has(self, term: str) -> bool:
+        Returns:
+            The terms that count and their weighted sum; the gradient of the full batch's loss is the mean over the
+            ranks of each rank's gradient.
+        """
+        values = {name: term(embeddings) for name, term in self.terms().items() if self.is_active(name)}
+        weighted = [self.weights[name] * value for name, value in values.items()]
+        return LossTerms(total=torch.stack(weighted).sum(), terms=values)
+
+    def update_queue(self, embeddings: Embeddings, is_good: Tensor) -> None:
+        """Store features of this step for later steps; methods without a queue do nothing.
+
+        Args:
+            embeddings: what the objective was computed from; may hold NaN where `is_good` is False.
+            is_good: False leaves the queue exactly as it was; bool, on the device, the same on every rank, ().
+        """
+
+    def is_active(self, term: str) -> bool:
         """Tell whether a term counts in this run."""
         return self.weights.get(term, 0.0) != 0.0
 
-    def weigh(self, terms: dict[str, Tensor]) -> LossTerms:
-        """Add the terms up by their weights."""
-        weighted = [self.weights[name] * value for name, value in terms.items()]
-        require(
-            bool(weighted),
-            f"all loss terms of method {self.config.name} are switched off",
-            remedy=f"give at least one of {', '.join(self.default_weights)} a weight above 0",
-        )
-        return LossTerms(total=torch.stack(weighted).sum(), terms=terms)
+    def logit_scale_in_use(self) -> nn.Parameter:
+        """Return the logit scale that the weightiest contrastive term trains, a logarithm, ()."""
+        return self.encoder.logit_scale
 
-    def scale(self) -> Tensor:
-        """Exponentiate the logit scale; the faithful mode caps the value at 100 but lets the gradient pass."""
+    def exp_logit_scale(self) -> Tensor:
+        """Return what cosines of whole images and texts are multiplied by, ().
+
+        With `cap_logit_scale` the value is capped at 100 and the gradient is that of the uncapped scale. Only methods
+        that list the option cap it: the original's SLIP and FILIP never do.
+        """
         scale = self.encoder.logit_scale.exp()
-        if self.config.faithful:
+        if self.config.cap_logit_scale and "cap_logit_scale" in self.options:
             return scale - (scale - scale.clamp(max=100.0)).detach()
         return scale
 
-    def image_views(self, images: Tensor) -> list[ImageStates]:
+    def clip_term(self, embeddings: Embeddings, *, pairs: int = 1) -> Tensor:
+        """Compute CLIP's symmetric loss, the mean over `pairs` pairs of views, in nats, ()."""
+        return contrastive_pairs(
+            unit(embeddings.images),
+            unit(embeddings.texts),
+            pairs=PAIRS[pairs],
+            scale=self.exp_logit_scale(),
+            label_smoothing=self.config.label_smoothing,
+        ).mean()
+
+    def encode_images(self, images: Tensor) -> list[ImageStates]:
         """Run the image tower on each view.
 
         Args:
             images: (B, V, …) as in `Batch`.
 
         Returns:
-            One result per view, each of B pictures.
+            One result per view, each of B images.
         """
         num_views = images.shape[1]
-        if self.encoder.visual.is_batch_dependent:  # BatchNorm is to see one view at a time
+        if self.encoder.visual.is_batch_dependent:  # BatchNorm sees one view at a time
             return [self.encoder.image_states(images[:, view]) for view in range(num_views)]
-        states = self.encoder.image_states(images.transpose(0, 1).flatten(0, 1))  # V·B pictures
+        states = self.encoder.image_states(images.transpose(0, 1).flatten(0, 1))  # V·B images
         features, patches = states.features.chunk(num_views), states.patches.chunk(num_views)
         return [ImageStates(features=f, patches=p) for f, p in zip(features, patches, strict=True)]
 
-    def text_views(self, tokens: Tensor) -> Tensor:
+    def encode_texts(self, tokens: Tensor) -> Tensor:
         """Run the text tower on all views at once, (B, T, L) → token states (B, T, L, E)."""
-        num_views = tokens.shape[1]
-        states = self.encoder.text(tokens.flatten(0, 1))
-        views: Tensor = states.unflatten(0, (-1, num_views))
+        states: Tensor = self.encoder.text(tokens.flatten(0, 1))  # (B·T, L, E)
+        views: Tensor = states.unflatten(0, tokens.shape[:2])
         return views
 
     def project_images(self, views: list[ImageStates]) -> Tensor:
-        """Map views into the shared embedding, → (B, V, D)."""
+        """Map image features into the shared embedding, not normalized, → (B, V, D)."""
         return torch.stack([self.encoder.project_image(view) for view in views], dim=1)
 
     def project_texts(self, states: Tensor, tokens: Tensor) -> Tensor:
-        """Map token states into the shared embedding, (B, T, L, E) → (B, T, D)."""
-        features = self.encoder.text.read_off(states.flatten(0, 1), tokens.flatten(0, 1))
+        """Map token states into the shared embedding, not normalized, (B, T, L, E) → (B, T, D)."""
+        features = self.encoder.text.read_off(states.flatten(0, 1), tokens.flatten(0, 1))  # (B·T, E)
         embeds: Tensor = self.encoder.text.project(features).unflatten(0, states.shape[:2])
         return embeds
 
@@ -134,26 +174,30 @@ class Method(nn.Module, ABC):
 
         Returns:
             Sum of the cross-entropies and number of masked tokens of each pair, (B,) each; (B, 0) without the term.
+
+        Source: BERT, arXiv 1810.04805; DeCLIP, arXiv 2110.05208, section 3.2.
         """
         if self.mask_head is None:
             return states.new_zeros(len(states), 0), states.new_zeros(len(states), 0)
         texts, positions = (labels != -100).nonzero(as_tuple=True)  # (K,)
-        logits = self.mask_head(states[texts, positions])  # (K, V)
+        logits = self.mask_head(states[texts, positions])  # (K, vocabulary)
         losses = masked_cross_entropy(logits, labels[texts, positions], texts, num_owners=len(states))
         return losses, (labels != -100).sum(1).float()
 
 
-def embeddings_of(images: Tensor, texts: Tensor, **others: Tensor) -> Embeddings:
-    """Fill the fields a method does not use with nothing.
+def embeddings_of(batch: Batch, *, images: Tensor, texts: Tensor, **others: Tensor) -> Embeddings:
+    """Make the parcel for `objective`; fields that a method does not use are empty.
 
     Args:
+        batch: the pairs, for their numbers.
         images: (B, V, D).
         texts: (B, T, D).
         others: any other field of `Embeddings`.
 
     Returns:
-        The parcel for `objective`.
+        The parcel.
     """
     empty = images.new_zeros(len(images), 0)
     names = ("image_features", "image_tokens", "text_tokens", "text_token_mask", "mask_losses", "mask_counts")
-    return Embeddings(images=images, texts=texts, **{name: others.get(name, empty) for name in names})
+    fields = {name: others.pop(name, empty) for name in names}
+    return Embeddings(images=images, texts=texts, numbers=batch.numbers, **fields, **others)

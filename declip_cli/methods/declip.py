@@ -1,82 +1,114 @@
 """DeCLIP: self-supervision in each modality, multi-view supervision across, nearest neighbours (arXiv 2110.05208)."""
 
+from functools import partial
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from declip_cli.batch import Batch, Embeddings, LossTerms
+from declip_cli.batch import Batch, Embeddings
 from declip_cli.config import ImageView, MethodConfig, TextView, Views
 from declip_cli.distributed import gather
-from declip_cli.methods.base import Method, embeddings_of
-from declip_cli.methods.terms import PAIRS, contrastive_pairs, masked_language, nearest_neighbours, siamese
+from declip_cli.methods.base import Method, Term, embeddings_of
+from declip_cli.methods.terms import mlm_loss, neighbour_loss, simsiam_loss
 from declip_cli.model.clip import DualEncoder, unit
 from declip_cli.model.heads import SimSiamPredictor, SimSiamProjector
 from declip_cli.model.neighbours import NeighbourQueue
+from declip_cli.model.vision_transformer import ImageStates
 
 
 class DeClip(Method):
     """Every supervision of the paper; each term can be switched off by its weight."""
 
     default_weights: ClassVar[dict[str, float]] = {"clip": 0.4, "simsiam": 0.2, "mlm": 0.2, "nn": 0.2}
-    options: ClassVar[frozenset[str]] = Method.options | {"pairs", "queue_size"}
+    options: ClassVar[frozenset[str]] = Method.options | {
+        "pairs",
+        "queue_size",
+        "nn_symmetric",
+        "nn_exclude_own",
+        "queue_start",
+        "queue_scope",
+        "mlm_mean",
+        "mask_special_ids",
+        "cap_logit_scale",
+    }
 
     def __init__(self, encoder: DualEncoder, config: MethodConfig) -> None:
         super().__init__(encoder, config)
         embed_dim = encoder.architecture.embed_dim
-        if self.has("simsiam"):
+        if self.is_active("simsiam"):
             self.projector, self.predictor = SimSiamProjector(embed_dim), SimSiamPredictor()
-        if self.has("nn"):
+        if self.is_active("nn"):
             self.queue = NeighbourQueue(config.queue_size, embed_dim)
-            if config.faithful:
+            if self.config.queue_start == "random":
                 self.queue.fill_randomly()
 
     @property
     def views(self) -> Views:
-        """Two strong pictures, the masked caption and an augmented one; only what the weights ask for."""
-        needs_two_images = self.config.pairs > 1 or self.has("simsiam")
+        """Two strong images, the masked caption and an augmented one; only what the weights ask for."""
+        needs_two_images = self.config.pairs > 1 or self.is_active("simsiam")
         images: tuple[ImageView, ...] = ("augmented", "augmented") if needs_two_images else ("augmented",)
-        first: TextView = "masked" if self.has("mlm") else "plain"
+        first: TextView = "masked" if self.is_active("mlm") else "plain"
         return Views(images=images, texts=(first, "augmented") if self.config.pairs == 4 else (first,))
 
     def embed(self, batch: Batch) -> Embeddings:
         """Run both towers on all views; predict the masked tokens of the first text."""
-        images = self.project_images(self.image_views(batch.images))  # (B, V, D)
-        states = self.text_views(batch.tokens)  # (B, T, L, E)
-        texts = self.project_texts(states, batch.tokens)  # (B, T, D)
+        images = self.encode_images(batch.images)
+        states = self.encode_texts(batch.tokens)  # (B, T, L, E)
         losses, counts = self.mask_losses(states[:, 0], batch.mask_labels)
-        return embeddings_of(images, texts, mask_losses=losses, mask_counts=counts)
+        return embeddings_of(
+            batch,
+            images=self.project_images(images),  # (B, V, D)
+            texts=self.project_texts(states, batch.tokens),  # (B, T, D)
+            mask_losses=losses,
+            mask_counts=counts,
+            **self.token_fields(images[0], states[:, 0], batch.tokens[:, 0]),
+        )
 
-    def objective(self, embeddings: Embeddings) -> LossTerms:
-        """Add up the paper's four supervisions."""
-        return self.weigh(self.declip_terms(embeddings))
+    def token_fields(self, image: ImageStates, states: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+        """Map the first views token by token; DeCLIP itself compares no tokens."""
+        return {}
 
-    def declip_terms(self, embeddings: Embeddings) -> dict[str, Tensor]:
-        """Compute each term that counts."""
+    def terms(self) -> dict[str, Term]:
+        """Name the paper's four supervisions."""
+        clip_term = partial(self.clip_term, pairs=self.config.pairs)
+        return {"clip": clip_term, "simsiam": self.simsiam_term, "mlm": self.mlm_term, "nn": self.nn_term}
+
+    def simsiam_term(self, embeddings: Embeddings) -> Tensor:
+        """Predict each view of an image from the other, in [-1, 1], ()."""
+        return simsiam_loss(embeddings.images, self.projector, self.predictor)
+
+    def mlm_term(self, embeddings: Embeddings) -> Tensor:
+        """Average the masked-language loss over masked tokens, in nats per token, ()."""
+        is_global = self.config.mlm_mean == "global"
+        return mlm_loss(embeddings.mask_losses, embeddings.mask_counts, over_all_ranks=is_global)
+
+    def nn_term(self, embeddings: Embeddings) -> Tensor:
+        """Match images with the earlier texts nearest to their own, in nats, (); 0 while the queue is empty."""
         images, texts = unit(embeddings.images), unit(embeddings.texts)
-        faithful = self.config.faithful
-        terms = {}
-        if self.has("clip"):
-            terms["clip"] = contrastive_pairs(
-                images,
-                texts,
-                pairs=PAIRS[self.config.pairs],
-                scale=self.scale(),
-                label_smoothing=self.config.label_smoothing,
-            ).mean()
-        if self.has("simsiam"):
-            terms["simsiam"] = siamese(embeddings.images, self.projector, self.predictor)
-        if self.has("mlm"):
-            terms["mlm"] = masked_language(embeddings.mask_losses, embeddings.mask_counts, per_rank=faithful)
-        if self.has("nn"):
-            terms["nn"] = nearest_neighbours(
-                images, texts, self.queue, scale=self.scale(), both_directions=not faithful
-            )
-        return terms
+        if self.queue.count() == 0:
+            return images.sum() * 0.0
+        numbers = embeddings.numbers.repeat_interleave(texts.shape[1])  # (B·T,)
+        found = self.queue.nearest(texts.flatten(0, 1), numbers if self.config.nn_exclude_own else None)
+        return neighbour_loss(
+            images,
+            found.view_as(texts),
+            scale=self.exp_logit_scale(),
+            is_symmetric=bool(self.config.nn_symmetric),
+        )
 
-    def remember(self, embeddings: Embeddings) -> None:
-        """Push the text features: the augmented ones first, as the original does."""
-        if self.has("nn"):
-            texts = unit(embeddings.texts.detach())
-            texts = texts if self.config.faithful else gather(texts)
-            for view in reversed(range(texts.shape[1])):
-                self.queue.push(texts[:, view])
+    @torch.no_grad()
+    def update_queue(self, embeddings: Embeddings, is_good: Tensor) -> None:
+        """Push the text features of all ranks, or of this one: the augmented texts first, as the original does.
+
+        Args:
+            embeddings: of this rank's whole batch; may hold NaN where `is_good` is False.
+            is_good: False leaves the queue exactly as it was; bool, on the device, the same on every rank, ().
+        """
+        if not self.is_active("nn"):
+            return
+        texts, numbers = unit(embeddings.texts), embeddings.numbers
+        if self.config.queue_scope == "global":
+            texts, numbers = gather(texts), gather(numbers)
+        for view in reversed(range(texts.shape[1])):
+            self.queue.push(texts[:, view], numbers, is_good)

@@ -9,14 +9,13 @@ from torch import Tensor
 from declip_cli.distributed import gather, rows_of_rank, sum_over_ranks, world_size
 from declip_cli.losses import info_nce, most_relevant_tokens, negative_cosine, token_wise_similarity
 from declip_cli.model.heads import SimSiamPredictor, SimSiamProjector
-from declip_cli.model.neighbours import NeighbourQueue
 
 PAIRS: dict[int, tuple[tuple[int, int], ...]] = {
     1: ((0, 0),),
     2: ((0, 0), (1, 0)),
     4: ((0, 0), (1, 0), (0, 1), (1, 1)),
 }
-"""(image view, text view) of each contrastive pair, in the original's order (P/model/declip.py)."""
+"""(image view, text view) of each contrastive pair, in the original's order (prototype/model/declip.py)."""
 
 
 def contrastive_pairs(
@@ -55,75 +54,71 @@ def contrastive_pairs(
     return torch.stack(losses)
 
 
-def siamese(embeds: Tensor, projector: SimSiamProjector, predictor: SimSiamPredictor) -> Tensor:
+def simsiam_loss(embeds: Tensor, projector: SimSiamProjector, predictor: SimSiamPredictor) -> Tensor:
     """Predict each view's projection from the other's.
 
     Args:
-        embeds: projected embeddings of two views, not normalised, (B, 2, D).
+        embeds: projected embeddings of two views, not normalized, (B, 2, D).
         projector: SimSiam's projector.
         predictor: SimSiam's predictor.
 
     Returns:
         In [-1, 1], ().
 
-    Source: SimSiam, arXiv 2011.10566, algorithm 1; DeCLIP, section 3.2.
+    Source: SimSiam, arXiv 2011.10566, algorithm 1; DeCLIP, arXiv 2110.05208, section 3.2.
     """
     z1, z2 = projector(embeds[:, 0]), projector(embeds[:, 1])  # (B, 1024) each; BatchNorm sees one view
     p1, p2 = predictor(z1), predictor(z2)
     return (negative_cosine(p1, z2) + negative_cosine(p2, z1)) / 2
 
 
-def nearest_neighbours(
-    images: Tensor, texts: Tensor, queue: NeighbourQueue, *, scale: Tensor, both_directions: bool
-) -> Tensor:
-    """Match pictures with the texts nearest to their own.
+def neighbour_loss(images: Tensor, neighbours: Tensor, *, scale: Tensor, is_symmetric: bool) -> Tensor:
+    """Match every view of an image with the neighbour of every view of its text; never label-smoothed.
 
     Args:
         images: unit length, (B, V, D).
-        texts: unit length, (B, T, D).
-        queue: earlier text features.
+        neighbours: the row of the queue nearest to each text, unit length, without gradient, (B, T, D).
         scale: exponentiated logit scale, ().
-        both_directions: also from the neighbour to the picture; the original only goes from the picture.
+        is_symmetric: also from the neighbour to the image, as in the contrastive loss; the original only goes from
+            the image to the neighbour.
 
     Returns:
-        Mean over views, texts and directions in nats, (); 0 while the queue is empty.
+        Mean over views, texts and directions, in nats, ().
 
-    Source: DeCLIP, arXiv 2110.05208, section 3.4; P/model/declip.py:281-300.
+    Source: DeCLIP, arXiv 2110.05208, section 3.4; prototype/model/declip.py:281-300.
     """
-    if queue.count() == 0:
-        return images.sum() * 0.0
-    found = queue.nearest(texts.flatten(0, 1)).view_as(texts)  # (B, T, D)
-    pairs = [(view, text) for view in range(images.shape[1]) for text in range(texts.shape[1])]
-    if both_directions:
-        return contrastive_pairs(images, found, pairs=pairs, scale=scale).mean()
-    all_found = gather(found)
+    pairs = [(view, text) for view in range(images.shape[1]) for text in range(neighbours.shape[1])]
+    if is_symmetric:
+        return contrastive_pairs(images, neighbours, pairs=pairs, scale=scale).mean()
+    keys = gather(neighbours)  # (M, T, D)
     rows = rows_of_rank(len(images), images.device)
-    losses = [info_nce(images[:, v], all_found[:, t], rows, logit_scale=scale) for v, t in pairs]
-    return torch.stack(losses).mean()
+    return torch.stack([info_nce(images[:, v], keys[:, t], rows, logit_scale=scale) for v, t in pairs]).mean()
 
 
-def masked_language(losses: Tensor, counts: Tensor, *, per_rank: bool) -> Tensor:
+def mlm_loss(losses: Tensor, counts: Tensor, *, over_all_ranks: bool) -> Tensor:
     """Average the masked-language loss over masked tokens.
 
     Args:
         losses: sum per pair in nats, (B,).
         counts: masked tokens per pair, (B,).
-        per_rank: average over this rank's tokens, as the original; else over all ranks' tokens, so that the
-            result does not depend on how pairs are spread over ranks.
+        over_all_ranks: average over all ranks' tokens, so that the result does not depend on how pairs are spread
+            over ranks; else over this rank's own, as the original does.
 
     Returns:
         Nats per token, (); 0 if no token is masked.
+
+    Source: BERT, arXiv 1810.04805; prototype/model/declip.py:326-334.
     """
-    if per_rank:
-        return losses.sum() / counts.detach().sum().clamp_min(1)
-    # The mean over ranks is taken later, so this rank's share is scaled up by their number.
-    return world_size() * losses.sum() / sum_over_ranks(counts.sum().detach()).clamp_min(1)
+    if over_all_ranks:
+        # Gradients are averaged over the ranks later, so this rank's share is scaled up by their number.
+        return world_size() * losses.sum() / sum_over_ranks(counts.sum().detach()).clamp_min(1)
+    return losses.sum() / counts.detach().sum().clamp_min(1)
 
 
-def token_wise(
+def token_wise_loss(
     image_tokens: Tensor,
     text_tokens: Tensor,
-    text_mask: Tensor | None,
+    text_mask: Tensor,
     *,
     scale: Tensor,
     top_k: int,
@@ -134,22 +129,18 @@ def token_wise(
     Args:
         image_tokens: unit length, (B, P, Q).
         text_tokens: unit length, (B, L, Q).
-        text_mask: True where a token counts; None counts padding too, (B, L).
+        text_mask: True where a text token counts, bool, (B, L); every patch counts.
         scale: exponentiated dense logit scale, ().
-        top_k: tokens of each picture and text that are gathered and compared with.
+        top_k: tokens of each image and text that are gathered and compared with.
         label_smoothing: in [0, 1].
 
     Returns:
-        Nats, ().
+        Mean over both directions, in nats, ().
 
-    Source: FILIP, arXiv 2111.07783, section 3.2; P/model/filip.py.
+    Source: FILIP, arXiv 2111.07783, section 3.2; prototype/model/filip.py.
     """
-    everything = torch.ones(image_tokens.shape[:2], dtype=torch.bool, device=image_tokens.device)
-    images = (image_tokens, everything)
-    texts = (
-        text_tokens,
-        torch.ones_like(text_tokens[..., 0], dtype=torch.bool) if text_mask is None else text_mask,
-    )
+    images = (image_tokens, torch.ones_like(image_tokens[..., 0], dtype=torch.bool))
+    texts = (text_tokens, text_mask)
     rows = rows_of_rank(len(image_tokens), image_tokens.device)
     losses = []
     for (query, query_mask), (key, key_mask) in ((images, texts), (texts, images)):

@@ -1,5 +1,7 @@
 """The dual encoder: an image tower, a text tower and the scale of their cosines."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,23 +9,25 @@ from torch import Tensor, nn
 from declip_cli.model.architectures import Architecture, VitDims
 from declip_cli.model.heads import TokenWiseHeads
 from declip_cli.model.resnet import ModifiedResNet
-from declip_cli.model.text_transformer import TextTransformer
+from declip_cli.model.text_transformer import END_ID, TextTransformer
 from declip_cli.model.transformer import Transformer
 from declip_cli.model.vision_transformer import ImageStates, VisionTransformer
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
-"""ImageNet's, in [0, 1], as the original uses everywhere (P/data/imagenet_dataloader.py)."""
+"""ImageNet's, in [0, 1], as the original uses everywhere (prototype/data/imagenet_dataloader.py)."""
+INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
+"""Logarithm of every logit scale before training (CLIP, arXiv 2103.00020, section 2.5)."""
 
 
 class DualEncoder(nn.Module):
-    """Map pictures and texts into one space.
+    """Map images and texts into one space.
 
-    Pictures arrive as uint8 and are cast, scaled and normalised here and nowhere else.
+    Images arrive as uint8 and are cast, scaled and normalized here and nowhere else.
 
     Args:
         architecture: the dimensions.
-        token_wise_dim: width of token-wise features; 0 for models that compare whole pictures and texts.
+        token_wise_dim: width of token-wise features; 0 for models that compare whole images and texts.
     """
 
     pixel_mean: Tensor
@@ -42,7 +46,7 @@ class DualEncoder(nn.Module):
             embed_dim=architecture.embed_dim,
             quick_gelu=architecture.quick_gelu,
         )
-        self.logit_scale = nn.Parameter(torch.tensor(2.6593))
+        self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
         self.token_wise: TokenWiseHeads | None = None
         if token_wise_dim:
             self.token_wise = TokenWiseHeads(self.visual.feature_dim, self.text.feature_dim, width=token_wise_dim)
@@ -53,7 +57,7 @@ class DualEncoder(nn.Module):
         """Turn bytes into what the image tower takes.
 
         Args:
-            images: uint8 RGB, (B, S, S, 3); float pictures, (B, 3, S, S), count as normalised.
+            images: uint8 RGB, (B, S, S, 3); float images, (B, 3, S, S), count as normalized.
 
         Returns:
             Zero mean and unit variance over ImageNet, float32, (B, 3, S, S).
@@ -74,14 +78,14 @@ class DualEncoder(nn.Module):
         return self.visual.project(states.features if is_vit else states.patches)
 
     def encode_image(self, images: Tensor, *, projected: bool = True) -> Tensor:
-        """Embed pictures.
+        """Embed images.
 
         Args:
             images: uint8 RGB, (B, S, S, 3).
             projected: whether to map into the shared embedding; else the features before it.
 
         Returns:
-            Not normalised, (B, D), or (B, E) before the projection.
+            Not normalized, (B, D), or (B, E) before the projection.
         """
         states = self.image_states(images)
         return self.project_image(states) if projected else states.features
@@ -93,12 +97,12 @@ class DualEncoder(nn.Module):
             tokens: ids, int64, (B, L).
 
         Returns:
-            Not normalised, (B, D).
+            Not normalized, (B, D).
         """
         return self.text.project(self.text.read_off(self.text(tokens), tokens))
 
     def encode_image_tokens(self, images: Tensor) -> Tensor:
-        """Embed each patch for token-wise comparison, (B, S, S, 3) → (B, P, Q), not normalised."""
+        """Embed each patch for token-wise comparison, (B, S, S, 3) → (B, P, Q), not normalized."""
         return self.map_patches(self.image_states(images).patches)
 
     def encode_text_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,9 +112,9 @@ class DualEncoder(nn.Module):
             tokens: ids, int64, (B, L).
 
         Returns:
-            Not normalised, (B, L, Q), and True where a token is not padding, (B, L).
+            Not normalized, (B, L, Q), and True where a token is part of the text, (B, L).
         """
-        return self.map_tokens(self.text(tokens)), tokens != 0
+        return self.map_tokens(self.text(tokens)), text_token_mask(tokens)
 
     def map_patches(self, patches: Tensor) -> Tensor:
         """Map patch states into the token-wise space, (B, P, E) → (B, P, Q)."""
@@ -133,6 +137,19 @@ class DualEncoder(nn.Module):
             for module in tower.modules():
                 if isinstance(module, Transformer | ModifiedResNet):
                     module.gradient_checkpointing = is_on
+
+
+def text_token_mask(tokens: Tensor) -> Tensor:
+    """Tell a text's tokens from its padding; id 0 is also a "!", so only the end token can say.
+
+    Args:
+        tokens: ids, int64, (B, L).
+
+    Returns:
+        True up to and including each text's first end token, bool, (B, L).
+    """
+    is_end = tokens == END_ID
+    return is_end.cumsum(1) - is_end.long() == 0
 
 
 def unit(embeds: Tensor) -> Tensor:

@@ -3,13 +3,13 @@
 from torch import Tensor, nn
 
 TOKEN_WISE_DIM = 256
-"""Width in which FILIP and DeFILIP compare tokens (P/model/filip.py)."""
+"""Width in which FILIP and DeFILIP compare tokens (prototype/model/filip.py)."""
 
 
 class SimSiamProjector(nn.Module):
     """Three linear layers with BatchNorm, the last without ReLU, (B, D) → (B, 1024).
 
-    Source: SimSiam, arXiv 2011.10566; P/model/declip.py:33-80.
+    Source: SimSiam, arXiv 2011.10566; prototype/model/declip.py:33-80.
     """
 
     def __init__(self, in_dim: int, *, width: int = 1024) -> None:
@@ -29,7 +29,7 @@ class SimSiamProjector(nn.Module):
 class SimSiamPredictor(nn.Module):
     """A bottleneck that predicts the other view's projection, (B, 1024) → (B, 1024).
 
-    Source: SimSiam, arXiv 2011.10566; P/model/declip.py:83-130.
+    Source: SimSiam, arXiv 2011.10566; prototype/model/declip.py:83-130.
     """
 
     def __init__(self, *, width: int = 1024, bottleneck: int = 512) -> None:
@@ -46,7 +46,7 @@ class SimSiamPredictor(nn.Module):
 class SimClrHead(nn.Module):
     """SLIP's three linear layers, BatchNorm and ReLU after the first two, (B, E) → (B, 256).
 
-    Source: SLIP, arXiv 2112.12750; P/model/slip.py of the original, whose third BatchNorm is never applied.
+    Source: SLIP, arXiv 2112.12750; prototype/model/slip.py of the original, whose third BatchNorm is never applied.
     """
 
     def __init__(self, in_dim: int, *, width: int = 4096, out_dim: int = 256) -> None:
@@ -66,7 +66,7 @@ class SimClrHead(nn.Module):
 class TokenWiseHeads(nn.Module):
     """Linear maps of patches and tokens into the space in which FILIP compares them.
 
-    Source: FILIP, arXiv 2111.07783; P/model/filip.py (`image_mapping`, `text_mapping`).
+    Source: FILIP, arXiv 2111.07783; prototype/model/filip.py (`image_mapping`, `text_mapping`).
     """
 
     def __init__(self, image_dim: int, text_dim: int, *, width: int) -> None:

@@ -6,14 +6,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from declip_cli.model.precision import has_native_bf16
-
-_CHUNK_ROWS = 8192
-"""Rows compared at once: with `max` per chunk 16 to 39 times as fast as one product and a top-k."""
+_BLOCK_ROWS = 8192
+"""Rows compared at once: with `max` per block 16 to 39 times as fast as one product and a top-k."""
+UNKNOWN = -1
+"""Number of a row that belongs to no pair."""
 
 
 class NeighbourQueue(nn.Module):
     """First-in, first-out rows of unit length, saved with the model's training state.
+
+    Args:
+        num_rows: queue size.
+        dim: width of a row, D.
 
     Source: NNCLR, arXiv 2104.14548; DeCLIP, arXiv 2110.05208, section 3.4. The original's queue lies on the
     CPU, is not saved, may return its random initial rows and drops what does not fit at the wrap; this one does not.
@@ -21,6 +25,8 @@ class NeighbourQueue(nn.Module):
 
     rows: Tensor
     """(queue size, D), unit length where filled."""
+    numbers: Tensor
+    """The pair each row belongs to, `UNKNOWN` if none, int64, (queue size,)."""
     next_row: Tensor
     """Where the next feature goes, int64, ()."""
     num_filled: Tensor
@@ -29,6 +35,7 @@ class NeighbourQueue(nn.Module):
     def __init__(self, num_rows: int, dim: int) -> None:
         super().__init__()
         self.register_buffer("rows", torch.zeros(num_rows, dim))
+        self.register_buffer("numbers", torch.full((num_rows,), UNKNOWN, dtype=torch.int64))
         self.register_buffer("next_row", torch.zeros((), dtype=torch.int64))
         self.register_buffer("num_filled", torch.zeros((), dtype=torch.int64))
         self._was_full = False
@@ -51,11 +58,13 @@ class NeighbourQueue(nn.Module):
         self.num_filled.fill_(len(self.rows))
 
     @torch.no_grad()
-    def nearest(self, queries: Tensor) -> Tensor:
+    def nearest(self, queries: Tensor, numbers: Tensor | None = None) -> Tensor:
         """Find the row most similar to each query.
 
         Args:
             queries: unit length, (B, D).
+            numbers: the pair of each query, whose own rows are left out, int64, (B,); None leaves none out. Where
+                every filled row is the query's own, the first row is returned.
 
         Returns:
             Rows of the queue in float32, (B, D).
@@ -66,30 +75,36 @@ class NeighbourQueue(nn.Module):
         num_filled = self.count()
         if num_filled == 0:
             raise ValueError("the queue is empty: look for neighbours only when num_filled > 0")
-        # Close calls may differ from a float32 search; a true neighbour is found by both.
-        dtype = torch.bfloat16 if has_native_bf16(queries.device) else torch.float32
-        queries = queries.detach().to(dtype)
-        best = torch.full((len(queries),), -2.0, dtype=dtype, device=queries.device)
+        queries = queries.detach().float()
+        best = torch.full((len(queries),), float("-inf"), device=queries.device)
         best_row = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
         with torch.autocast(queries.device.type, enabled=False):
-            for start in range(0, num_filled, _CHUNK_ROWS):
-                chunk = self.rows[start : min(start + _CHUNK_ROWS, num_filled)].to(dtype)
-                score, row = (queries @ chunk.T).max(1)
+            for start in range(0, num_filled, _BLOCK_ROWS):
+                block = slice(start, min(start + _BLOCK_ROWS, num_filled))
+                scores = queries @ self.rows[block].T  # (B, block)
+                if numbers is not None:
+                    is_own = (self.numbers[block] == numbers[:, None]) & (numbers[:, None] != UNKNOWN)
+                    scores = scores.masked_fill(is_own, float("-inf"))
+                score, row = scores.max(1)
                 is_better = score > best
                 best = torch.where(is_better, score, best)
                 best_row = torch.where(is_better, row + start, best_row)
         return self.rows[best_row]
 
     @torch.no_grad()
-    def push(self, features: Tensor) -> None:
-        """Overwrite the oldest rows.
+    def push(self, features: Tensor, numbers: Tensor, is_good: Tensor) -> None:
+        """Overwrite the oldest rows, without waiting for the device.
 
         Args:
             features: unit length, (B, D); of more than the queue holds, the last are kept.
+            numbers: the pair each feature belongs to, int64, (B,).
+            is_good: False leaves the queue exactly as it was, whatever the features are; bool, on the device, ().
         """
         size = len(self.rows)
-        features = features.detach().to(self.rows.dtype)[-size:]
+        features, numbers = features.detach().to(self.rows.dtype)[-size:], numbers[-size:]
         places = (self.next_row + torch.arange(len(features), device=self.rows.device)) % size
-        self.rows[places] = features
-        self.next_row.copy_((self.next_row + len(features)) % size)
-        self.num_filled.copy_((self.num_filled + len(features)).clamp_max(size))
+        self.rows[places] = torch.where(is_good, features, self.rows[places])
+        self.numbers[places] = torch.where(is_good, numbers, self.numbers[places])
+        num_new = len(features) * is_good.to(torch.int64)
+        self.next_row.copy_((self.next_row + num_new) % size)
+        self.num_filled.copy_((self.num_filled + num_new).clamp_max(size))

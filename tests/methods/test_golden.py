@@ -16,7 +16,7 @@ ZERO_GRADIENT = 1e-6
 @pytest.mark.parametrize("name", CASES)
 def test_components_and_total_equal_the_recording(name):
     golden = load_golden(name)
-    # FILIP's whole-picture loss is recorded but has weight 0 in the total: a tiny weight has it computed.
+    # FILIP's loss on whole images is recorded but has weight 0 in the total: a tiny weight has it computed.
     weights = {"clip": 1e-12} if golden.meta["method"] == "filip" else {}
     method = golden_method(golden, faithful=True, weights=weights)
     terms = method.objective(method.embed(golden_batch(golden)))
@@ -47,7 +47,7 @@ def test_the_queue_after_the_step_equals_the_recording(name):
     golden = load_golden(name)
     method = golden_method(golden, faithful=True)
     with torch.no_grad():
-        method.remember(method.embed(golden_batch(golden)))
+        method.update_queue(method.embed(golden_batch(golden)), torch.tensor(True))
     recorded = torch.from_numpy(golden.arrays["bank_after"]).T
     torch.testing.assert_close(method.queue.rows, recorded, rtol=0, atol=1e-5)
 
@@ -61,7 +61,7 @@ def test_each_of_the_four_pairs_equals_the_recording(name):
     method = golden_method(golden, faithful=True)
     embeddings = method.embed(golden_batch(golden))
     images, texts = unit(embeddings.images), unit(embeddings.texts)
-    losses = contrastive_pairs(images, texts, pairs=PAIRS[4], scale=method.scale())
+    losses = contrastive_pairs(images, texts, pairs=PAIRS[4], scale=method.exp_logit_scale())
     assert losses.tolist() == pytest.approx(golden.meta["components"]["clip_pairs"], rel=1e-4)
 
 
