@@ -1,72 +1,155 @@
-"""Evaluations while a model is trained: sets are opened once, each model is scored on all of them."""
+"""Evaluations while a model is trained: sets are opened once, each model is scored on all of them by all ranks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
+
+import torch
 
 from declip_cli.data.benchmarks import ClassificationSet, available_splits, open_classification
 from declip_cli.data.benchmarks.folders import class_folders
 from declip_cli.data.benchmarks.known import KNOWN
 from declip_cli.data.preparing.sources.folder import CAPTIONS_FILE
 from declip_cli.data.retrieval_sets import KNOWN_RETRIEVAL, RetrievalSet, has_shards, open_retrieval
-from declip_cli.evaluate.retrieve import retrieve
-from declip_cli.evaluate.zeroshot import zeroshot
+from declip_cli.errors import EvaluateError
+from declip_cli.evaluate.features import FeatureOptions
+from declip_cli.evaluate.ranking import Ranks
+from declip_cli.evaluate.retrieve import BothDirections, num_folds, retrieve
+from declip_cli.evaluate.zeroshot import has_top5, zeroshot
 from declip_cli.model.checkpoint import PretrainedModel
 
 Scores: TypeAlias = dict[str, Any]
-Evaluator: TypeAlias = Callable[[PretrainedModel], dict[str, Scores]]
 _LEFT_OUT = {"dataset", "split", "model", "metric", "score", "note", "skipped", "seconds"} | {
     "num_templates",
     "templates",
     "precision",
 }
 """Fields that stay the same all through a run, or say nothing of the model."""
+_FALLING = ("median_rank", "mean_rank")
+"""Scores of which less is better."""
 
 
-def make_evaluator(names: Sequence[str], *, data_root: Path | None = None) -> Evaluator:
+class Evaluator:
+    """Score models on sets that are open already; see `make_evaluator`."""
+
+    def __init__(self, parts: Sequence[tuple[str, "_Part"]], options: FeatureOptions) -> None:
+        self._parts = parts
+        self._options = options
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is evaluated, as the user named it."""
+        return tuple(dict.fromkeys(name for name, _ in self._parts))
+
+    @property
+    def score_paths(self) -> tuple[str, ...]:
+        """Every score there will be of which more is better, as `find_score` takes it: `imagenet.top1`, …."""
+        return tuple(f"{name}.{path}" for name, part in self._parts for path in part.score_paths())
+
+    def __call__(self, model: PretrainedModel) -> dict[str, Scores]:
+        """Score a model, together with the other ranks of the process group if there is one.
+
+        Each rank encodes a share of the images and texts, so all of them must call this with the same model.
+
+        Args:
+            model: also an unfinished one.
+
+        Returns:
+            The scores of each name, the same on every rank.
+
+        Raises:
+            EvaluateError: none of a set's images can be read; raised on every rank.
+        """
+        scores: dict[str, Scores] = {}
+        for name, part in self._parts:
+            scores.setdefault(name, {}).update(part.score(model, self._options))
+        return scores
+
+
+def make_evaluator(names: Sequence[str], *, data_root: Path | None = None, threads: int = 0) -> Evaluator:
     """Open evaluation sets now, so that a wrong name is told before training, and score models on them later.
 
     Args:
         names: as `zeroshot` and `retrieve` take them: known names, `demo` (both), folders of class folders,
             folders with captions.
         data_root: where known sets lie; None takes `$DECLIP_DATA`, else `data/`.
+        threads: threads of this rank that read and decode images; 0 takes as many as cores that it may use.
 
     Returns:
-        A function of a model, also an unfinished one; it returns the scores of each name.
+        What scores a model.
 
     Raises:
         EvaluateError: a set is unknown or not there.
     """
     parts = [(name, part) for name in dict.fromkeys(names) for part in _open(name, data_root)]
+    return Evaluator(parts, FeatureOptions(threads=threads, split_over_ranks=True))
 
-    def evaluate(model: PretrainedModel) -> dict[str, Scores]:
-        scores: dict[str, Scores] = {}
-        for name, part in parts:
-            scores.setdefault(name, {}).update(part.score(model))
-        return scores
 
-    return evaluate
+def find_score(evaluations: Mapping[str, Mapping[str, Any]], path: str) -> float:
+    """Look up one score.
+
+    Args:
+        evaluations: name → scores, as an `Evaluator` returns them.
+        path: the name, a dot, and the keys with dots between them: `imagenet.top1`, `coco.text_to_image.recall_at_1`.
+            Where several names fit, since names may have dots too, the longest counts.
+
+    Returns:
+        The score.
+
+    Raises:
+        EvaluateError: there is no such score.
+    """
+    for name in sorted(evaluations, key=len, reverse=True):
+        if path.startswith(f"{name}."):
+            scores = dict(_flat(evaluations[name]))
+            if path[len(name) + 1 :] in scores:
+                return scores[path[len(name) + 1 :]]
+    known = [f"{name}.{key}" for name, scores in evaluations.items() for key, _ in _flat(scores)]
+    raise EvaluateError(
+        f"there is no score {path!r} among the evaluations",
+        remedy=f"choose from {', '.join(known)}" if known else "name the sets to evaluate: train.eval",
+    )
+
+
+def _flat(scores: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in scores.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float):
+            yield prefix + key, float(value)
 
 
 class _Part(Protocol):
-    def score(self, model: PretrainedModel) -> Scores: ...
+    def score(self, model: PretrainedModel, options: FeatureOptions) -> Scores: ...
+
+    def score_paths(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class _Classification:
     dataset: ClassificationSet
 
-    def score(self, model: PretrainedModel) -> Scores:
-        return _that_change(zeroshot(model, self.dataset).to_json())
+    def score(self, model: PretrainedModel, options: FeatureOptions) -> Scores:
+        return _that_change(zeroshot(model, self.dataset, options=options).to_json())
+
+    def score_paths(self) -> tuple[str, ...]:
+        return ("top1", *(("top5",) if has_top5(len(self.dataset.class_names)) else ()), "mean_per_class")
 
 
 @dataclass(frozen=True, slots=True)
 class _Retrieval:
     dataset: RetrievalSet
 
-    def score(self, model: PretrainedModel) -> Scores:
-        return _that_change(retrieve(model, self.dataset).to_json())
+    def score(self, model: PretrainedModel, options: FeatureOptions) -> Scores:
+        return _that_change(retrieve(model, self.dataset, options=options).to_json())
+
+    def score_paths(self) -> tuple[str, ...]:
+        one = torch.ones(1)
+        scores = BothDirections.of(Ranks(image_to_text=one, text_to_image=one)).to_json()
+        paths = [path for path, _ in _flat(scores) if not path.endswith(_FALLING)]
+        folds = num_folds(self.dataset)
+        return (*paths, *(f"mean_of_{folds}_folds.{path}" for path in paths if folds))
 
 
 def _that_change(report: dict[str, Any]) -> Scores:

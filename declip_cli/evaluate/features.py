@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from declip_cli.data.tokenizer import END, Tokenizer
 from declip_cli.errors import EvaluateError
 from declip_cli.evaluate.feature_cache import cached_tensor, content_key, store_features
 from declip_cli.evaluate.image_pipeline import BLOCK_SIZE, FeatureOptions, ImageInput, ImageJob, Progress
+from declip_cli.evaluate.shares import Part, encode_shares, take
 from declip_cli.model.checkpoint import PretrainedModel
 from declip_cli.model.precision import autocast, resolve_precision
 
@@ -106,25 +108,40 @@ def map_images(
     options = options or FeatureOptions()
     if not inputs:
         raise EvaluateError("there is no picture to encode", remedy="check the path of the data set")
-    job = ImageJob(model, encode, label, options)
-    rows: list[Tensor] = []
-    kept: list[int] = []
+    found = encode_shares(len(inputs), partial(_encode_images, model, inputs, encode, label), options)
     skipped: dict[str, Skipped] = {}
-    device = next(model.encoder.parameters()).device
-    with job, torch.inference_mode(), autocast(options.precision, device):
-        for part in job.run(inputs):
-            rows.append(part.features)
-            kept += [part.start + number for number in part.kept]
-            for number, cause in part.causes.items():
-                seen = skipped.get(cause, Skipped(0, inputs[part.start + number][0]))
-                skipped[cause] = Skipped(seen.count + 1, seen.first)
-    if not kept:
+    for number, cause in found.causes.items():
+        seen = skipped.get(cause, Skipped(0, inputs[number][0]))
+        skipped[cause] = Skipped(seen.count + 1, seen.first)
+    if not len(found.rows):
         causes_told = ", ".join(f"{cause} ({s.count}, first {s.first})" for cause, s in skipped.items())
         raise EvaluateError(
             f"none of the {len(inputs)} pictures can be read: {causes_told}",
             remedy="check that the files are pictures",
         )
-    return ImageFeatures(features=torch.cat([row for row in rows if len(row)]), kept=kept, skipped=skipped)
+    return ImageFeatures(features=found.rows, kept=found.numbers.tolist(), skipped=skipped)
+
+
+def _encode_images(
+    model: PretrainedModel,
+    inputs: Sequence[ImageInput],
+    encode: Callable[[Tensor], Tensor],
+    label: str,
+    own: range,
+    options: FeatureOptions,
+) -> Part:
+    """Encode the images of a share, one row each."""
+    rows: list[Tensor] = []
+    kept: list[int] = []
+    causes: dict[int, str] = {}
+    job = ImageJob(model, encode, label, options)
+    with job, torch.inference_mode(), autocast(options.precision, job.device):
+        for block in job.run(take(inputs, own)):
+            rows.append(block.features)
+            kept += [own[block.start + number] for number in block.kept]
+            causes |= {own[block.start + number]: cause for number, cause in block.causes.items()}
+    features = torch.cat([row for row in rows if len(row)]) if kept else torch.empty(0, 0)  # (N', D)
+    return Part(features, torch.tensor(kept, dtype=torch.int64), causes)
 
 
 def text_features(
@@ -156,18 +173,19 @@ def text_features(
     device = next(model.encoder.parameters()).device
     precision = resolve_precision(options.precision, device)
     key = content_key(["texts", model.fingerprint, precision, *texts])
-    use_cache = options.use_cache and bool(model.fingerprint)
+    use_cache = options.caches(model)
     features = cached_tensor(key) if use_cache else None
     if features is None:
-        features = _encode_texts(model, texts, device, options)
+        features = encode_shares(len(texts), partial(_encode_texts, model, texts), options).rows
         if use_cache:
             store_features(key, {"features": features}, {})
     return F.normalize(features, dim=-1) if normalise else features
 
 
-def _encode_texts(
-    model: PretrainedModel, texts: Sequence[str], device: torch.device, options: FeatureOptions
-) -> Tensor:
+def _encode_texts(model: PretrainedModel, texts: Sequence[str], own: range, options: FeatureOptions) -> Part:
+    """Encode the texts of a share, one row each."""
+    device = next(model.encoder.parameters()).device
+    texts = take(texts, own)
     features: Tensor | None = None
     num_done = 0
     with torch.inference_mode(), autocast(options.precision, device):
@@ -180,7 +198,7 @@ def _encode_texts(
             if options.progress is not None:
                 options.progress(num_done, len(texts))
     assert features is not None
-    return features
+    return Part(features, torch.tensor(own))
 
 
 def count_cut(texts: Sequence[str], context_length: int) -> int:
@@ -194,8 +212,16 @@ def count_cut(texts: Sequence[str], context_length: int) -> int:
         How many are cut.
     """
     tokenizer = Tokenizer(context_length=context_length)
-    tokenizer.encode(texts, pad_to_context=False)
+    tokenizer.encode([text for text in texts if not _surely_fits(text, context_length)], pad_to_context=False)
     return tokenizer.num_truncated
+
+
+def _surely_fits(text: str, context_length: int) -> bool:
+    """Say without tokenizing that a text is not cut: a token covers at least one byte, start and end are added.
+
+    Other characters and entities may become more bytes than they were, so nothing is said of them.
+    """
+    return len(text) <= context_length - 2 and text.isascii() and "&" not in text
 
 
 def length_sorted_batches(

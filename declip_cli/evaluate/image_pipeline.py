@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +12,8 @@ import torch
 from torch import Tensor
 
 from declip_cli.data.image_views import evaluation_view
+from declip_cli.data.preparing.engines import num_cores
+from declip_cli.distributed import world_size
 from declip_cli.errors import DataError
 from declip_cli.evaluate.feature_cache import content_key, load_features, store_features
 from declip_cli.model.checkpoint import PretrainedModel
@@ -37,16 +38,31 @@ class FeatureOptions:
     precision: Precision = "auto"
     """`auto`: bf16 where the processor computes it natively, else fp32."""
     threads: int = 0
-    """Threads that read and decode pictures; 0 takes the cores there are."""
+    """Threads that read and decode pictures; 0 takes as many as cores that this process may use."""
     use_cache: bool = True
-    """Look results up in, and add them to, the cache on disk; never done for a model still in training."""
+    """Look results up in, and add them to, the cache on disk; see `caches`."""
     progress: Progress | None = None
     """Told after every batch."""
+    split_over_ranks: bool = False
+    """Encode a share on each rank of the process group and end with the same on all; every rank must take part."""
 
     @property
     def text_batch_size(self) -> int:
         """Texts per forward pass."""
         return 2 * self.batch_size
+
+    @property
+    def num_shares(self) -> int:
+        """Processes that encode together."""
+        return world_size() if self.split_over_ranks else 1
+
+    def caches(self, model: PretrainedModel) -> bool:
+        """Say whether the cache is used.
+
+        Never for a model still in training, nor on several ranks: what one finds another may not, and those that
+        encode would wait for those that do not.
+        """
+        return self.use_cache and bool(model.fingerprint) and self.num_shares == 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +112,9 @@ class ImageJob:
         self.encode = encode
         self.options = options
         self.device = next(model.encoder.parameters()).device
-        self.pool = ThreadPoolExecutor(options.threads or os.cpu_count() or 1)
+        self.pool = ThreadPoolExecutor(options.threads or num_cores())
         precision = resolve_precision(options.precision, self.device)
-        self.use_cache = options.use_cache and bool(model.fingerprint)
+        self.use_cache = options.caches(model)
         view = f"{model.image_side_px} {model.resize_px} {model.interpolation}"
         self.key_parts = ("images", model.fingerprint, view, precision, label)
 

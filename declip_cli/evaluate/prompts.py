@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from declip_cli.assets import asset_path
 from declip_cli.errors import EvaluateError
 from declip_cli.evaluate.feature_cache import content_key, load_features, store_features
 from declip_cli.evaluate.features import FeatureOptions, length_sorted_batches, text_features
+from declip_cli.evaluate.shares import Part, encode_shares, take
 from declip_cli.model.checkpoint import PretrainedModel
 from declip_cli.model.precision import autocast, resolve_precision
 
@@ -139,7 +141,7 @@ def build_classifier(model: PretrainedModel, prompts: Prompts, *, options: Featu
     """
     options = options or FeatureOptions()
     key = _key(model, prompts, options, "classifier")
-    use_cache = options.use_cache and bool(model.fingerprint)
+    use_cache = options.caches(model)
     found = load_features(key) if use_cache else None
     if found is not None:
         return found[0]["classes"]
@@ -208,8 +210,18 @@ def build_token_classifier(
     Source: protocol of FILIP in the original (P/solver/filip_solver.py, evaluate); tokens are unit length
         before the mean, the mean is divided by its Frobenius norm.
     """
-    options = options or FeatureOptions()
+    found = encode_shares(len(prompts.by_class), partial(_sum_tokens, model, prompts), options or FeatureOptions())
+    sums, counts = found.rows[..., :-1], found.rows[..., -1]  # (C, L, Q), (C, L)
+    means = sums / counts.clamp(min=1)[..., None]
+    norms = means.flatten(1).norm(dim=1)  # (C,)
+    longest = int((counts.sum(dim=0) > 0).sum())
+    return TokenClassifier((means / norms[:, None, None])[:, :longest], counts[:, :longest] > 0)
+
+
+def _sum_tokens(model: PretrainedModel, prompts: Prompts, own: range, options: FeatureOptions) -> Part:
+    """Add up the unit tokens of each class of a share by position; the last column counts them, (C, L, Q + 1)."""
     device = next(model.encoder.parameters()).device
+    prompts = Prompts(tuple(take(prompts.by_class, own)))
     num_classes, length = len(prompts.by_class), model.context_length
     owners = prompts.owners()
     sums = counts = torch.zeros(0)
@@ -224,7 +236,4 @@ def build_token_classifier(
             used = ids.shape[1]
             sums[:, :used].index_add_(0, owners[numbers], units)
             counts[:, :used].index_add_(0, owners[numbers], weights)
-    means = sums / counts.clamp(min=1)[..., None]
-    norms = means.flatten(1).norm(dim=1)  # (C,)
-    longest = int((counts.sum(dim=0) > 0).sum())
-    return TokenClassifier((means / norms[:, None, None])[:, :longest], counts[:, :longest] > 0)
+    return Part(torch.cat([sums, counts[..., None]], dim=-1), torch.tensor(own))

@@ -139,8 +139,7 @@ def retrieve(
     options = options or FeatureOptions()
     encoded: _Encoded = (_TokenWise if model.token_wise else _Whole)(model, dataset, options)
     size = dataset.fold_size
-    num_folds = len(dataset.pictures) // size if size else 0
-    folds = [encoded.scores(fold * size, (fold + 1) * size) for fold in range(num_folds)] if num_folds > 1 else []
+    folds = [encoded.scores(fold * size, (fold + 1) * size) for fold in range(num_folds(dataset))]
     return RetrievalReport(
         dataset=dataset.name,
         model=model.name,
@@ -152,6 +151,12 @@ def retrieve(
         skipped=_skipped(dataset, encoded.images),
         seconds=time.perf_counter() - started,
     )
+
+
+def num_folds(dataset: RetrievalSet) -> int:
+    """Count the folds that a set is also scored in: none where it would be a single one."""
+    folds = len(dataset.pictures) // dataset.fold_size if dataset.fold_size else 0
+    return folds if folds > 1 else 0
 
 
 def _skipped(dataset: RetrievalSet, images: ImageFeatures) -> dict[str, dict[str, int | str]]:

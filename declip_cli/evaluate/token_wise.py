@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from declip_cli.data.benchmarks.base import Picture
 from declip_cli.evaluate.features import FeatureOptions, ImageFeatures, length_sorted_batches, map_images
 from declip_cli.evaluate.ranking import Ranks, ranks_in_rows
+from declip_cli.evaluate.shares import Part, encode_shares, take
 from declip_cli.model.checkpoint import PretrainedModel
 from declip_cli.model.precision import autocast
 
@@ -93,7 +95,14 @@ def encode_text_tokens(model: PretrainedModel, texts: Sequence[str], *, options:
     Returns:
         Unit length token features, float32 on the CPU.
     """
+    found = encode_shares(len(texts), partial(_encode_tokens, model, texts), options)
+    return TokenTexts(found.rows, torch.bincount(found.numbers, minlength=len(texts)))
+
+
+def _encode_tokens(model: PretrainedModel, texts: Sequence[str], own: range, options: FeatureOptions) -> Part:
+    """Encode the texts of a share, one row per token."""
     device = next(model.encoder.parameters()).device
+    texts = take(texts, own)
     found: dict[int, Tensor] = {}
     with torch.inference_mode(), autocast(options.precision, device):
         for numbers, ids in length_sorted_batches(texts, model.context_length, options.text_batch_size):
@@ -104,7 +113,8 @@ def encode_text_tokens(model: PretrainedModel, texts: Sequence[str], *, options:
             if options.progress is not None:
                 options.progress(len(found), len(texts))
     rows = [found[number] for number in range(len(texts))]
-    return TokenTexts(torch.cat(rows), torch.tensor([len(row) for row in rows]))
+    lengths = torch.tensor([len(row) for row in rows])  # (M',)
+    return Part(torch.cat(rows), torch.tensor(own).repeat_interleave(lengths))
 
 
 def token_wise_ranks(images: Tensor, texts: TokenTexts, owners: Tensor) -> Ranks:

@@ -143,13 +143,18 @@ def zeroshot(
         precision=resolve_precision(options.precision, next(model.encoder.parameters()).device),
         metric=dataset.metric,
         top1=top_k_accuracy(ranked, labels, 1),
-        top5=top_k_accuracy(ranked, labels, _TOP_K) if num_classes >= _TOP_K else None,
+        top5=top_k_accuracy(ranked, labels, _TOP_K) if has_top5(num_classes) else None,
         mean_per_class=mean_per_class_accuracy(ranked[:, 0], labels, num_classes),
         skipped=skipped,
         note=dataset.note,
         seconds=time.perf_counter() - started,
         predictions=predictions,
     )
+
+
+def has_top5(num_classes: int) -> bool:
+    """Say whether there are enough classes for `top5`."""
+    return num_classes >= _TOP_K
 
 
 def _predict(

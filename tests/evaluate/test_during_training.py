@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from declip_cli.errors import EvaluateError
-from declip_cli.evaluate.during_training import make_evaluator
+from declip_cli.evaluate.during_training import Evaluator, _Retrieval, find_score, make_evaluator
+from declip_cli.evaluate.features import FeatureOptions
 from declip_cli.model.checkpoint import PretrainedModel
 from tests import set_layouts
 
@@ -43,3 +44,57 @@ def test_a_folder_with_captions_is_scored_by_retrieval(tmp_path: Path, tiny_mode
 def test_a_wrong_name_is_told_before_training(tmp_path: Path):
     with pytest.raises(EvaluateError, match="no data set or folder named"):
         make_evaluator(["demmo"])
+
+
+def test_names_and_scores_are_known_before_training(tmp_path: Path, tiny_model: PretrainedModel):
+    set_layouts.put_classes(tmp_path / "photos.v1", ["cat", "dog", "bird"], 2)
+    photos = str(tmp_path / "photos.v1")
+    evaluate = make_evaluator(["demo", photos, "demo"])
+    assert evaluate.names == ("demo", photos)
+    assert f"{photos}.top1" in evaluate.score_paths
+    assert f"{photos}.top5" not in evaluate.score_paths
+    assert {"demo.top5", "demo.rsum", "demo.text_to_image.recall_at_10"} <= set(evaluate.score_paths)
+    assert not any("rank" in path for path in evaluate.score_paths)  # less is better there
+    evaluations = evaluate(dataclasses.replace(tiny_model, fingerprint=""))
+    for path in evaluate.score_paths:
+        assert 0 <= find_score(evaluations, path) <= 6
+
+
+def test_scores_of_folds_are_known_before_training(tiny_model: PretrainedModel):
+    demo = make_evaluator(["demo"])
+    (retrieval,) = (part for _, part in demo._parts if isinstance(part, _Retrieval))
+    few = dataclasses.replace(retrieval.dataset, pictures=retrieval.dataset.pictures[:6], texts=list("abcdef"))
+    few = dataclasses.replace(few, owners=range(6), fold_size=3)
+    evaluate = Evaluator([("few", _Retrieval(few))], FeatureOptions(threads=1))
+    assert "few.mean_of_2_folds.image_to_text.recall_at_1" in evaluate.score_paths
+    scores = evaluate(tiny_model)
+    assert all(find_score(scores, path) >= 0 for path in evaluate.score_paths)
+
+
+EVALUATIONS = {
+    "imagenet": {"top1": 0.5, "num_images": 7},
+    "a/b": {"v2": {"top1": 0.1}, "x": 1},
+    "a/b.v2": {"top1": 0.2},
+    "coco": {"text_to_image": {"recall_at_1": 0.25}},
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "score"),
+    [("imagenet.top1", 0.5), ("a/b.v2.top1", 0.2), ("a/b.x", 1.0), ("coco.text_to_image.recall_at_1", 0.25)],
+)
+def test_a_score_is_found_by_its_path(path: str, score: float):
+    assert find_score(EVALUATIONS, path) == score
+
+
+@pytest.mark.parametrize("path", ["imagenet", "imagenet.", "imagenet.top5", "coco.text_to_image", "top1", ""])
+def test_a_wrong_path_is_answered_with_those_there_are(path: str):
+    with pytest.raises(EvaluateError, match="there is no score") as caught:
+        find_score(EVALUATIONS, path)
+    assert "imagenet.top1, imagenet.num_images" in caught.value.remedy
+    assert "coco.text_to_image.recall_at_1" in caught.value.remedy
+
+
+def test_without_evaluations_there_is_no_score():
+    with pytest.raises(EvaluateError, match="there is no score 'imagenet.top1'"):
+        find_score({}, "imagenet.top1")

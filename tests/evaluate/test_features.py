@@ -15,6 +15,7 @@ from declip_cli.errors import EvaluateError
 from declip_cli.evaluate.features import (
     BLOCK_SIZE,
     FeatureOptions,
+    count_cut,
     image_features,
     length_sorted_batches,
     text_features,
@@ -160,6 +161,13 @@ def test_batches_are_sorted_by_length_and_cut_to_their_longest():
         whole = Tokenizer(context_length=12).encode([TEXTS[int(n)] for n in numbers])
         assert torch.equal(tokens, whole[:, : tokens.shape[1]])
         assert not whole[:, tokens.shape[1] :].any()
+
+
+def test_cut_texts_are_counted_as_the_tokenizer_cuts_them():
+    texts = ["!" * n for n in range(12)] + ["İ" * 4, "İ" * 5, "&nGt;" * 3, "a b c d e f g h i j", "a " * 10, "a" * 60]
+    tokenizer = Tokenizer(context_length=12)
+    tokenizer.encode(texts)
+    assert count_cut(texts, 12) == tokenizer.num_truncated > 0
 
 
 def test_text_features_come_from_the_cache(counting_model: PretrainedModel):
