@@ -229,8 +229,13 @@ class OptimConfig:
             )
         at_least_0 = ("learning_rate_start", "learning_rate_end", "text_learning_rate_peak", "weight_decay", "momentum")
         at_least_0 += ("logit_scale_learning_rate", "warmup_steps", "warmup_samples", "text_weight_decay")
-        for key in (*at_least_0, "gradient_clip_norm"):
+        for key in at_least_0:
             require_at_least(0, "optim", {key: getattr(self, key)})
+        require(
+            self.gradient_clip_norm is None or self.gradient_clip_norm > 0,
+            f"optim.gradient_clip_norm must be positive (got {self.gradient_clip_norm})",
+            remedy="--set optim.gradient_clip_norm=inf, which never clips",
+        )
         for key in ("beta1", "beta2"):
             value = getattr(self, key)
             require(0 <= value < 1, f"optim.{key} is in [0, 1) (got {value})", remedy=f"--set optim.{key}=0.9")

@@ -39,6 +39,31 @@ def read_toml(path: Path) -> dict[str, Any]:
         ) from error
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read the settings of a run: a TOML file, or the `config.json` that a run has written.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Section → key → value.
+
+    Raises:
+        ConfigError: the file is missing or is neither.
+    """
+    if path.suffix != ".json":
+        return read_toml(path)
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))["config"]
+        if not isinstance(settings, dict):
+            raise TypeError("config is no object")
+        return settings
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(
+            f"cannot read the settings in {path}: {error}", remedy="--config takes a TOML file or a run's config.json"
+        ) from error
+
+
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
     """Turn `section.key=value` words into nested sections.
 

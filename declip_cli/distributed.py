@@ -105,8 +105,8 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     if world_size() == 1:
         return
     trained = [p for p in parameters if p.requires_grad]
-    flags = torch.tensor([p.grad is not None for p in trained], dtype=torch.int32, device=trained[0].device)
-    dist.all_reduce(flags)
+    flags = torch.tensor([p.grad is not None for p in trained], dtype=torch.int32)
+    dist.all_reduce(flags)  # on the CPU: no device waits
     bucket: list[Tensor] = []
     for parameter, flag in zip(trained, flags.tolist(), strict=True):
         if not flag:

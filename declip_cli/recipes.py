@@ -7,7 +7,7 @@ from typing import Any
 
 from declip_cli.assets import asset_path
 from declip_cli.config_files import read_toml
-from declip_cli.errors import ConfigError
+from declip_cli.errors import ChoiceError
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +42,13 @@ def load_recipe(name: str) -> dict[str, Any]:
         Section → key → value, for `config_files.build_config`.
 
     Raises:
-        ConfigError: there is no such recipe.
+        ChoiceError: there is no such recipe.
     """
     paths = {path.stem: path for path in asset_path("recipes").glob("*.toml")}
     if name not in paths:
         close = difflib.get_close_matches(name, paths, n=3, cutoff=0.4)
         hint = f"did you mean {', '.join(close)}? " if close else ""
-        raise ConfigError(
+        raise ChoiceError(
             f"unknown recipe {name!r}", remedy=f"{hint}declip pretrain --list-recipes shows all {len(paths)}"
         )
     return read_toml(paths[name])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "declip_cli"
 FLOOR_0 = {"errors", "files", "config_checks", "config", "presets", "config_files", "batch"}
-FLOOR_0 |= {"assets", "distributed", "recipes"}
+FLOOR_0 |= {"assets", "distributed", "process_group", "recipes"}
 MAY_IMPORT = {
     # floor 0: what everybody may know
     "errors": set(),
@@ -21,17 +21,20 @@ MAY_IMPORT = {
     "recipes": {"errors", "assets", "config_files"},
     "batch": set(),
     "distributed": set(),
+    "process_group": {"errors", "distributed"},
     # floor 1: bytes and strings, parameters, functions of tensors; they do not know each other
     "losses": set(),
     "data": FLOOR_0,
     "model": FLOOR_0,
     # floor 2: two embeddings at once
     "methods": FLOOR_0 | {"losses", "model"},
+    # what was asked becomes one resolved run
+    "resolve": FLOOR_0 | {"model", "methods"},
     # floor 3: steps, scores; they do not know each other
-    "train": FLOOR_0 | {"losses", "data", "model", "methods"},
+    "train": FLOOR_0 | {"losses", "data", "model", "methods", "resolve"},
     "evaluate": FLOOR_0 | {"losses", "data", "model"},
     # floor 4: words in, words out
-    "cli": FLOOR_0 | {"losses", "data", "model", "methods", "train", "evaluate"},
+    "cli": FLOOR_0 | {"losses", "data", "model", "methods", "resolve", "train", "evaluate"},
     "__main__": {"cli"},
     "__init__": set(),
 }

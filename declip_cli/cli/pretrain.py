@@ -1,18 +1,22 @@
 """`declip pretrain`: from options to a run, from reports to a progress line."""
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
 import typer
 
 from declip_cli.cli.console import emit, note, user_errors
 from declip_cli.cli.options import Force, Json
+from declip_cli.config import MethodName, OptimConfig, TrainConfig
 
 if TYPE_CHECKING:
-    from declip_cli.config import RunConfig
-    from declip_cli.train.meter import StepReport
+    from declip_cli.train.run import Request
+
+_TRAIN = TrainConfig()
+_PRECISIONS = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 def pretrain(
@@ -20,42 +24,87 @@ def pretrain(
         Optional[list[str]],  # noqa: UP045  (Typer reads this form on every Python it supports)
         typer.Option("--data", help="Shard folder, tar pattern or `demo`; several are joined."),
     ] = None,
-    arch: Annotated[str, typer.Option("--arch", help="vit-b32, vit-b16, vit-s16, rn50, rn101, vit-tiny32 …")] = "",
-    method: Annotated[str, typer.Option("--method", help="declip, clip, slip, filip or defilip.")] = "",
-    recipe: Annotated[str, typer.Option("--recipe", help="A published configuration; see --list-recipes.")] = "",
+    arch: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--arch", help="vit-b32, vit-b16, vit-s16, rn50, rn101, vit-tiny32 …", show_default="vit-b32"),
+    ] = None,
+    method: Annotated[
+        Optional[MethodName],  # noqa: UP045
+        typer.Option("--method", help="What is learned from a pair.", show_default="declip"),
+    ] = None,
+    recipe: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--recipe", help="A published configuration; see --list-recipes.", show_default="none"),
+    ] = None,
     list_recipes: Annotated[bool, typer.Option("--list-recipes", help="List the recipes and stop.")] = False,
-    epochs: Annotated[float, typer.Option("--epochs", min=0, help="Passes over the data (default 32).")] = 0,
-    steps: Annotated[int, typer.Option("--steps", min=0, help="Optimizer steps; overrides --epochs.")] = 0,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=0, help="Pairs per step and process.")] = 0,
+    epochs: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--epochs", min=0, help="Passes over the data.", show_default="32"),
+    ] = None,
+    steps: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--steps", min=1, help="Optimizer steps; overrides --epochs.", show_default="by --epochs"),
+    ] = None,
+    batch_size: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--batch-size", help="Pairs per step and process.", show_default=str(_TRAIN.batch_size)),
+    ] = None,
     micro_batch_size: Annotated[
-        int, typer.Option("--micro-batch-size", min=0, help="Pairs per forward pass; the gradient stays the same.")
-    ] = 0,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", min=0, help="Peak learning rate.")] = 0,
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "--micro-batch-size",
+            min=1,
+            help="Pairs per forward pass; the gradient stays the same.",
+            show_default="the whole batch",
+        ),
+    ] = None,
+    learning_rate: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option("--learning-rate", help="At the peak.", show_default="1e-3 · sqrt(global batch / 4096)"),
+    ] = None,
     out: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--out", help="Run folder. Default: runs/METHOD-ARCH-TIME."),
+        typer.Option("--out", help="Run folder.", show_default="runs/METHOD-ARCH-TIME"),
     ] = None,
     resume: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("--resume", help="Go on with this run folder."),
     ] = None,
-    init: Annotated[str, typer.Option("--init", help="Model to start from.")] = "",
+    init: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--init", help="Model to start from.", show_default="random weights"),
+    ] = None,
     evaluate: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option("--eval", help="Evaluation sets to score in training and at the end."),
     ] = None,
-    precision: Annotated[str, typer.Option("--precision", help="auto, fp32, bf16 or fp16.")] = "",
-    processes: Annotated[int, typer.Option("--processes", min=0, help="Default: one per GPU, else one.")] = 0,
-    threads: Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0 takes the cores there are.")] = 0,
-    seed: Annotated[int, typer.Option("--seed", help="Of weights, shuffle and augmentation; -1: as configured.")] = -1,
+    precision: Annotated[
+        Optional[_PRECISIONS],  # noqa: UP045
+        typer.Option("--precision", help="Number format of forward passes.", show_default=_TRAIN.precision),
+    ] = None,
+    processes: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--processes", min=1, help="Processes to start.", show_default="one per GPU, else one"),
+    ] = None,
+    threads: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--threads", min=1, help="CPU threads of each process.", show_default="the cores there are"),
+    ] = None,
+    seed: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--seed", min=0, help="Of weights, shuffle and augmentation.", show_default=str(_TRAIN.seed)),
+    ] = None,
     config: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--config", help="TOML file with sections model, data, augment, method, optim, train."),
+        typer.Option("--config", help="TOML with sections model, data, …; or a run's config.json, to repeat it."),
     ] = None,
     assignments: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option("--set", help="section.key=value, for everything else; may be repeated."),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would run, with steps and memory, and train nothing.")
+    ] = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -70,7 +119,7 @@ def pretrain(
         options: dict[str, dict[str, Any]] = {
             "model": {"arch": arch},
             "method": {"name": method},
-            "data": {"path": data or []},
+            "data": {"path": data or None},
             "optim": {"learning_rate_peak": learning_rate},
             "train": {
                 "epochs": epochs,
@@ -78,27 +127,22 @@ def pretrain(
                 "batch_size": batch_size,
                 "micro_batch_size": micro_batch_size,
                 "init": init,
-                "eval": evaluate or [],
+                "eval": evaluate or None,
                 "precision": precision,
                 "processes": processes,
                 "threads": threads,
+                "seed": seed,
             },
         }
-        given = {section: {k: v for k, v in values.items() if v} for section, values in options.items()}
-        if seed >= 0:
-            given["train"]["seed"] = seed
-        sources = _Sources(recipe=recipe, config=config, given=given, assignments=assignments or [])
-        _start(sources, out=out, resume=resume, force=force, as_json=as_json)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Sources:
-    """Where settings come from, weakest first: recipe, file, options, assignments."""
-
-    recipe: str
-    config: Path | None
-    given: dict[str, dict[str, Any]]
-    assignments: list[str]
+        new_only = {"--out": out, "--force": force, "--recipe": recipe}
+        if resume is not None:
+            _refuse([option for option, is_given in new_only.items() if is_given])
+        request = _request(options, recipe, config, assignments or [], out=out, resume=resume, force=force)
+        report = _plan(request) if dry_run else _start(request)
+        if report:
+            emit(report, as_json=as_json)
+        if report.get("stopped"):
+            raise typer.Exit(130)
 
 
 def _print_recipes(as_json: bool) -> None:
@@ -111,153 +155,127 @@ def _print_recipes(as_json: bool) -> None:
         emit({recipe.name: recipe.title for recipe in recipes}, as_json=False)
 
 
-def _start(sources: _Sources, *, out: Path | None, resume: Path | None, force: bool, as_json: bool) -> None:
-    """Create or reopen the run folder, run here or in several processes, print the result."""
+def _refuse(options: list[str]) -> None:
+    from declip_cli.errors import ConfigError
+
+    if options:
+        raise ConfigError(
+            f"--resume goes on in the folder and with the settings of the run, {options[0]} starts a new one",
+            remedy=f"leave out {options[0]}, or leave out --resume",
+        )
+
+
+def _request(
+    options: Mapping[str, Mapping[str, Any]],
+    recipe: str | None,
+    file: Path | None,
+    assignments: list[str],
+    *,
+    out: Path | None,
+    resume: Path | None,
+    force: bool,
+) -> "Request":
+    """Resolve the words of the command line."""
+    from declip_cli.model.architectures import find_architecture
+    from declip_cli.model.checkpoint import runs_root
+    from declip_cli.process_group import is_launched
+    from declip_cli.resolve import resolve_run
     from declip_cli.train import launch
-    from declip_cli.train.run_dir import RunDir
+    from declip_cli.train.run import Request
+    from declip_cli.train.run_dir import RunDir, default_run_dir
 
     launch.join_slurm()
-    is_first = launch.is_main_process()
-    if resume is not None:
-        _check_resume(sources, out=out, force=force)
-        path, config = resume, _resumed_config(sources, resume)
-    else:
-        path, config = _new_run(sources, out)
-    if is_first:
-        _tell_ignored(sources, config, is_launched=launch.is_launched())
-        if resume is None:
-            RunDir(path).create(config, force=force)
-        note(f"run folder: {path}")
-    num_processes = 1 if launch.is_launched() else launch.wanted_processes(config.train.processes)
-    arguments = (config, path, resume is not None)
+    before = RunDir(resume, say=_note_once).read_run().asked if resume is not None else None
+    asked, notes = resolve_run(recipe, file, options, assignments, before=before)
+    find_architecture(asked.model)  # a wrong name is told before anything else happens
+    if asked.train.processes and is_launched():
+        notes.append("note: --processes changes nothing here, a launcher has started the processes")
+    for line in notes:
+        _note_once(line)
+    path = resume or out or default_run_dir(runs_root(), method=asked.method.name, arch=asked.model.arch)
+    return Request(asked=asked, path=path, is_resumed=resume is not None, force=force)
+
+
+def _note_once(message: str) -> None:
+    """Tell people something, on the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        note(message)
+
+
+def _plan(request: "Request") -> dict[str, Any]:
+    """Say what a run would do."""
+    from declip_cli.train import launch
+    from declip_cli.train.estimate import estimate_memory
+    from declip_cli.train.run import plan
+
+    run, _ = plan(request, num_processes=launch.wanted_processes(request.asked.train))
+    settled = run.to_json()
+    return {"run": settled["run"] | {"samples": run.config.train.samples}, "memory_mib": estimate_memory(run)} | {
+        "config": settled["config"]
+    }
+
+
+def _start(request: "Request") -> dict[str, Any]:
+    """Run here or in several processes; return what the first of them has to print."""
+    from declip_cli.process_group import is_launched
+    from declip_cli.train import launch
+
+    num_processes = 1 if is_launched() else launch.wanted_processes(request.asked.train)
     try:
         if num_processes == 1:
-            report = _work(*arguments)
-        else:
-            report = launch.start_processes(_work, arguments, num_processes=num_processes)
+            return _work(request)
+        return launch.start_processes(_work, (request,), num_processes=num_processes)
     except KeyboardInterrupt:
-        if is_first:
-            note(f"stopped at once; go on from the last saved state: declip pretrain --resume {path}")
+        _note_once(f"stopped at once; go on from the last saved state: declip pretrain --resume {request.path}")
         raise
-    if is_first:
-        emit(report, as_json=as_json)
-    if report["stopped"]:
-        raise typer.Exit(130)
 
 
-def _check_resume(sources: _Sources, *, out: Path | None, force: bool) -> None:
-    from declip_cli.errors import ConfigError
+def _check_best(path: str | None, known: tuple[str, ...]) -> None:
+    """Raise where the score that is to be kept by is none that will be there."""
+    from declip_cli.errors import ChoiceError
 
-    for option, is_given in {"--out": out, "--force": force, "--recipe": sources.recipe}.items():
-        if is_given:
-            raise ConfigError(
-                f"--resume goes on in the folder and with the settings of the run, {option} starts a new one",
-                remedy=f"leave out {option}, or leave out --resume",
-            )
-
-
-def _tell_ignored(sources: _Sources, config: "RunConfig", *, is_launched: bool) -> None:
-    """Name options that were given but change nothing."""
-    from declip_cli.config_files import merge_into, parse_assignments, read_toml
-    from declip_cli.methods.registry import METHODS
-
-    chosen: dict[str, Any] = read_toml(sources.config) if sources.config is not None else {}
-    merge_into(chosen, parse_assignments(sources.assignments))
-    for key in set(chosen.get("method", {})) - METHODS[config.method.name].options:
-        note(f"note: method {config.method.name} does not use method.{key}")
-    if chosen.get("train", {}).get("eval_every_steps") and not config.train.eval:
-        note("note: train.eval_every_steps changes nothing without --eval")
-    if config.train.processes and is_launched:
-        note("note: --processes changes nothing here, a launcher has started the processes")
+    if path is not None and path not in known:
+        raise ChoiceError(
+            f"train.keep_best is no score of this run: {path}",
+            remedy=f"choose from {', '.join(known)}" if known else "name an evaluation with --eval",
+        )
 
 
-def _settings(sources: _Sources, *, is_new: bool = True) -> dict[str, Any]:
-    from declip_cli.config_files import parse_assignments, read_toml
-    from declip_cli.recipes import load_recipe
-
-    is_demo = is_new and sources.given["data"].get("path") == ["demo"]
-    name = sources.recipe or ("declip-demo" if is_demo and sources.config is None else "")
-    settings: dict[str, Any] = load_recipe(name) if name else {}
-    chosen = sources.given["method"].get("name", "")
-    if chosen and chosen != settings.get("method", {}).get("name", chosen):
-        _leave_out_other_method(settings["method"], chosen, recipe=name)
-    if sources.config is not None:
-        _overlay(settings, read_toml(sources.config))
-    _overlay(settings, sources.given)
-    _overlay(settings, parse_assignments(sources.assignments))
-    return settings
-
-
-def _leave_out_other_method(settings: dict[str, Any], chosen: str, *, recipe: str) -> None:
-    """Keep of a recipe for another method what the chosen one has too; loss weights are each method's own."""
-    from declip_cli.methods.registry import METHODS
-    from declip_cli.train.launch import is_main_process
-
-    options = METHODS[chosen].options if chosen in METHODS else set(settings)
-    for key in [key for key in settings if key == "weights" or key not in options]:
-        del settings[key]
-    if is_main_process():
-        note(f"note: --method {chosen} has its own loss weights; those of recipe {recipe} are left out")
-
-
-def _overlay(settings: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    """Let stronger settings override weaker ones; epochs also override weaker steps."""
-    from declip_cli.config_files import merge_into
-
-    train = changes.get("train", {})
-    if isinstance(train, dict) and train.get("epochs") and "steps" not in train:
-        merge_into(settings, {"train": {"steps": 0}})
-    merge_into(settings, changes)
-
-
-def _new_run(sources: _Sources, out: Path | None) -> "tuple[Path, RunConfig]":
-    from declip_cli.config import RunConfig
-    from declip_cli.config_files import build_config
-    from declip_cli.errors import ConfigError
-    from declip_cli.model.checkpoint import runs_root
-    from declip_cli.train.run_dir import default_run_dir
-
-    config = build_config(RunConfig, _settings(sources))
-    if not config.data.path:
-        raise ConfigError("no data to train on", remedy="--data shards/ (made by declip prepare), or --data demo")
-    path = out or default_run_dir(runs_root(), method=config.method.name, arch=config.model.arch)
-    return path, config
-
-
-def _resumed_config(sources: _Sources, path: Path) -> "RunConfig":
-    from dataclasses import asdict
-
-    from declip_cli.config import RunConfig
-    from declip_cli.config_files import build_config
-    from declip_cli.train.run_dir import RunDir
-
-    settings = asdict(RunDir(path).read_config())
-    _overlay(settings, _settings(sources, is_new=False))
-    return build_config(RunConfig, settings)
-
-
-def _work(config: "RunConfig", path: Path, is_resumed: bool) -> dict[str, Any]:
-    """Train in this process and return the result to print."""
+def _work(request: "Request") -> dict[str, Any]:
+    """Train in this process and return the result to print; empty on ranks other than 0."""
     from declip_cli.cli.progress import RunProgress
-    from declip_cli.evaluate.during_training import make_evaluator
-    from declip_cli.train.session import pretrain as run
+    from declip_cli.distributed import rank
+    from declip_cli.evaluate.during_training import find_score, make_evaluator
+    from declip_cli.process_group import from_first, joined
+    from declip_cli.train.build import find_device
+    from declip_cli.train.run import Request
+    from declip_cli.train.run import pretrain as run
 
-    evaluate = make_evaluator(config.train.eval, data_root=None) if config.train.eval else None
-    report: StepReport | None = None
-    with RunProgress(config) as progress:
-        for report in run(config, path, is_resumed=is_resumed, evaluate=evaluate, say=note):
-            progress.show(report)
-    assert report is not None  # a run always ends with a report
-    progress.close(report, path)
-    return {
-        "run_dir": str(path),
-        "method": config.method.name,
-        "arch": config.model.arch,
-        "steps": report.step,
-        "samples_seen": report.samples_seen,
-        "seconds": report.seconds,
-        "samples_per_second": report.samples_seen / max(report.seconds, 1e-9),
-        "losses": progress.last_losses,
-        "evaluations": report.evaluations,
-        "stopped": report.was_stopped,
-    }
+    train = request.asked.train
+    has_gpu = find_device(train).type == "cuda"
+    with joined(has_gpu=has_gpu, tell=note):
+        # Each process would name a new folder by its own clock.
+        path = from_first(lambda: request.path)
+        request = Request(asked=request.asked, path=path, is_resumed=request.is_resumed, force=request.force)
+        evaluator = make_evaluator(train.eval, data_root=None) if train.eval else None
+        _check_best(train.keep_best, evaluator.score_paths if evaluator is not None else ())
+        report = None
+        with RunProgress(request) as progress:
+            for report in run(request, evaluate=evaluator, find_score=find_score, say=note):
+                progress.show(report)
+        assert report is not None  # a run always ends with a report
+        if rank() != 0:
+            return {}
+        progress.close(report, path)
+        return {
+            "run_dir": str(path),
+            "method": request.asked.method.name,
+            "arch": request.asked.model.arch,
+            "steps": report.step,
+            "samples_seen": report.samples_seen,
+            "seconds": report.seconds,
+            "samples_per_second": report.samples_seen / max(report.seconds, 1e-9),
+            "losses": progress.last_losses,
+            "evaluations": report.evaluations,
+            "stopped": report.was_stopped,
+        }

@@ -9,20 +9,19 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from declip_cli.cli.console import note, stderr
 
 if TYPE_CHECKING:
-    from declip_cli.config import RunConfig
     from declip_cli.train.meter import StepReport
+    from declip_cli.train.run import Request
 
 
 class RunProgress:
     """A bar on a terminal, plain lines elsewhere; nothing on ranks other than 0.
 
     Args:
-        config: the run.
+        request: what the run was asked.
     """
 
-    def __init__(self, config: "RunConfig") -> None:
-        self._config = config
-        self._has_advised = False
+    def __init__(self, request: "Request") -> None:
+        self._is_demo = request.asked.data.path == ("demo",)
         self.last_losses: dict[str, float] = {}
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
         self._bar = Progress(*columns, TimeRemainingColumn(), console=stderr, disable=not stderr.is_terminal)
@@ -47,32 +46,18 @@ class RunProgress:
         if report.is_last and not report.losses:
             return
         words = [f"{name} {value:.3f}" for name, value in report.losses.items()]
-        words += [f"{report.samples_per_second:,.0f} samples/s", f"waiting {report.wait_share:.0%}"]
+        words += [f"gradient {report.gradient_norm:.2g}", f"{report.samples_per_second:,.0f} samples/s"]
+        words += [f"waiting {report.wait_share:.0%}"]
         if stderr.is_terminal:
             self._bar.update(self._task, description=" · ".join(words), completed=report.step, total=report.total_steps)
         else:
             left = f"{report.seconds_left:,.0f} s left"
             note(f"step {report.step}/{report.total_steps} · {' · '.join(words)} · {left}")
-        self._advise(report)
+        for sentence in report.advice:
+            note(sentence)
         if not report.is_last:
             for name, scores in report.evaluations.items():
                 note(f"step {report.step} · {name} · {' · '.join(_score_words(scores))}")
-
-    def _advise(self, report: "StepReport") -> None:
-        import os
-
-        from declip_cli.model.architectures import find_architecture
-        from declip_cli.train.health import starved_loader_advice
-
-        advice = starved_loader_advice(
-            report.wait_share,
-            workers=self._config.data.workers,
-            cores=os.cpu_count() or 1,
-            side_px=find_architecture(self._config.model).image_side_px,
-        )
-        if advice and not self._has_advised and report.step >= 3 * self._config.train.log_every_steps:
-            self._has_advised = True
-            note(advice)
 
     def close(self, report: "StepReport", path: Path) -> None:
         """Say how the run ended and what can be done next."""
@@ -87,7 +72,7 @@ class RunProgress:
             note(f"  go on: declip pretrain --resume {path}")
             return
         note(f"done: {report.samples_seen:,} samples in {report.seconds:,.0f} s; the model is in {path / 'model'}")
-        is_demo = self._config.data.path == ("demo",)
+        is_demo = self._is_demo
         for name, scores in report.evaluations.items():
             note("emoji by twitter, a vendor never trained on:" if is_demo and name == "demo" else f"{name}:")
             for line in _summary(scores):

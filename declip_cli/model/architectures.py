@@ -7,7 +7,7 @@ from typing import Any
 
 from declip_cli.config import ModelConfig
 from declip_cli.config_checks import require
-from declip_cli.errors import ConfigError
+from declip_cli.errors import ChoiceError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,12 +90,12 @@ def find_architecture(config: ModelConfig) -> Architecture:
         The dimensions to build.
 
     Raises:
-        ConfigError: the name is unknown, or a side does not fit the patches.
+        ConfigError: the name is unknown (ChoiceError), or a side does not fit the patches.
     """
     if config.arch not in ARCHITECTURES:
         close = difflib.get_close_matches(config.arch, ARCHITECTURES, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
-        raise ConfigError(
+        raise ChoiceError(
             f"unknown architecture {config.arch!r}", remedy=f"{hint}--arch takes {', '.join(ARCHITECTURES)}"
         )
     base = ARCHITECTURES[config.arch]
@@ -113,8 +113,8 @@ def find_architecture(config: ModelConfig) -> Architecture:
         remedy="--set model.context_length=77",
     )
     require(
-        config.embed_dim >= 0,
-        f"model.embed_dim cannot be negative (got {config.embed_dim})",
+        config.embed_dim is None or config.embed_dim > 0,
+        f"model.embed_dim must be positive (got {config.embed_dim})",
         remedy=f"--set model.embed_dim={base.embed_dim}",
     )
     text = TextDims(

@@ -15,6 +15,7 @@ import torch
 import torch.multiprocessing
 from torch.multiprocessing.spawn import ProcessContext, ProcessExitedException, ProcessRaisedException
 
+from declip_cli.config import TrainConfig
 from declip_cli.errors import DeclipError, TrainError
 
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -31,7 +32,7 @@ def join_slurm() -> None:
     start the other ranks.
 
     Raises:
-        TrainError: the first node's name is not to be had.
+        TrainError: the first node's name cannot be found.
     """
     environment = os.environ
     if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
@@ -41,7 +42,9 @@ def join_slurm() -> None:
     environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
     tasks_on_first_node = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))  # such as 4(x2),3
     environment.setdefault("LOCAL_WORLD_SIZE", tasks_on_first_node.group() if tasks_on_first_node else "1")
-    environment.setdefault("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 20000))
+    # Steps of one job may run side by side.
+    number = 101 * int(environment["SLURM_JOB_ID"]) + int(environment.get("SLURM_STEP_ID", "0"))
+    environment.setdefault("MASTER_PORT", str(20000 + number % 20000))
     if "MASTER_ADDR" not in environment:
         environment["MASTER_ADDR"] = _first_host(environment["SLURM_JOB_NODELIST"])
 
@@ -57,19 +60,11 @@ def _first_host(node_list: str) -> str:
         ) from error
 
 
-def is_launched() -> bool:
-    """Tell whether a launcher (accelerate launch, torchrun, srun) has already given this process its rank."""
-    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
-
-
-def is_main_process() -> bool:
-    """Tell whether this is the process that writes: rank 0, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def wanted_processes(requested: int) -> int:
-    """Settle how many processes to start: as asked, else one per GPU, else one."""
-    return requested or max(1, torch.cuda.device_count())
+def wanted_processes(train: TrainConfig) -> int:
+    """Settle how many processes to start: as asked, else one per GPU where GPUs are used, else one."""
+    if train.processes is not None:
+        return train.processes
+    return max(1, torch.cuda.device_count()) if train.device in ("auto", "cuda") else 1
 
 
 def start_processes(work: Callable[..., T], arguments: tuple[Any, ...], *, num_processes: int) -> T:

@@ -1,7 +1,11 @@
 """Count and time steps; sums stay on the device until somebody asks."""
 
+import math
+import resource
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,10 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from declip_cli.batch import LossTerms
+from declip_cli.batch import Embeddings, LossTerms
 from declip_cli.distributed import world_size
-from declip_cli.train.health import check_finite
-from declip_cli.train.setup import Training
+from declip_cli.train.build import Training
+from declip_cli.train.health import Vitals, advice, chance_loss, spread
+
+_CONTRASTIVE = ("clip", "filip")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,40 +32,70 @@ class StepReport:
     """Since the run began, interruptions left out."""
     seconds_left: float
     samples_per_second: float
-    """Since the last report."""
+    """Since the last report, evaluations and savings left out."""
     wait_share: float
-    """Share of the time since the last report spent waiting for data, in [0, 1]."""
+    """Share of that time spent waiting for data, in [0, 1]."""
     learning_rate: float
     logit_scale: float
-    """Exponentiated."""
+    """Of the loss that is trained, exponentiated."""
+    gradient_norm: float
+    """Largest L2 norm before clipping since the last report; of broken batches none."""
+    loss_scale: float | None
+    """Of float16; None otherwise."""
+    peak_memory_mib: float
+    """Of this rank: of its GPU, or of the process."""
+    num_bad_steps: int
+    """Batches skipped since the run began because their gradient was no number."""
+    spread: dict[str, float]
+    """Kind of feature → mean squared distance from the mean of this rank's last batch, in [0, 1]."""
     losses: dict[str, float]
-    """Mean over ranks and over the steps since the last report; `total` is the weighted sum."""
+    """Mean over ranks and over the good steps since the last report; `total` is the weighted sum."""
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
     skipped: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Unreadable samples on this rank: cause → (number, first key)."""
+    advice: tuple[str, ...] = ()
+    """What looks wrong and what to do, each said once in a session."""
     is_last: bool = False
     was_stopped: bool = False
     """Whether somebody asked to stop before the end."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepOutcome:
+    """What one step leaves behind, on the device."""
+
+    terms: LossTerms
+    embeddings: Embeddings
+    gradient_norm: Tensor
+    """Before clipping, ()."""
+    is_good: Tensor
+    """Whether the step was taken: the gradient was finite, bool, ()."""
+    is_bad: Tensor
+    """Whether the batch was broken; in float16 a gradient may overflow without that, bool, ()."""
+
+
 class Meter:
-    """Collect loss terms and times between two reports.
+    """Collect losses and times between two reports.
 
     Args:
         training: whose steps are counted.
-        run_dir: named in errors.
     """
 
-    def __init__(self, training: Training, *, run_dir: str) -> None:
+    def __init__(self, training: Training) -> None:
         self._training = training
-        self._run_dir = run_dir
         self._began = time.monotonic() - training.seconds
-        self._sums: dict[str, Tensor] = {}
-        self._num_steps = 0
+        self._sums: dict[str, Tensor]
+        self._max_norm: Tensor | None
+        self._last: Embeddings | None
+        self._said: set[str] = set()
+        self._is_first_step = True
+        self._num_bad_before = int(training.bad_steps[0])
         self._restart()
 
     def _restart(self) -> None:
+        self._sums, self._max_norm, self._last = {}, None, None
         self._last_time = time.monotonic()
+        self._paused = 0.0
         self._last_samples = self._training.samples_seen
         self._last_wait = self._training.stream.wait_seconds
 
@@ -67,21 +103,51 @@ class Meter:
         """Return the time since the run began, interruptions left out."""
         return time.monotonic() - self._began
 
-    def add(self, terms: LossTerms) -> None:
-        """Take in one step's losses, without waiting for the device."""
-        values = terms.terms | {"total": terms.total}
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
-        self._num_steps += 1
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out of the speed what is no training, such as an evaluation."""
+        self._wait_for_device()
+        began = time.monotonic()
+        yield
+        self._wait_for_device()
+        self._paused += time.monotonic() - began
+
+    def add(self, outcome: StepOutcome) -> None:
+        """Take in one step, without waiting for the device."""
+        good, training = outcome.is_good, self._training
+        values = outcome.terms.terms | {"total": outcome.terms.total}
+        for name, value in (values | {"(steps)": torch.ones_like(outcome.terms.total)}).items():
+            kept = torch.where(good, value.float(), 0.0)
+            self._sums[name] = self._sums.get(name, torch.zeros_like(kept)) + kept
+        norm = torch.where(good, outcome.gradient_norm, 0.0)
+        self._max_norm = norm if self._max_norm is None else torch.maximum(self._max_norm, norm)
+        bad = outcome.is_bad.long()
+        training.bad_steps[0] += bad
+        training.bad_steps[1] = (training.bad_steps[1] + bad) * bad
+        self._last = outcome.embeddings
+        if self._is_first_step:
+            self._is_first_step = False
+            self._wait_for_device()
+            training.startup_seconds += time.monotonic() - self._last_time
+
+    def problem(self) -> str:
+        """Say why the run cannot go on from here; empty while it can. Waits for the device; the same on all ranks."""
+        flags = self._training.bad_steps.cpu()
+        if world_size() > 1:
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        in_a_row = int(flags[1])
+        if in_a_row < self._training.config.train.max_bad_steps:
+            return ""
+        return f"{in_a_row} batches in a row had a broken gradient, up to step {self._training.step}"
 
     def report(
-        self, *, rate: float, schedule_share: float, evaluations: Mapping[str, dict[str, Any]], **flags: bool
+        self, *, rate: float, share: float, evaluations: Mapping[str, dict[str, Any]], **flags: bool
     ) -> StepReport:
         """Sum up what happened since the last report and start over.
 
         Args:
             rate: the learning rate in use.
-            schedule_share: how much of the run is done, in (0, 1].
+            share: how much of the run is done, in (0, 1].
             evaluations: scores taken at this step.
             flags: `is_last`, `was_stopped`.
 
@@ -89,40 +155,92 @@ class Meter:
             The report, the same on every rank but for its times.
         """
         training = self._training
-        elapsed = max(1e-9, time.monotonic() - self._last_time)
-        seconds = self.seconds()
-        training.seconds = seconds
+        self._wait_for_device()  # else the device's backlog would be in nobody's interval
+        elapsed = max(1e-9, time.monotonic() - self._last_time - self._paused)
+        training.seconds = self.seconds()
+        scaler = training.accelerator.scaler
+        spreads = {}
+        if self._last is not None:
+            spreads = {"image": float(spread(self._last.images[:, 0])), "text": float(spread(self._last.texts[:, 0]))}
+        wait_share = min(1.0, (training.stream.wait_seconds - self._last_wait) / elapsed)
+        losses = self._losses()
+        logit_scale = float(training.method.logit_scale_in_use().detach().exp())
+        num_bad = int(training.bad_steps[0])
         report = StepReport(
             step=training.step,
             total_steps=training.total_steps,
             samples_seen=training.samples_seen,
-            seconds=seconds,
-            seconds_left=seconds / schedule_share - seconds,
+            seconds=training.seconds,
+            seconds_left=training.seconds / share - training.seconds,
             samples_per_second=(training.samples_seen - self._last_samples) / elapsed,
-            wait_share=min(1.0, (training.stream.wait_seconds - self._last_wait) / elapsed),
+            wait_share=wait_share,
             learning_rate=rate,
-            logit_scale=float(training.method.encoder.logit_scale.detach().exp()),
-            losses=self.losses(),
+            logit_scale=logit_scale,
+            gradient_norm=0.0 if self._max_norm is None else float(self._max_norm),
+            loss_scale=scaler.get_scale() if scaler is not None else None,
+            peak_memory_mib=_peak_memory_mib(training.accelerator.device),
+            num_bad_steps=num_bad,
+            spread=spreads,
+            losses=losses,
             evaluations=dict(evaluations),
             skipped=training.stream.skipped,
+            advice=self._advice(losses, spreads, wait_share, logit_scale, num_bad),
             **flags,
         )
-        self._sums, self._num_steps = {}, 0
         self._restart()
         return report
 
-    def losses(self) -> dict[str, float]:
-        """Average the losses since the last report over steps and ranks.
+    def forget(self) -> None:
+        """Start over after the run went back to an earlier state."""
+        self._num_bad_before = int(self._training.bad_steps[0])
+        self._began = time.monotonic() - self._training.seconds
+        self._restart()
 
-        Raises:
-            TrainError: one of them is no number.
-        """
+    def _losses(self) -> dict[str, float]:
+        """Average the losses of the good steps since the last report over steps and ranks."""
         if not self._sums:
             return {}
-        values = torch.stack([value.float() for value in self._sums.values()]) / self._num_steps
+        values = torch.stack(list(self._sums.values()))
         if world_size() > 1:
             dist.all_reduce(values)
-            values /= world_size()
-        losses = dict(zip(self._sums, values.tolist(), strict=True))
-        check_finite(losses, step=self._training.step, run_dir=self._run_dir)
-        return losses
+        sums = dict(zip(self._sums, values.tolist(), strict=True))
+        num_steps = sums.pop("(steps)")
+        return {name: value / num_steps for name, value in sums.items()} if num_steps else {}
+
+    def _advice(
+        self, losses: Mapping[str, float], spreads: dict[str, float], wait_share: float, logit_scale: float, num_bad: int
+    ) -> tuple[str, ...]:
+        training = self._training
+        config, schedule = training.config, training.schedule
+        contrastive = next((losses[name] for name in _CONTRASTIVE if name in losses), None)
+        vitals = Vitals(
+            step=training.step,
+            is_warm=training.samples_seen > max(schedule.warmup, 3 * config.train.log_every_steps * schedule.first),
+            wait_share=wait_share if training.step >= 3 * config.train.log_every_steps else 0.0,
+            contrastive_loss=contrastive if config.method.label_smoothing == 0 else None,
+            chance_loss=chance_loss(training.run.global_batch),
+            spread=spreads,
+            logit_scale=logit_scale,
+            logit_scale_max=math.exp(config.train.logit_scale_max or 0.0),
+            num_bad_steps=num_bad - self._num_bad_before,
+            num_cut_captions=getattr(training.stream, "num_cut_captions", 0),
+            num_texts=training.samples_seen // world_size() * len(training.method.views.texts),
+        )
+        self._num_bad_before = num_bad
+        side_px = config.model.image_side_px or 0
+        machine = training.run.machine
+        told = advice(vitals, workers=machine.workers, cores=machine.cores, side_px=side_px)
+        new = {kind: sentence for kind, sentence in told if kind not in self._said}
+        self._said |= new.keys()
+        return tuple(new.values())
+
+    def _wait_for_device(self) -> None:
+        if self._training.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def _peak_memory_mib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

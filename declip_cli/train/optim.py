@@ -9,55 +9,85 @@ import torch
 from torch import Tensor, nn
 
 from declip_cli.config import OptimConfig, RunConfig
-from declip_cli.config_checks import require
 from declip_cli.model.batch_norm import FullBatchNorm
+from declip_cli.resolve import ResolvedRun
 
+_WARMUP_SHARE_OF_TIME = 0.1
 _NORMS = (nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, FullBatchNorm)
 
 
-def learning_rate(step: int, *, start: float, peak: float, end: float, warmup_steps: int, total_steps: int) -> float:
-    """Compute the rate of one step: linear up to the peak, then half a cosine.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """The learning rate by pairs seen: linear up to the peak, then half a cosine.
 
-    Args:
-        step: from 1 to `total_steps`.
-        start: rate of step 1.
-        peak: rate of step `warmup_steps`.
-        end: rate of step `total_steps`.
-        warmup_steps: 0 or 1 starts at the peak.
-        total_steps: length of the run.
-
-    Returns:
-        The learning rate.
+    Counted in pairs, so that another batch or another number of processes changes nothing. With a time limit the
+    slower of the two decides: the run ends when the time is up, whatever share of its pairs it has seen.
 
     Source: the original's Cosine scheduler; values in its YFCC15M recipe: step 1 1e-4, 1,250 5.498e-4, 2,500 1e-3.
     """
-    if step <= warmup_steps and warmup_steps > 1:
-        return start + (peak - start) * (step - 1) / (warmup_steps - 1)
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return end + (peak - end) * (1 + math.cos(math.pi * progress)) / 2
+
+    start: float
+    """Rate of the first step."""
+    peak: float
+    end: float
+    first: int
+    """Pairs seen with the first step; its rate is `start`."""
+    warmup: int
+    """Pairs seen with the step whose rate is the peak."""
+    total: int
+    """Pairs seen with the last step."""
+    time_limit_s: float | None = None
+    is_warmup_asked: bool = False
+    """The warm-up was asked for in steps or pairs: it is run in full. Else a tenth of the time ends it, too."""
+
+    def share(self, samples: int, seconds: float) -> float:
+        """Return how much of the run is over, in [0, 1].
+
+        Args:
+            samples: pairs seen.
+            seconds: time spent, starting up left out.
+        """
+        return min(1.0, max(samples / self.total, self._share_of_time(seconds)))
+
+    def rate(self, samples: int, seconds: float) -> float:
+        """Compute the rate of the step that makes the pairs seen as many as `samples`.
+
+        Args:
+            samples: pairs seen with that step.
+            seconds: time spent before it, starting up left out.
+        """
+        time = self._share_of_time(seconds)
+        cap = 1.0 if self.is_warmup_asked else _WARMUP_SHARE_OF_TIME
+        # The share of the time that the warm-up takes at the speed so far.
+        warmup_time = min(cap, time * self.warmup / max(samples, self.first))
+        if self.warmup > self.first and samples < self.warmup and (self.is_warmup_asked or time < cap):
+            risen = max((samples - self.first) / (self.warmup - self.first), 0.0 if self.is_warmup_asked else time / cap)
+            return self.start + (self.peak - self.start) * max(0.0, risen)
+        fallen = (samples - self.warmup) / max(1, self.total - self.warmup)
+        if time > warmup_time:
+            fallen = max(fallen, (time - warmup_time) / max(1e-9, 1 - warmup_time))
+        return self.end + (self.peak - self.end) * (1 + math.cos(math.pi * min(1.0, max(0.0, fallen)))) / 2
+
+    def _share_of_time(self, seconds: float) -> float:
+        return min(1.0, seconds / self.time_limit_s) if self.time_limit_s else 0.0
 
 
-def warmup_length(config: OptimConfig, total_steps: int) -> int:
-    """Settle the length of the warm-up.
-
-    Args:
-        config: `warmup_steps`, where -1 leaves the choice.
-        total_steps: length of the run.
-
-    Returns:
-        Steps of warm-up.
-
-    Raises:
-        ConfigError: an explicit length does not fit into the run.
-    """
-    if config.warmup_steps < 0:
-        return min(2500, total_steps // 10)
-    require(
-        config.warmup_steps < total_steps or total_steps <= 1,
-        f"optim.warmup_steps must be less than the steps of the run (got {config.warmup_steps}, {total_steps})",
-        remedy=f"--set optim.warmup_steps={total_steps // 10}",
+def schedule_of(run: ResolvedRun) -> Schedule:
+    """Lay out the learning rate of a run."""
+    optim, asked = run.config.optim, run.asked.optim
+    peak, start, warmup = optim.learning_rate_peak, optim.learning_rate_start, optim.warmup_samples
+    total = run.config.train.samples
+    assert peak is not None and start is not None and warmup is not None and total is not None  # resolved
+    return Schedule(
+        start=start,
+        peak=peak,
+        end=optim.learning_rate_end,
+        first=run.schedule_batch,
+        warmup=warmup,
+        total=total,
+        time_limit_s=run.config.train.time_limit_s,
+        is_warmup_asked=asked.warmup_steps is not None or asked.warmup_samples is not None,
     )
-    return config.warmup_steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,13 +107,16 @@ def build_optimizers(method: nn.Module, config: RunConfig) -> list[torch.optim.O
 
     Args:
         method: the module to train; frozen parameters are left out.
-        config: the run.
+        config: the run, resolved.
 
     Returns:
-        AdamW (fused) and SGD with Nesterov momentum, as far as parameters use them.
+        AdamW and SGD with Nesterov momentum, as far as parameters use them; both fused, which lets a step be skipped
+        without asking the device (`step_where`).
     """
     optim = config.optim
-    plain = _undecayed(method, is_faithful=config.method.faithful)
+    peak = optim.learning_rate_peak
+    assert peak is not None  # resolved
+    plain = _undecayed(method, decayed=optim.decayed)
     groups: dict[_Group, list[nn.Parameter]] = {}
     for name, parameter in method.named_parameters():
         if parameter.requires_grad:
@@ -96,7 +129,7 @@ def build_optimizers(method: nn.Module, config: RunConfig) -> list[torch.optim.O
             {
                 "params": parameters,
                 "weight_decay": group.weight_decay,
-                "factor": group.peak / optim.learning_rate_peak,
+                "factor": group.peak / peak,
                 "lr": group.peak,
             }
             for group, parameters in groups.items()
@@ -106,28 +139,32 @@ def build_optimizers(method: nn.Module, config: RunConfig) -> list[torch.optim.O
             betas = (optim.beta1, optim.beta2)
             built.append(torch.optim.AdamW(options, lr=1.0, betas=betas, eps=optim.epsilon, fused=True))
         else:
-            built.append(torch.optim.SGD(options, lr=1.0, momentum=optim.momentum, nesterov=optim.momentum > 0))
+            sgd = torch.optim.SGD(options, lr=1.0, momentum=optim.momentum, nesterov=optim.momentum > 0, fused=True)
+            # The momentum of a first step that is skipped would be left without a value.
+            for parameter in (p for group in sgd.param_groups for p in group["params"]):
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            built.append(sgd)
     return built
 
 
 def _group_of(name: str, optim: OptimConfig, *, has_decay: bool, factor: float) -> _Group:
-    kind, peak, decay = optim.optimizer, optim.learning_rate_peak, optim.weight_decay
+    kind, peak, decay = optim.optimizer, optim.learning_rate_peak or 0.0, optim.weight_decay
     if name.startswith("encoder.text."):
         kind = optim.text_optimizer or kind
         peak = optim.text_learning_rate_peak or peak
-        decay = optim.text_weight_decay if optim.text_weight_decay >= 0 else decay
-    if "logit_scale" in name and optim.logit_scale_learning_rate >= 0:
+        decay = decay if optim.text_weight_decay is None else optim.text_weight_decay
+    if "logit_scale" in name and optim.logit_scale_learning_rate is not None:
         peak = optim.logit_scale_learning_rate
     return _Group(optimizer=kind, weight_decay=decay if has_decay else 0.0, peak=peak * factor)
 
 
-def _undecayed(method: nn.Module, *, is_faithful: bool) -> set[str]:
+def _undecayed(method: nn.Module, *, decayed: str | None) -> set[str]:
     """Name the parameters without weight decay.
 
     As the original really acts: biases of linear, convolution and norm modules, weights of norms, logit scales; its
     attention biases and class embedding are decayed. By default: everything with less than two dimensions.
     """
-    if not is_faithful:
+    if decayed != "original":
         return {name for name, parameter in method.named_parameters() if parameter.dim() < 2}
     names = {name for name, _ in method.named_parameters() if "logit_scale" in name}
     for path, module in method.named_modules():
@@ -174,22 +211,6 @@ def set_learning_rates(optimizers: Iterable[torch.optim.Optimizer], rate: float)
             group["lr"] = rate * group["factor"]
 
 
-def logit_scale_bounds(config: RunConfig) -> tuple[float, float]:
-    """Return the bounds of the logarithm of the logit scales: [ln 1, ln 100], in the faithful mode [3, 6].
-
-    Source: the original's `grad_clip: logit_scale_param_value` of its recipes; OpenCLIP and SLIP for the default.
-    """
-    low, high = (3.0, 6.0) if config.method.faithful else (0.0, math.log(100.0))
-    low = config.train.logit_scale_min if config.train.logit_scale_min >= 0 else low
-    high = config.train.logit_scale_max if config.train.logit_scale_max >= 0 else high
-    require(
-        low <= high,
-        f"train.logit_scale_min must not exceed train.logit_scale_max (got {low}, {high})",
-        remedy="--set train.logit_scale_max=4.6052",
-    )
-    return low, high
-
-
 @torch.no_grad()
 def clamp_logit_scales(method: nn.Module, bounds: tuple[float, float]) -> None:
     """Push every logit scale back into its bounds.
@@ -208,9 +229,26 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
     Args:
         parameters: those with gradients are counted.
-        max_norm: 0 only measures.
+        max_norm: inf only measures.
 
     Returns:
         The norm before clipping, ().
     """
-    return nn.utils.clip_grad_norm_(parameters, max_norm or math.inf, foreach=True)
+    if math.isinf(max_norm):
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        return nn.utils.get_total_norm(gradients, foreach=True)
+    return nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
+
+
+def step_where(optimizers: Iterable[torch.optim.Optimizer], is_good: Tensor) -> None:
+    """Take the optimizers' step, or leave weights and moments as they are, without asking the device which.
+
+    Args:
+        optimizers: fused ones.
+        is_good: bool, ().
+    """
+    skip = (~is_good).float()
+    for optimizer in optimizers:
+        optimizer.found_inf = skip  # type: ignore[attr-defined]  # read by fused optimizers, for float16's scaler
+        optimizer.step()
+        del optimizer.found_inf  # type: ignore[attr-defined]

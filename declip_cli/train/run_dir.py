@@ -1,30 +1,35 @@
-"""A run folder: configuration, metrics, log, model and the state to go on from; each appears whole or not at all."""
+"""A run folder: configuration, metrics, log, model and the states to go on from; each appears whole or not at all."""
 
 import errno
 import json
 import platform
+import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from declip_cli import __version__
-from declip_cli.config import RunConfig
-from declip_cli.config_files import build_config
-from declip_cli.errors import TrainError
+from declip_cli.errors import ConfigError, TrainError
+from declip_cli.files import check_folder, existing_folder, new_folder, write_text
+from declip_cli.resolve import ResolvedRun, resolved_from_json
 
 CONFIG_FILE = "config.json"
+_FORMAT = 2
 _STATE_FILE = "state.json"
+_BEST_FILE = "best.json"
 _LIBRARIES = ("torch", "torchvision", "accelerate", "numpy", "opencv-python-headless", "safetensors")
+_STATE_NAME = re.compile(r"step-\d+(\.old)?")
+_HEADROOM = 1.02
+"""Room that a state takes beyond its tensors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +42,11 @@ class SavedState:
     values: dict[str, Any]
     """Plain values, fit for JSON."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(value.nbytes for group in self.tensors.values() for value in group.values())
+
 
 def default_run_dir(root: Path, *, method: str, arch: str) -> Path:
     """Name a new run by method, architecture and time."""
@@ -48,17 +58,20 @@ class RunDir:
 
     Args:
         path: the folder.
+        say: told when something damaged was passed over.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, say: Callable[[str], None] = lambda message: None) -> None:
         self.path = path
         self.model_path = path / "model"
+        self.best_path = path / "best"
+        self.say = say
 
-    def create(self, config: RunConfig, *, force: bool) -> None:
+    def create(self, run: ResolvedRun, *, force: bool) -> None:
         """Make a new run folder.
 
         Args:
-            config: written with the versions of the libraries.
+            run: written with the versions of the libraries.
             force: replace a run that is already there.
 
         Raises:
@@ -78,36 +91,45 @@ class RunDir:
             shutil.rmtree(self.path)
         with full_disk_explained(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        self.write_config(config)
-
-    def write_config(self, config: RunConfig) -> None:
-        """Write the settings with the versions of the libraries in use."""
-        versions = {name: metadata.version(name) for name in _LIBRARIES}
-        versions |= {"declip": __version__, "python": platform.python_version()}
-        content = {"config": asdict(config), "versions": versions}
-        with full_disk_explained(self.path):
-            _write_text(self.path / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
+        self.write_run(run)
 
     def _is_empty(self) -> bool:
         """Tell whether nothing is lost by starting here: no files, or only those of a run that could not start."""
-        return all(path.name == CONFIG_FILE for path in self.path.iterdir())
+        return self.path.is_dir() and all(path.name == CONFIG_FILE for path in self.path.iterdir())
 
-    def read_config(self) -> RunConfig:
-        """Read back how the run was started.
+    def write_run(self, run: ResolvedRun) -> None:
+        """Write what the run does, with the versions of the libraries in use."""
+        versions = {name: metadata.version(name) for name in _LIBRARIES}
+        versions |= {"declip": __version__, "python": platform.python_version()}
+        content = {"format": _FORMAT} | run.to_json() | {"versions": versions}
+        with full_disk_explained(self.path):
+            write_text(self.path / CONFIG_FILE, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+    def read_run(self) -> ResolvedRun:
+        """Read what the run does; from its newest state where the file beside the states is damaged.
 
         Raises:
             TrainError: there is no run here.
         """
-        path = self.path / CONFIG_FILE
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise TrainError(
-                f"no run to resume at {self.path}: cannot read {path.name} ({error})",
-                remedy="--resume takes the run folder that declip pretrain named when it started",
-            ) from error
-        config: RunConfig = build_config(RunConfig, content["config"])
-        return config
+        first: Exception | None = None
+        for path in (self.path / CONFIG_FILE, *(state / CONFIG_FILE for state in reversed(self._states()))):
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))
+                if content["format"] != _FORMAT:
+                    raise ValueError(f"format {content['format']}, this declip reads {_FORMAT}")
+                run = resolved_from_json(content)
+                if run.digest != content["run"]["digest"]:
+                    raise ValueError("it was changed after it was written: pass changes as options instead")
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError) as error:
+                first = first or error
+                continue
+            if first is not None:
+                self.say(f"note: {self.path / CONFIG_FILE} is damaged ({first}); taken from {path.parent.name} instead")
+            return run
+        raise TrainError(
+            f"no run to resume at {self.path}: cannot read {CONFIG_FILE} ({first})",
+            remedy="--resume takes the run folder that declip pretrain named when it started",
+        ) from first
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Add one line to `metrics.jsonl`."""
@@ -120,69 +142,123 @@ class RunDir:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def forget_metrics_after(self, step: int) -> None:
-        """Drop metrics of steps that will be taken again after a resume."""
+        """Drop metrics of steps that will be taken again, and lines that were not written whole."""
         path = self.path / "metrics.jsonl"
-        if path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            # A line without its end was cut off when the run was killed.
-            _write_text(
-                path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step)
-            )
+        if not path.is_file():
+            return
+        kept, num_damaged = [], 0
+        for line in path.read_bytes().split(b"\n")[:-1]:  # what follows the last line end was cut off by a kill
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + b"\n")
+            except (ValueError, KeyError, TypeError, RecursionError):
+                num_damaged += 1
+        if num_damaged:
+            self.say(f"note: {num_damaged} damaged lines of {path} are dropped")
+        with full_disk_explained(self.path):
+            write_text(path, b"".join(kept).decode())
 
-    def save_state(self, state: SavedState) -> None:
-        """Write the state to go on from; older ones go when the new one is whole.
+    def save_state(self, state: SavedState, run: ResolvedRun, *, keep: int) -> None:
+        """Write a state to go on from; the oldest go when the new one is whole.
 
         Args:
             state: of this step.
+            run: its settings lie beside it.
+            keep: states to keep, the new one included.
+
+        Raises:
+            TrainError: the disk is full; the states before are untouched.
         """
-        folder = self.path / "state" / f"step-{state.step:09d}"
-        temporary = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            with full_disk_explained(self.path):
-                _write_state(state, temporary)
-                shutil.rmtree(folder, ignore_errors=True)
-                temporary.rename(folder)
-        except TrainError:
-            shutil.rmtree(temporary, ignore_errors=True)  # half a state only takes room
-            raise
-        for other in folder.parent.iterdir():
-            if other != folder:
-                shutil.rmtree(other, ignore_errors=True)
+        self._make_room(state.num_bytes)
+        folder = self._state_path(state.step)
+        with full_disk_explained(self.path), new_folder(folder) as new:
+            for name, tensors in state.tensors.items():
+                on_cpu = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+                save_file(on_cpu, new / f"{name}.safetensors")
+            content = {"step": state.step, "values": state.values}
+            (new / _STATE_FILE).write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
+            (new / CONFIG_FILE).write_text(json.dumps({"format": _FORMAT} | run.to_json()), encoding="utf-8")
+        for other in self._states()[:-keep]:
+            shutil.rmtree(other, ignore_errors=True)
+
+    def _make_room(self, num_bytes: int) -> None:
+        """See to it that a state fits on the disk; all but the newest may go for it."""
+        for oldest in [*self._states()[:-1], None]:
+            if shutil.disk_usage(self.path).free >= num_bytes * _HEADROOM:
+                return
+            if oldest is not None:
+                shutil.rmtree(oldest, ignore_errors=True)
+        if shutil.disk_usage(self.path).free < num_bytes * _HEADROOM:
+            raise self._full_disk(f"a state takes {num_bytes / 2**20:,.0f} MiB")
+
+    def _full_disk(self, why: str) -> TrainError:
+        kept = f"the last whole state is kept ({self._states()[-1].name})" if self._states() else "no state is saved yet"
+        return TrainError(
+            f"the disk of {self.path} is full: {why}; {kept}",
+            remedy=f"free some space, then: declip pretrain --resume {self.path}",
+        )
 
     def has_state(self) -> bool:
         """Tell whether there is a state to go on from."""
         return bool(self._states())
 
-    def load_state(self) -> SavedState:
-        """Read the newest whole state.
+    def load_state(self, *, before: int | None = None) -> SavedState:
+        """Read the newest whole state; a damaged one is passed over with a word.
+
+        Args:
+            before: only states of earlier steps.
 
         Raises:
-            TrainError: there is none, or it cannot be read.
+            TrainError: there is none, or none can be read.
         """
-        states = self._states()
-        if not states:
-            raise TrainError(
-                f"{self.path} has no saved state to resume from",
-                remedy="start it again with --force; states are saved every train.checkpoint_every_minutes",
-            )
-        folder = states[-1]
-        try:
-            content = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
-            tensors = {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
-        except (OSError, ValueError, SafetensorError) as error:
-            raise TrainError(f"cannot read the saved state {folder}: {error}", remedy="delete it and resume") from error
-        return SavedState(step=content["step"], tensors=tensors, values=content["values"])
+        states = [path for path in self._states() if before is None or _step_of(path) < before]
+        damage: list[str] = []
+        for folder in reversed(states):
+            try:
+                state = _read_state(folder)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+                damage.append(f"the saved state {folder} is damaged ({error})")
+                continue
+            for words in damage:
+                self.say(f"note: {words}; going on from {folder.name} instead")
+            return state
+        raise TrainError(
+            "; ".join(damage) or f"{self.path} has no saved state to resume from",
+            remedy="start it again with --force; states are saved every train.checkpoint_every_minutes",
+        )
+
+    def _state_path(self, step: int) -> Path:
+        return self.path / "state" / f"step-{step:09d}"
 
     def _states(self) -> list[Path]:
-        found = (self.path / "state").glob("step-*")
-        return sorted(path for path in found if path.suffix != ".tmp" and (path / _STATE_FILE).is_file())
+        """List the states, oldest first; one that was being replaced when the run was killed counts."""
+        paths = (path for path in (self.path / "state").glob("step-*") if _STATE_NAME.fullmatch(path.name))
+        found = {existing_folder(path.with_suffix("")) for path in paths}
+        return sorted((path for path in found if (path / _STATE_FILE).is_file()), key=_step_of)
+
+    def read_best(self, key: str) -> float | None:
+        """Read the best score so far; None where there is none, or one of another kind."""
+        try:
+            content = json.loads((self.path / _BEST_FILE).read_text(encoding="utf-8"))
+            return float(content["score"]) if content["key"] == key else None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None
+
+    def write_best(self, *, key: str, score: float, step: int) -> None:
+        """Write down which score the model in `best/` has."""
+        with full_disk_explained(self.path):
+            write_text(self.path / _BEST_FILE, json.dumps({"key": key, "score": score, "step": step}) + "\n")
 
 
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-").removesuffix(".old"))
+
+
+def _read_state(folder: Path) -> SavedState:
+    check_folder(folder)
+    content = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
+    tensors = {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
+    return SavedState(step=content["step"], tensors=tensors, values=content["values"])
 
 
 @contextmanager
@@ -190,7 +266,7 @@ def full_disk_explained(path: Path) -> Iterator[None]:
     """Turn a full disk, or a folder that cannot be written, into an error with a way out.
 
     Args:
-        path: what is being written, for the message.
+        path: the run folder that is being written.
 
     Raises:
         TrainError: the disk is full or the folder is not writable.
@@ -198,38 +274,6 @@ def full_disk_explained(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        if is_full:
-            message = f"the disk of {path} is full; the last whole state is kept"
-            raise TrainError(message, remedy=f"free some space, then: declip pretrain --resume {path}") from error
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            raise RunDir(path)._full_disk("a file could not be written") from error
         raise TrainError(f"cannot write to {path}: {error}", remedy="choose another folder with --out") from error
-
-
-def _write_state(state: SavedState, folder: Path) -> None:
-    folder.mkdir(parents=True)
-    for name, tensors in state.tensors.items():
-        on_cpu = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        save_file(on_cpu, folder / f"{name}.safetensors")
-    _write_text(folder / _STATE_FILE, json.dumps({"step": state.step, "values": state.values}))
-
-
-def optimizer_tensors(optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Flatten the state of optimizers into named tensors."""
-    flat = {}
-    for number, optimizer in enumerate(optimizers):
-        for index, values in optimizer.state_dict()["state"].items():
-            for key, value in values.items():
-                if isinstance(value, Tensor):
-                    flat[f"{number}.{index}.{key}"] = value
-    return flat
-
-
-def restore_optimizers(optimizers: list[torch.optim.Optimizer], flat: Mapping[str, Tensor]) -> None:
-    """Put flattened tensors back into optimizers of the same build."""
-    for number, optimizer in enumerate(optimizers):
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, value in flat.items():
-            owner, index, key = name.split(".", 2)
-            if int(owner) == number:
-                state.setdefault(int(index), {})[key] = value
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

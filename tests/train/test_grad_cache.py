@@ -5,8 +5,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from declip_cli.train.big_batch import forward_backward
-from tests.golden_files import golden_batch, golden_method, load_golden
+from declip_cli.train.grad_cache import forward_backward
+from tests.golden_files import golden_batch, golden_case, golden_method, load_golden
 
 
 def gradients(name, *, micro_batch_size, faithful):
@@ -19,7 +19,7 @@ def gradients(name, *, micro_batch_size, faithful):
 @pytest.mark.parametrize("faithful", [True, False])
 @pytest.mark.parametrize("method", ["clip", "slip", "filip", "declip", "defilip"])
 def test_micro_batches_give_the_gradient_of_the_whole_batch(method, faithful):
-    name = f"{method}_vit_seed1_world1"
+    name = golden_case(method)
     whole, expected = gradients(name, micro_batch_size=0, faithful=faithful)
     parts, found = gradients(name, micro_batch_size=3, faithful=faithful)
     assert parts.terms.total.item() == pytest.approx(whole.terms.total.item(), rel=1e-5)
@@ -31,7 +31,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(method, faithful):
 
 
 def test_running_statistics_of_a_resnet_count_each_batch_once():
-    golden = load_golden("clip_rn_seed1_world1")
+    golden = load_golden(golden_case("clip", arch="rn"))
     method = golden_method(golden)
     forward_backward(method, golden_batch(golden), micro_batch_size=4, autocast=nullcontext)
     assert int(method.encoder.visual.bn1.num_batches_tracked) == 2
@@ -39,7 +39,7 @@ def test_running_statistics_of_a_resnet_count_each_batch_once():
 
 @pytest.mark.parametrize("method", ["clip", "defilip"])
 def test_a_frozen_tower_needs_no_gradient_of_the_parts(method):
-    golden = load_golden(f"{method}_vit_seed1_world1")
+    golden = load_golden(golden_case(method))
     trained = golden_method(golden, faithful=False)
     trained.encoder.visual.requires_grad_(False)
     forward_backward(trained, golden_batch(golden), micro_batch_size=3, autocast=nullcontext)

@@ -1,0 +1,173 @@
+"""Processes that train together: they join, agree, and end together as soon as one of them fails."""
+
+import json
+import os
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from declip_cli.distributed import rank, world_size
+from declip_cli.errors import DeclipError, TrainError
+
+TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits for the others, to start and in every collective."""
+_POLL_S = 1.0
+_SILENCE_S = 45.0
+"""A rank that gives no sign of life for so long counts as killed."""
+_GOODBYE_S = 10.0
+"""How long a failing rank stays so that the others can read why; the store may live in its process."""
+_FAILED, _READ, _ALIVE = "declip/failed", "declip/read", "declip/alive/"
+
+T = TypeVar("T")
+
+
+def is_launched() -> bool:
+    """Tell whether a launcher (accelerate launch, torchrun, srun) has already given this process its rank."""
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+
+
+@contextmanager
+def joined(*, has_gpu: bool, tell: Callable[[str], None]) -> Iterator[None]:
+    """Join the processes that a launcher started; an error inside the block ends all of them.
+
+    Every rank gives a sign of life and looks for a failure once a second, beside the work, through the key-value
+    store under the process group: a rank that waits in a collective for one that failed ends within seconds.
+
+    Args:
+        has_gpu: tensors on a GPU are exchanged too; those on the CPU always are.
+        tell: prints a message; called on rank 0 when another rank has failed.
+
+    Raises:
+        TrainError: the processes do not find each other, or one of them is gone.
+        DeclipError: whatever this rank raised.
+    """
+    if not is_launched():
+        yield
+        return
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=TIMEOUT)
+    except (RuntimeError, ValueError) as error:  # dist.DistError is a RuntimeError
+        raise TrainError(
+            f"the {os.environ['WORLD_SIZE']} processes do not find each other: {error}",
+            remedy="check MASTER_ADDR and MASTER_PORT, and that every process has started",
+        ) from error
+    watch = _Watch(tell)
+    try:
+        yield
+        dist.barrier()
+    except BaseException as error:
+        watch.fail(error)
+        if isinstance(error, RuntimeError) and not isinstance(error, DeclipError) and _is_broken_connection(error):
+            raise TrainError(
+                "another process is gone: it was killed, or its machine is down",
+                remedy="look at its output; if memory ran out: --micro-batch-size; then --resume",
+            ) from error
+        raise
+    watch.stop()
+    dist.destroy_process_group()
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """Call a function on rank 0 and give its result, fit for pickling, to every rank."""
+    if world_size() == 1:
+        return make()
+    box: list[Any] = [make() if rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0, device="cpu")
+    result: T = box[0]
+    return result
+
+
+def from_all(value: T) -> list[T]:
+    """Collect a value, fit for pickling, of every rank, in the order of the ranks."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+class _Watch:
+    """A thread that looks after the other ranks."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+        # A connection of its own: the main thread may wait in the other one.
+        self._store = dist.distributed_c10d._get_default_store().clone()
+        self._store.set_timeout(timedelta(seconds=_SILENCE_S))
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="declip-watch", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Leave after all ranks have come to the end; rank 0 last, since the store may live in its process."""
+        self._over.set()
+        self._thread.join()
+        with suppress(RuntimeError):
+            num_gone = self._store.add(_READ, 1)
+            began = time.monotonic()
+            while rank() == 0 and num_gone < world_size() and time.monotonic() - began < _GOODBYE_S:
+                time.sleep(0.05)
+                num_gone = self._store.add(_READ, 0)
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the other ranks why this one ends, and wait until they have read it."""
+        self._over.set()
+        self._thread.join()
+        with suppress(RuntimeError):
+            if self._store.check([_FAILED]):  # this error only follows from that one
+                self._end(self._store.get(_FAILED).decode())
+            if isinstance(error, DeclipError):
+                message = f"{error.message}\n  fix: {error.remedy}"
+            else:
+                message = "".join(traceback.format_exception_only(error)).strip()
+            self._store.set(_FAILED, json.dumps({"rank": rank(), "message": message}))
+            began = time.monotonic()
+            while self._store.add(_READ, 0) < world_size() - 1 and time.monotonic() - began < _GOODBYE_S:
+                time.sleep(0.1)
+
+    def _run(self) -> None:
+        seen: dict[int, tuple[bytes, float]] = {}
+        others = [r for r in range(world_size()) if r != rank()] if rank() == 0 else [0]
+        count = 0
+        try:
+            while not self._over.wait(_POLL_S):
+                count += 1
+                self._store.set(f"{_ALIVE}{rank()}", str(count))
+                if self._store.check([_FAILED]):
+                    self._end(self._store.get(_FAILED).decode())
+                self._look_after(others, seen)
+        except RuntimeError:
+            if not self._over.is_set():
+                self._end(json.dumps({"rank": 0, "message": "it is gone without a word: killed, or its machine is down"}))
+
+    def _look_after(self, others: list[int], seen: dict[int, tuple[bytes, float]]) -> None:
+        """End everything when one of the ranks has been silent for too long."""
+        now = time.monotonic()
+        for other in others:
+            key = f"{_ALIVE}{other}"
+            sign = self._store.get(key) if self._store.check([key]) else b""
+            if seen.setdefault(other, (sign, now))[0] != sign:
+                seen[other] = (sign, now)
+            elif now - seen[other][1] > _SILENCE_S:
+                message = f"no sign of life for {_SILENCE_S:.0f} s: killed, or its machine is down"
+                self._store.set(_FAILED, json.dumps({"rank": other, "message": message}))
+
+    def _end(self, failure: str) -> None:
+        """End this process, whatever its main thread waits for."""
+        with suppress(RuntimeError):
+            self._store.add(_READ, 1)
+        content = json.loads(failure)
+        if rank() == 0:
+            self._tell(f"error: process {content['rank']} of {world_size()} has failed: {content['message']}")
+        os._exit(1)
+
+
+def _is_broken_connection(error: RuntimeError) -> bool:
+    words = ("gloo", "nccl", "connection", "socket", "peer")
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)

@@ -1,0 +1,310 @@
+"""A run as one resolved object: what was asked, merged and checked, and every number that follows from it."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from declip_cli.config import RunConfig
+from declip_cli.config_checks import require
+from declip_cli.config_files import build_config, merge_into, parse_assignments, read_settings, to_plain
+from declip_cli.errors import ConfigError
+from declip_cli.methods.registry import METHODS
+from declip_cli.model.architectures import find_architecture
+from declip_cli.presets import PRESETS, settle_method
+from declip_cli.recipes import load_recipe
+
+PAPER_EPOCHS = 32
+_PEAK_AT_4096 = 1e-3
+_WARMUP_STEPS = 2500
+_DEPENDENT = {
+    ("optim", "learning_rate_peak"): (("optim", "learning_rate_start"),),
+    ("optim", "warmup_steps"): (("optim", "warmup_samples"),),
+    ("train", "steps"): (("train", "samples"),),
+    ("train", "epochs"): (("train", "samples"),),
+    ("model", "arch"): (("model", "image_side_px"), ("model", "context_length"), ("model", "embed_dim")),
+}
+"""Settings that are settled anew when a run is resumed with another one changed."""
+_PRESET_KEYS = tuple((section, key) for section, values in PRESETS[False].items() for key in values)
+for _key in (("method", "name"), ("method", "faithful")):
+    _DEPENDENT[_key] = (("method", "weights"), *_PRESET_KEYS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataFacts:
+    """What the data adds to a configuration."""
+
+    num_pairs: int
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What the hardware adds to a configuration."""
+
+    world_size: int
+    device: str
+    precision: str
+    """fp32, bf16 or fp16."""
+    cores: int
+    """Cores of this process."""
+    threads: int
+    workers: int
+    """Loader threads."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedRun:
+    """Everything a run does, settled: what is printed, saved, hashed and resumed."""
+
+    asked: RunConfig
+    """What recipe, file and options said; None where they said nothing."""
+    config: RunConfig
+    """The same with every number settled that decides the result; what only concerns the machine stays as asked."""
+    data: DataFacts
+    machine: Machine
+    schedule_batch: int
+    """Pairs of the first step, in which the schedule is laid out: the global batch that the run began with."""
+
+    @property
+    def global_batch(self) -> int:
+        """Pairs per step on all processes together."""
+        return self.config.train.batch_size * self.machine.world_size
+
+    def total_steps(self, *, step: int = 0, samples_seen: int = 0) -> int:
+        """Count the steps of the whole run, from where it stands, at this global batch."""
+        return step + math.ceil((_settled(self.config.train.samples) - samples_seen) / self.global_batch)
+
+    @property
+    def digest(self) -> str:
+        """Name what decides the result: sha256 of settled settings, data and batch, its first 16 digits."""
+        train = replace(
+            self.config.train, threads=None, processes=None, tracker=None, device="auto", init=None, time_limit_s=None
+        )
+        settings = replace(self.config, train=train, data=replace(self.config.data, workers=None, cache_dir=None))
+        content = [to_plain(settings), asdict(self.data), self.schedule_batch]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all of it as nested plain values, fit for JSON."""
+        facts = asdict(self.data) | asdict(self.machine)
+        facts |= {"global_batch": self.global_batch, "schedule_batch": self.schedule_batch}
+        facts |= {"total_steps": self.total_steps(), "digest": self.digest}
+        return {"asked": to_plain(self.asked), "config": to_plain(self.config), "run": facts}
+
+
+def resolved_from_json(content: Mapping[str, Any]) -> ResolvedRun:
+    """Read what `ResolvedRun.to_json` returned.
+
+    Raises:
+        ConfigError: a setting is unknown or out of range.
+        KeyError: something is missing.
+    """
+    run = content["run"]
+    return ResolvedRun(
+        asked=build_config(RunConfig, content["asked"]),
+        config=build_config(RunConfig, content["config"]),
+        data=DataFacts(**{key: run[key] for key in DataFacts.__dataclass_fields__}),
+        machine=Machine(**{key: run[key] for key in Machine.__dataclass_fields__}),
+        schedule_batch=int(run["schedule_batch"]),
+    )
+
+
+def resolve_run(
+    recipe: str | None,
+    file: Path | None,
+    options: Mapping[str, Mapping[str, Any]],
+    assignments: Iterable[str],
+    *,
+    before: RunConfig | None = None,
+) -> tuple[RunConfig, list[str]]:
+    """Merge what was asked, weakest first: the run before or the recipe, the file, options, assignments.
+
+    However the method is named (`--method`, `--set method.name=`, `[method] name`), a recipe for another one lends
+    only what both have: its loss weights are its own.
+
+    Args:
+        recipe: name of a recipe; the demo brings its own where neither recipe nor file is named.
+        file: TOML with the sections of `RunConfig`, or the `config.json` of a run.
+        options: section → key → value, of the command line's options; None was not given.
+        assignments: words `section.key=value`.
+        before: what a run that is resumed was asked.
+
+    Returns:
+        The configuration, checked; and notes on what was left out or changes nothing.
+
+    Raises:
+        ConfigError: a name, key, type or value cannot be used.
+    """
+    given = {section: {k: v for k, v in values.items() if v is not None} for section, values in options.items()}
+    from_file = read_settings(file) if file is not None else {}
+    said: dict[str, Any] = {}
+    for part in (from_file, given, parse_assignments(assignments)):
+        _overlay(said, part)
+    is_demo = given.get("data", {}).get("path") == ["demo"]
+    if recipe is None and file is None and before is None and is_demo:
+        recipe = "declip-demo"
+    settings = to_plain(before) if before is not None else load_recipe(recipe) if recipe is not None else {}
+    notes = _leave_out_other_method(settings, said, whose=f"recipe {recipe}" if recipe else "the run so far")
+    _overlay(settings, said)
+    config = build_config(RunConfig, settings)
+    return config, notes + list(_ignored(said, config))
+
+
+def _overlay(settings: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Let stronger settings override weaker ones; the length of a run is one of three settings."""
+    lengths = ("samples", "steps", "epochs")
+    train = changes.get("train", {})
+    if isinstance(train, Mapping) and any(train.get(key) not in (None, "none") for key in lengths):
+        merge_into(settings, {"train": dict.fromkeys(lengths)})
+    merge_into(settings, changes)
+
+
+def _leave_out_other_method(settings: dict[str, Any], said: Mapping[str, Any], *, whose: str) -> list[str]:
+    """Drop from settings of another method what the chosen one has not, and the loss weights."""
+    method = settings.get("method", {})
+    chosen = said.get("method", {}).get("name") if isinstance(said.get("method", {}), Mapping) else None
+    if chosen is None or chosen == method.get("name", chosen) or chosen not in METHODS:
+        return []
+    for key in [key for key in method if key == "weights" or key not in METHODS[chosen].options]:
+        del method[key]
+    return [f"note: method {chosen} has its own loss weights; those of {whose} are left out"]
+
+
+def _ignored(said: Mapping[str, Any], config: RunConfig) -> Iterable[str]:
+    """Name settings that were given but change nothing."""
+    for key in said.get("method", {}):
+        if key not in METHODS[config.method.name].options:
+            yield f"note: method {config.method.name} does not use method.{key}"
+    if said.get("train", {}).get("eval_every_steps") and not config.train.eval:
+        yield "note: train.eval_every_steps changes nothing without --eval"
+
+
+def resolve(
+    asked: RunConfig,
+    *,
+    data: DataFacts,
+    machine: Machine,
+    before: ResolvedRun | None = None,
+    step: int = 0,
+    samples_seen: int = 0,
+) -> ResolvedRun:
+    """Settle every number of a run.
+
+    Args:
+        asked: from `resolve_run`.
+        data: how much there is to learn from.
+        machine: what it runs on.
+        before: the run that is resumed: what it settled stays, unless it was changed or depends on what was.
+        step: steps it has taken.
+        samples_seen: pairs it has seen.
+
+    Returns:
+        The run.
+
+    Raises:
+        ConfigError: the settings do not fit each other or the data.
+    """
+    config = kept_settings(asked, before) if before is not None else asked
+    global_batch = config.train.batch_size * machine.world_size
+    schedule_batch = before.schedule_batch if before is not None else global_batch
+    architecture = find_architecture(config.model)
+    model = replace(
+        config.model,
+        image_side_px=architecture.image_side_px,
+        context_length=architecture.text.context_length,
+        embed_dim=architecture.embed_dim,
+    )
+    method = replace(
+        settle_method(config.method), weights=METHODS[config.method.name].default_weights | config.method.weights
+    )
+    samples = _length(config, global_batch, data, step=step, samples_seen=samples_seen)
+    preset = PRESETS[config.method.faithful]
+    train = {key: value for key, value in preset["train"].items() if getattr(config.train, key) is None}
+    settled = RunConfig(
+        model=model,
+        data=config.data,
+        augment=config.augment,
+        method=method,
+        optim=_settle_optim(config, samples=samples, global_batch=global_batch, schedule_batch=schedule_batch),
+        train=replace(
+            config.train, **train, samples=samples, steps=None, epochs=None, precision=machine.precision  # type: ignore[arg-type]
+        ),
+    )
+    low, high = _settled(settled.train.logit_scale_min), _settled(settled.train.logit_scale_max)
+    require(
+        low <= high,
+        f"train.logit_scale_min must not exceed train.logit_scale_max (got {low}, {high})",
+        remedy="--set train.logit_scale_max=4.6052",
+    )
+    return ResolvedRun(asked=asked, config=settled, data=data, machine=machine, schedule_batch=schedule_batch)
+
+
+def kept_settings(asked: RunConfig, before: ResolvedRun) -> RunConfig:
+    """Take over what the run before settled, but for what was changed now and what depends on it."""
+    old, new, settings = to_plain(before.asked), to_plain(asked), to_plain(before.config)
+    changed = [(section, key) for section in new for key in new[section] if new[section][key] != old[section][key]]
+    for section, key in [*changed, *(other for key in changed for other in _DEPENDENT.get(key, ()))]:
+        settings[section][key] = new[section][key]
+    config: RunConfig = build_config(RunConfig, settings)
+    return config
+
+
+def _length(config: RunConfig, global_batch: int, data: DataFacts, *, step: int, samples_seen: int) -> int:
+    """Count the pairs that the run sees in all."""
+    train = config.train
+    if train.samples is not None:
+        return train.samples
+    if train.steps is not None:
+        return samples_seen + (train.steps - step) * global_batch
+    steps_per_epoch = data.num_pairs // global_batch
+    epochs = PAPER_EPOCHS if train.epochs is None else train.epochs
+    samples = round(epochs * steps_per_epoch) * global_batch
+    require(samples >= 1, "the run has no step", remedy="--steps 1000 or --epochs 32")
+    return samples
+
+
+def _settle_optim(config: RunConfig, *, samples: int, global_batch: int, schedule_batch: int) -> Any:  # noqa: ANN401
+    optim = config.optim
+    peak = optim.learning_rate_peak
+    if peak is None:
+        require(
+            optim.optimizer == "adamw",
+            "optim.optimizer = sgd has no default learning rate",
+            remedy="--learning-rate 0.2 (the original's at 88 M pairs), or another",
+        )
+        peak = _PEAK_AT_4096 * math.sqrt(global_batch / 4096)
+    warmup = optim.warmup_samples
+    if warmup is None and optim.warmup_steps is not None:
+        warmup = optim.warmup_steps * schedule_batch
+    if warmup is None:
+        warmup = min(_WARMUP_STEPS, samples // schedule_batch // 10) * schedule_batch
+    require(
+        warmup < samples or samples <= schedule_batch,
+        f"optim.warmup_steps must be less than the steps of the run (got {warmup / schedule_batch:g}, "
+        f"{samples / schedule_batch:g})",
+        remedy=f"--set optim.warmup_steps={samples // schedule_batch // 10}",
+    )
+    preset = PRESETS[config.method.faithful]["optim"]
+    return replace(
+        optim,
+        **{key: value for key, value in preset.items() if getattr(optim, key) is None},
+        learning_rate_peak=peak,
+        learning_rate_start=peak / 10 if optim.learning_rate_start is None else optim.learning_rate_start,
+        warmup_samples=warmup,
+        warmup_steps=None,
+    )
+
+
+def _settled(value: float | int | None) -> Any:  # noqa: ANN401
+    """Take a value out of its optional type once it is settled.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if value is None:
+        raise ConfigError("the run is not resolved yet", remedy="call resolve() first")
+    return value

@@ -1,0 +1,256 @@
+"""Put a run together: hardware, data, method, optimizers."""
+
+import importlib.util
+import math
+import os
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from declip_cli.config import RunConfig, TrainConfig
+from declip_cli.config_checks import require
+from declip_cli.data.samples import SampleStore
+from declip_cli.data.stream import StreamConfig, TrainStream
+from declip_cli.distributed import copy_from_main, rank, world_size
+from declip_cli.errors import TrainError
+from declip_cli.methods.base import Method
+from declip_cli.methods.registry import build_method
+from declip_cli.model.batch_norm import use_full_batch_norm
+from declip_cli.model.checkpoint import load_model
+from declip_cli.model.precision import has_native_bf16
+from declip_cli.process_group import from_all
+from declip_cli.resolve import Machine, ResolvedRun
+from declip_cli.train.ema import WeightAverage
+from declip_cli.train.optim import Schedule, build_optimizers, schedule_of
+
+
+@dataclass(slots=True, kw_only=True)
+class Training:
+    """All parts of a run, ready for the loop."""
+
+    run: ResolvedRun
+    accelerator: Accelerator
+    method: Method
+    stream: TrainStream
+    optimizers: list[torch.optim.Optimizer]
+    average: WeightAverage | None
+    schedule: Schedule
+    step: int = 0
+    samples_seen: int = 0
+    seconds: float = 0.0
+    """Since the run began, interruptions left out."""
+    startup_seconds: float = 0.0
+    """Of these, up to the end of a session's first step: compiling, filling the loader."""
+    num_rollbacks: int = 0
+    bad_steps: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))
+    """Broken batches in all, and in a row up to now; on the device, int64, (2,)."""
+
+    @property
+    def config(self) -> RunConfig:
+        """The settings, all settled."""
+        return self.run.config
+
+    @property
+    def clip_norm(self) -> float:
+        """Largest joint norm of the gradients; inf never clips."""
+        norm = self.config.optim.gradient_clip_norm
+        return math.inf if norm is None else norm
+
+    @property
+    def logit_scale_bounds(self) -> tuple[float, float]:
+        """Lowest and highest logarithm of the logit scales."""
+        return self.config.train.logit_scale_min or 0.0, self.config.train.logit_scale_max or 0.0
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run at today's global batch."""
+        return self.run.total_steps(step=self.step, samples_seen=self.samples_seen)
+
+
+def find_machine(config: RunConfig, *, num_processes: int | None = None) -> Machine:
+    """Settle device, number format and threads.
+
+    Args:
+        config: `train.device`, `train.precision`, `train.threads`, `data.workers`.
+        num_processes: how many there will be; None: those there are.
+
+    Returns:
+        What the run has to work with; on several ranks, of this one.
+
+    Raises:
+        TrainError: the device or the precision is not available.
+    """
+    device = find_device(config.train)
+    precision = config.train.precision
+    if precision == "auto":
+        has_tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+        precision = "bf16" if has_native_bf16(device) else "fp16" if has_tensor_cores else "fp32"
+    if precision == "fp16" and device.type != "cuda":
+        raise TrainError(f"fp16 needs a GPU (found {device.type})", remedy="--precision bf16 or --precision fp32")
+    cores = count_cores(num_processes or 1)
+    threads = config.train.threads or cores
+    workers = config.data.workers
+    if workers is None:
+        workers = min(16, threads) if device.type == "cuda" else 1
+    return Machine(
+        world_size=num_processes or world_size(),
+        device=device.type,
+        precision=precision,
+        cores=cores,
+        threads=threads,
+        workers=workers,
+    )
+
+
+def find_device(train: TrainConfig) -> torch.device:
+    """Find the kind of device that `train.device` means here.
+
+    Raises:
+        TrainError: there is none.
+    """
+    if train.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    is_there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.get(train.device, True)
+    if not is_there:
+        raise TrainError(
+            f"train.device is {train.device}, which this machine does not have", remedy="--set train.device=cpu"
+        )
+    return torch.device(train.device)
+
+
+def count_cores(num_local: int = 1) -> int:
+    """Count the cores that are this process's own.
+
+    `srun` may already have bound each rank to its share; ranks that share the same cores share them evenly.
+
+    Args:
+        num_local: processes that will be started here; ignored where ranks can be asked.
+    """
+    mine = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    if world_size() > 1:
+        num_local = from_all((socket.gethostname(), mine)).count((socket.gethostname(), mine))
+    return max(1, len(mine) // num_local)
+
+
+def build_training(run: ResolvedRun, samples: SampleStore, *, path: Path, is_resumed: bool = False) -> Training:
+    """Make everything a run needs.
+
+    Args:
+        run: resolved.
+        samples: its pairs.
+        path: the run folder, for trackers.
+        is_resumed: a saved state follows, so `train.init` is not read again.
+
+    Returns:
+        The parts, on their device, with the same random weights on every rank.
+
+    Raises:
+        DeclipError: data, model or options cannot be used.
+    """
+    config = run.config
+    torch.set_num_threads(run.machine.threads)
+    # TF32 is what float32 meant in the original's PyTorch; other devices have none.
+    torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = config.train.tf32
+    accelerator = _build_accelerator(run, path)
+    torch.manual_seed(config.train.seed)
+    method = build_method(config.model, config.method)
+    with torch.no_grad():
+        for name, parameter in method.named_parameters():
+            if "logit_scale" in name:
+                parameter.fill_(config.train.logit_scale_init)
+    if config.train.init and not is_resumed:
+        _start_from(method, config)
+    stream = _build_stream(run, samples, method, accelerator)
+    method.to(accelerator.device)
+    if world_size() > 1 and config.method.batch_norm == "global":
+        use_full_batch_norm(method, is_accelerator=accelerator.device.type == "cuda")
+    _freeze(method, config)
+    copy_from_main(list(method.parameters()) + list(method.buffers()))
+    if config.train.compile:
+        method.encoder.visual.compile()
+        method.encoder.text.compile()
+    decay = config.train.ema_decay
+    return Training(
+        run=run,
+        accelerator=accelerator,
+        method=method,
+        stream=stream,
+        optimizers=build_optimizers(method, config),
+        average=WeightAverage(method.encoder, decay=decay) if decay else None,
+        schedule=schedule_of(run),
+        bad_steps=torch.zeros(2, dtype=torch.int64, device=accelerator.device),
+    )
+
+
+def _build_accelerator(run: ResolvedRun, path: Path) -> Accelerator:
+    tracker = run.config.train.tracker
+    if tracker and importlib.util.find_spec(tracker) is None:
+        raise TrainError(f"train.tracker is {tracker}, which is not installed", remedy=f"pip install {tracker}")
+    return Accelerator(
+        cpu=run.machine.device == "cpu",
+        mixed_precision={"fp32": "no"}.get(run.machine.precision, run.machine.precision),
+        log_with=tracker,
+        project_dir=str(path),
+    )
+
+
+def _build_stream(run: ResolvedRun, samples: SampleStore, method: Method, accelerator: Accelerator) -> TrainStream:
+    config, architecture = run.config, method.encoder.architecture
+    return TrainStream(
+        samples,
+        StreamConfig(
+            views=method.views,
+            augment=config.augment,
+            side_px=architecture.image_side_px,
+            context_length=architecture.text.context_length,
+            batch_size=config.train.batch_size,
+            seed=config.train.seed,
+            rank=rank(),
+            world_size=world_size(),
+            workers=run.machine.workers,
+            mask_special_ids=bool(config.method.mask_special_ids),
+            max_bad=config.data.max_bad,
+            pin_memory=accelerator.device.type == "cuda",
+        ),
+    )
+
+
+def _start_from(method: Method, config: RunConfig) -> None:
+    start = load_model(Path(str(config.train.init)), option="--init")
+    theirs, ours = start.encoder.state_dict(), method.encoder.state_dict()
+    wrong = [name for name, value in ours.items() if name in theirs and theirs[name].shape != value.shape]
+    missing = [name for name in ours if name not in theirs and not name.startswith("token_wise.")]
+    kinds: dict[str, tuple[Any, Any]] = {
+        "the activation (model.quick_gelu)": (
+            method.encoder.architecture.quick_gelu,
+            start.encoder.architecture.quick_gelu,
+        )
+    }
+    differing = wrong + missing + [name for name, (mine, other) in kinds.items() if mine != other]
+    if differing:
+        raise TrainError(
+            f"--init {config.train.init} does not fit --arch {config.model.arch}: {differing[0]} differs",
+            remedy="choose the architecture (and model.image_side_px, model.context_length, model.quick_gelu) "
+            "that it was trained with",
+        )
+    method.encoder.load_state_dict(ours | {name: theirs[name] for name in ours if name in theirs})
+
+
+def _freeze(method: Method, config: RunConfig) -> None:
+    for tower in config.train.freeze:
+        (method.encoder.visual if tower == "image" else method.encoder.text).requires_grad_(False)
+    if config.optim.logit_scale_learning_rate == 0:  # else its gradient would pile up and count in the clipped norm
+        for name, parameter in method.named_parameters():
+            if "logit_scale" in name:
+                parameter.requires_grad_(False)
+    require(
+        any(parameter.requires_grad for parameter in method.parameters()),
+        "everything is frozen, nothing is left to train",
+        remedy="freeze one tower only: --set train.freeze=image",
+    )

@@ -1,0 +1,78 @@
+"""How much memory a run will take on each process, before it is started."""
+
+from contextlib import nullcontext
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from declip_cli.batch import Batch, Embeddings
+from declip_cli.methods.base import Method
+from declip_cli.methods.registry import build_method
+from declip_cli.model.text_transformer import END_ID
+from declip_cli.resolve import ResolvedRun
+
+_PAIRS = 4
+"""Pairs on which the memory of one is counted."""
+_LOGITS_AT_ONCE = 2
+"""Copies of a matrix of logits that a cross-entropy keeps: the logits and their softmax."""
+
+
+def estimate_memory(run: ResolvedRun) -> dict[str, float]:
+    """Estimate the memory of one process, in MiB.
+
+    What backward keeps is counted, not guessed: a few pairs are encoded here and every tensor saved for backward is
+    added up. It grows in a line with the pairs of a forward pass.
+
+    Args:
+        run: resolved.
+
+    Returns:
+        `weights` (with gradients, moments and running average), `activations` of one forward pass, `logits` of the
+        objective, `embeddings` cached for micro-batches, and their `total`.
+    """
+    config = run.config
+    torch.manual_seed(0)
+    method = build_method(config.model, config.method).train()
+    copies = 4 if config.optim.optimizer == "adamw" else 3  # weight, gradient, one or two moments
+    num_bytes = sum(p.nbytes for p in method.parameters()) * copies + sum(b.nbytes for b in method.buffers())
+    if config.train.ema_decay:
+        num_bytes += sum(p.nbytes for p in method.encoder.parameters())
+    per_pair, embedded = _kept_for_backward(method, run)
+    size = min(config.train.micro_batch_size or config.train.batch_size, config.train.batch_size)
+    num_matrices = 2 * config.method.pairs if config.method.name in ("declip", "defilip") else 2
+    logits = num_matrices * _LOGITS_AT_ONCE * config.train.batch_size * run.global_batch * 4
+    cached = 2 * embedded * config.train.batch_size if size < config.train.batch_size else 0
+    sizes = {"weights": num_bytes, "activations": per_pair * size, "logits": logits, "embeddings": cached}
+    mebibytes = {name: round(value / 2**20, 1) for name, value in sizes.items()}
+    return mebibytes | {"total": round(sum(mebibytes.values()), 1)}
+
+
+def _kept_for_backward(method: Method, run: ResolvedRun) -> tuple[float, float]:
+    """Count the bytes that backward keeps, and those of the embeddings, for each pair."""
+    architecture, views = method.encoder.architecture, method.views
+    side, length = architecture.image_side_px, architecture.text.context_length
+    tokens = torch.full((_PAIRS, len(views.texts), length), END_ID)
+    labels = torch.full((_PAIRS, length), -100)
+    labels[:, : max(1, length // 7)] = 1
+    batch = Batch(
+        images=torch.zeros(_PAIRS, len(views.images), side, side, 3, dtype=torch.uint8),
+        tokens=tokens,
+        mask_labels=labels,
+        numbers=torch.arange(_PAIRS),
+    )
+    kept: dict[int, int] = {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in method.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    is_half = run.machine.precision != "fp32"
+    context = torch.autocast("cpu", dtype=torch.bfloat16) if is_half else nullcontext()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), context:
+        embeddings = method.embed(batch)
+    embedded = sum(getattr(embeddings, field.name).nbytes for field in fields(Embeddings))
+    return sum(kept.values()) / _PAIRS, embedded / _PAIRS
