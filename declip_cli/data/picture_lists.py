@@ -72,7 +72,7 @@ def list_pictures(source: str, *, lines: Iterable[str] = (), data_root: Path | N
             remedy="name a folder of pictures, a folder of shards, `demo`, or - to read paths from stdin",
         )
     elif has_shards(source):
-        found = _from_store(source, open_samples([source]))
+        found = _from_store(source, open_samples([source], together=False))
     else:
         found = _from_files(source)
     if not found.pictures:

@@ -98,7 +98,7 @@ def open_retrieval(name: str, *, data_root: Path | None = None) -> RetrievalSet:
             remedy=f"choose from demo, {', '.join(KNOWN_RETRIEVAL)}, or name a folder with {CAPTIONS_FILE}",
         )
     if has_shards(name):
-        return _from_store(name, open_samples([name]))
+        return _from_store(name, open_samples([name], together=False))
     return _from_records(name, read_records(name))
 
 

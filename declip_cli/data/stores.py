@@ -4,20 +4,31 @@ from collections.abc import Sequence
 
 from declip_cli.data.demo import demo_samples
 from declip_cli.data.samples import SampleStore
+from declip_cli.data.shards.indexing import Say
 from declip_cli.data.shards.store import open_shards
 from declip_cli.errors import DataError
 
 
-def open_samples(paths: Sequence[str], *, part: str = "", cache_dir: str = "") -> SampleStore:
+def open_samples(
+    paths: Sequence[str],
+    *,
+    part: str | None = None,
+    cache_dir: str | None = None,
+    say: Say | None = None,
+    together: bool = True,
+) -> SampleStore:
     """Open the pairs that `--data` names.
 
     Args:
         paths: folders made by `declip prepare`, tar files or patterns such as `cc3m/{00000..00331}.tar`,
             fsspec URLs of these, or the single word `demo`.
         part: named part of the data: `train`, `fit`, `validation` or `test` of the demo corpus; otherwise the
-            name given to `declip prepare --split`. Empty is the training part.
-        cache_dir: where remote shards and the indexes of write-protected folders are kept; empty uses
+            name given to `declip prepare --split`. None is the training part.
+        cache_dir: where remote shards and the indexes of write-protected folders are kept; None uses
             `$DECLIP_CACHE`, else `~/.cache/declip`.
+        say: told of damaged indexes, and of the progress where shards of others are indexed for the first time.
+        together: if there is a process group, every rank opens the same data now, and they share that work; false
+            for a rank that opens data alone.
 
     Returns:
         All pairs of all paths as one store, in the order given.
@@ -28,8 +39,8 @@ def open_samples(paths: Sequence[str], *, part: str = "", cache_dir: str = "") -
     if not paths:
         raise DataError("no data given", remedy="--data SHARDS, or --data demo for the pairs that come along")
     if "demo" in paths:
-        return _open_demo(paths, part)
-    return open_shards(paths, part=part, cache_dir=cache_dir)
+        return _open_demo(paths, part or "")
+    return open_shards(paths, part=part, cache_dir=cache_dir, say=say, together=together)
 
 
 def _open_demo(paths: Sequence[str], part: str) -> SampleStore:

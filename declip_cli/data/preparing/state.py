@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from typing import Any
 
 from declip_cli import __version__
@@ -16,6 +17,7 @@ from declip_cli.errors import DataError
 from declip_cli.files import parse_json
 
 _PROGRESS, _MEMORY, _LOCK = "progress.json", "progress.memory", "progress.lock"
+_TEMPORARY = re.compile(r"\.\d+\.tmp$")
 _NOT_THE_COMMAND = ("out", "workers", "max_bad", "engine", "force")
 
 
@@ -194,6 +196,7 @@ class OutFolder:
 
 
 def _is_ours(name: str) -> bool:
+    name = _TEMPORARY.sub("", name)  # of a process killed while it wrote
     stem, _, extension = name.partition(".")
     is_shard = stem.isdigit() and extension in ("tar", "index")
     return is_shard or name in (MANIFEST, f"{MANIFEST}.tmp", _PROGRESS, _MEMORY, _LOCK, "unfinished.tar.tmp")

@@ -6,7 +6,6 @@ import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +13,9 @@ from numpy.typing import NDArray
 from declip_cli.data.shards import storage
 from declip_cli.data.shards.tar_samples import read_groups
 from declip_cli.errors import DataError
+from declip_cli.files import parse_json
 
-_VERSION = 1
+_FORMAT = b"declip-index 2 "
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,75 +60,113 @@ def build_index(shard: str) -> ShardIndex:
 
 
 def encode_index(index: ShardIndex) -> bytes:
-    """Write an index as bytes: one line of JSON, then the spans as little-endian int64."""
-    head = {"version": _VERSION, "tar_bytes": index.tar_bytes, "skipped": index.skipped}
-    return json.dumps(head).encode() + b"\n" + index.spans.astype("<i8").tobytes()
+    """Write an index as bytes: format and sha256 of the rest, a line of JSON, the spans as little-endian int64."""
+    head = {"tar_bytes": index.tar_bytes, "skipped": index.skipped}
+    content = json.dumps(head).encode() + b"\n" + index.spans.astype("<i8").tobytes()
+    return _FORMAT + hashlib.sha256(content).hexdigest().encode() + b"\n" + content
 
 
-def decode_index(data: bytes, name: str) -> ShardIndex:
+def decode_index(data: bytes) -> ShardIndex:
     """Read what `encode_index` wrote.
 
     Args:
         data: the bytes.
-        name: of the file, for messages.
 
     Returns:
-        The index.
+        The index; every span lies within the tar.
 
     Raises:
-        DataError: this is no index, or one of another version.
+        ValueError: the bytes are not as they were written, or of another version.
     """
-    line, _, body = data.partition(b"\n")
+    line, _, content = data.partition(b"\n")
+    if line != _FORMAT + hashlib.sha256(content).hexdigest().encode():
+        raise ValueError("damaged" if line.startswith(_FORMAT) else "of another version")
     try:
-        head: dict[str, Any] = json.loads(line)
-        if head["version"] != _VERSION:
-            raise ValueError(f"version {head['version']}, expected {_VERSION}")
+        head_line, _, body = content.partition(b"\n")
+        head = parse_json(head_line)
         spans = np.frombuffer(body, dtype="<i8").reshape(-1, 2).astype(np.int64)
         skipped = {cause: (int(count), str(first)) for cause, (count, first) in head["skipped"].items()}
-        return ShardIndex(spans, int(head["tar_bytes"]), skipped)
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{name} is not a shard index: {error}", remedy=f"delete {name}; it is made again") from error
+        index = ShardIndex(spans, int(head["tar_bytes"]), skipped)
+        is_within = not len(spans) or (spans.min() >= 0 and (spans[:, 0] <= index.tar_bytes - spans[:, 1]).all())
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
+        raise ValueError(f"damaged: {error}") from error
+    if not is_within:
+        raise ValueError("damaged: a sample behind the end of its tar")
+    return index
 
 
-def load_index(shard: str, *, cache_dir: str) -> ShardIndex:
-    """Read the index of a shard, building it on first use.
+def find_index(shard: str, *, cache_dir: str) -> tuple[ShardIndex | None, str]:
+    """Read the index of a shard, if there is one for the shard as it is now.
+
+    Args:
+        shard: local path or URL of a tar archive.
+        cache_dir: where the index may lie if not beside the shard.
+
+    Returns:
+        The index, None where it has to be made; and what is wrong with the file there is, empty if nothing.
+
+    Raises:
+        DataError: the shard is missing or cannot be read.
+    """
+    damage = ""
+    try:
+        tar_bytes = storage.num_bytes(shard)
+        for path in _places(shard, cache_dir):
+            if storage.is_file(path) and not _is_older(path, shard):
+                try:
+                    index = decode_index(storage.read_bytes(path))
+                except ValueError as error:
+                    damage = damage or f"{path} is {error}"
+                else:
+                    if index.tar_bytes == tar_bytes:
+                        return index, ""
+    except DataError:
+        raise
+    except storage.failures_of(shard) as error:
+        raise DataError(f"cannot read the shard {shard}: {error}", remedy="check --data") from error
+    return None, damage
+
+
+def make_index(shard: str, *, cache_dir: str) -> ShardIndex:
+    """Build the index of a shard and save it beside the shard, or in the cache where that cannot be.
 
     Args:
         shard: local path or URL of a tar archive.
         cache_dir: where the index goes if it cannot stand beside the shard.
 
     Returns:
-        The index, for the shard as it is now.
+        The index.
 
     Raises:
-        DataError: the shard is missing, or an index file is damaged.
+        DataError: the shard cannot be read, or the index can be written nowhere.
     """
     try:
-        tar_bytes = storage.num_bytes(shard)
-    except OSError as error:
+        index = build_index(shard)
+    except DataError:
+        raise
+    except storage.failures_of(shard) as error:
         raise DataError(f"cannot read the shard {shard}: {error}", remedy="check --data") from error
-    beside = index_path(shard)
-    name = hashlib.sha256(f"{shard if storage.is_remote(shard) else os.path.abspath(shard)}".encode()).hexdigest()
-    cached = os.path.join(cache_dir, "indexes", f"{name[:24]}.index")
-    for path in (beside, cached):
-        if storage.is_file(path) and not _is_older(path, shard):
-            index = decode_index(storage.read_bytes(path), path)
-            if index.tar_bytes == tar_bytes:
-                return index
-    index = build_index(shard)
-    _save(encode_index(index), beside, cached)
+    beside, cached = _places(shard, cache_dir)
+    data = encode_index(index)
+    if not storage.is_remote(beside) and os.access(os.path.dirname(beside) or ".", os.W_OK):
+        try:
+            storage.write_whole(beside, data)
+            return index
+        except DataError:  # a full disk, or one mounted for reading only
+            pass
+    storage.make_folder(os.path.dirname(cached))
+    storage.write_whole(cached, data)
     return index
+
+
+def _places(shard: str, cache_dir: str) -> tuple[str, str]:
+    """Name the index beside a shard, and in the cache."""
+    address = shard if storage.is_remote(shard) else os.path.abspath(shard)
+    name = hashlib.sha256(address.encode("utf-8", "surrogateescape")).hexdigest()
+    return index_path(shard), os.path.join(cache_dir, "indexes", f"{name[:24]}.index")
 
 
 def _is_older(path: str, shard: str) -> bool:
     if storage.is_remote(shard):
         return False
     return os.path.getmtime(path) < os.path.getmtime(shard)
-
-
-def _save(data: bytes, beside: str, cached: str) -> None:
-    if not storage.is_remote(beside) and os.access(os.path.dirname(beside) or ".", os.W_OK):
-        storage.write_whole(beside, data)
-        return
-    storage.make_folder(os.path.dirname(cached))
-    storage.write_whole(cached, data)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from declip_cli.errors import DataError
+from declip_cli.files import write_bytes
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -42,6 +43,11 @@ def remote_system(url: str) -> tuple[Any, str]:
     except ValueError as error:
         raise DataError(f"cannot open {url}: {error}", remedy="check the URL") from error
     return system, path
+
+
+def failures_of(path: str) -> type[Exception]:
+    """Name what reading a file may raise: OSError, or behind a URL anything, as the packages for stores do."""
+    return Exception if is_remote(path) else OSError
 
 
 def open_binary(path: str) -> BinaryIO:
@@ -218,11 +224,8 @@ def write_whole(path: str, data: bytes) -> None:
         if is_remote(path):
             system, inner = remote_system(path)
             system.pipe_file(inner, data)
-            return
-        temporary = f"{path}.tmp"
-        with open(temporary, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
+        else:
+            write_bytes(Path(path), data)
 
 
 def move_into_place(temporary: str, path: str) -> None:

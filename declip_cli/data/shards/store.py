@@ -12,12 +12,14 @@ import numpy as np
 from declip_cli.data.samples import RawSample
 from declip_cli.data.shards import storage
 from declip_cli.data.shards.files import ShardFiles
-from declip_cli.data.shards.index import ShardIndex, load_index
+from declip_cli.data.shards.index import ShardIndex
+from declip_cli.data.shards.indexing import Say, load_indexes
 from declip_cli.data.shards.tar_samples import captions_of, group_of
 from declip_cli.errors import DataError
 from declip_cli.files import parse_json
 
 MANIFEST = "manifest.json"
+_SHARD_FACTS = {"name": str, "num_bytes": int, "sha256": str}
 PREPARE = "declip prepare SOURCE --out SHARDS, then --data SHARDS"
 
 
@@ -75,16 +77,23 @@ def merge_skipped(total: dict[str, tuple[int, str]], more: Mapping[str, tuple[in
         total[cause] = (before + count, earliest)
 
 
-def open_shards(paths: Sequence[str], *, part: str = "", cache_dir: str = "") -> ShardStore:
-    """Open shards by folder, file or pattern; see `samples.open_samples`."""
+def open_shards(
+    paths: Sequence[str],
+    *,
+    part: str | None = None,
+    cache_dir: str | None = None,
+    say: Say | None = None,
+    together: bool = False,
+) -> ShardStore:
+    """Open shards by folder, file or pattern; see `stores.open_samples`."""
     cache_dir = cache_dir or default_cache_dir()
     shards: list[str] = []
     digest = hashlib.sha256()
     for path in paths:
-        for found, identity in _find(path, part):
+        for found, identity in _find(path, part or ""):
             shards.append(found)
             digest.update(identity.encode() + b"\0")
-    indexes = [load_index(shard, cache_dir=cache_dir) for shard in shards]
+    indexes = load_indexes(shards, cache_dir=cache_dir, say=say, together=together)
     for shard, index in zip(shards, indexes, strict=True):
         digest.update(f"{os.path.basename(shard)}\0{index.tar_bytes}\0".encode())
         digest.update(index.spans.tobytes())
@@ -100,12 +109,12 @@ def default_cache_dir() -> str:
     return os.environ.get("DECLIP_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "declip")
 
 
-def find_shards(path: str, *, part: str = "") -> list[str]:
+def find_shards(path: str, *, part: str | None = None) -> list[str]:
     """List the shards that a folder, a file or a pattern means, in order.
 
     Args:
         path: local path or URL.
-        part: as of `samples.open_samples`.
+        part: as of `stores.open_samples`.
 
     Returns:
         Paths or URLs of tar archives; they exist.
@@ -113,7 +122,7 @@ def find_shards(path: str, *, part: str = "") -> list[str]:
     Raises:
         DataError: there are none.
     """
-    return [shard for shard, _ in _find(path, part)]
+    return [shard for shard, _ in _find(path, part or "")]
 
 
 def read_manifest(folder: str) -> dict[str, Any]:
@@ -131,8 +140,9 @@ def read_manifest(folder: str) -> dict[str, Any]:
     path = storage.join(folder, MANIFEST)
     try:
         manifest: dict[str, Any] = parse_json(storage.read_bytes(path))
-        if not isinstance(manifest["shards"], list):
-            raise TypeError("shards is no list")
+        for shard in manifest["shards"]:
+            if not all(isinstance(shard[fact], kind) for fact, kind in _SHARD_FACTS.items()):
+                raise TypeError("a shard without name, size or sha256")
         return manifest
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged: {error}", remedy="run the same declip prepare with --force") from error

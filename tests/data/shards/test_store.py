@@ -132,11 +132,6 @@ def test_the_index_is_kept_beside_and_made_again_when_the_shard_changes(tmp_path
     assert index.stat().st_mtime_ns == stamp
     write_tar(path, pairs(range(90)))
     assert len(open_samples([str(path)])) == 90
-    index.write_bytes(b"nonsense\n")
-    os.utime(index, ns=(1 << 62, 1 << 62))
-    with pytest.raises(DataError, match="is not a shard index") as caught:
-        open_samples([str(path)])
-    assert "delete" in caught.value.remedy
 
 
 def test_the_index_goes_to_the_cache_where_the_folder_is_write_protected(tmp_path, monkeypatch):
@@ -235,9 +230,16 @@ def test_a_prepared_folder_with_a_damaged_shard_is_refused(tmp_path):
     (tmp_path / "00000.tar").unlink()
     with pytest.raises(DataError, match="is missing"):
         open_samples([str(tmp_path)])
-    (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(DataError, match="manifest.json is damaged"):
-        open_samples([str(tmp_path)])
+    for content in (
+        "{",
+        "[" * 50_000,
+        "[]",
+        '{"shards": [3]}',
+        '{"shards": [{"name": 1, "num_bytes": 1, "sha256": ""}]}',
+    ):
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(DataError, match="manifest.json is damaged"):
+            open_samples([str(tmp_path)])
 
 
 def test_remote_shards_are_fetched_piece_by_piece_and_once(tmp_path, monkeypatch):
