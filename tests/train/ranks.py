@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from declip_cli.distributed import average_gradients
 from declip_cli.model.batch_norm import FullBatchNorm, use_full_batch_norm
-from declip_cli.train.big_batch import forward_backward
+from declip_cli.train.grad_cache import forward_backward
 from tests.golden_files import golden_batch, golden_method, load_golden
 
 
@@ -19,7 +19,7 @@ def step(name, *, rank, num_ranks, micro_batch_size=0, **options):
     """Take one forward and backward pass on this rank's share of a recording."""
     golden = load_golden(name)
     method = golden_method(golden, **options)
-    if num_ranks > 1 and not options["faithful"]:
+    if num_ranks > 1 and method.config.batch_norm == "global":
         use_full_batch_norm(method, is_accelerator=False)
     batch = golden_batch(golden, rank, num_ranks)
     result = forward_backward(method, batch, micro_batch_size=micro_batch_size, autocast=nullcontext)
@@ -28,11 +28,11 @@ def step(name, *, rank, num_ranks, micro_batch_size=0, **options):
         average_gradients(method.parameters())
         dist.all_reduce(terms)
         terms /= num_ranks
-    method.remember(result.embeddings)
+    method.update_queue(result.embeddings, torch.tensor(True))
     found = {f"grad/{k}": p.grad.clone() for k, p in method.named_parameters() if p.grad is not None}
     found |= {f"term/{k}": v for k, v in zip([*result.terms.terms, "total"], terms, strict=True)}
     if hasattr(method, "queue"):
-        found["queue"] = method.queue.rows.clone()
+        found["queue"], found["queue_numbers"] = method.queue.rows.clone(), method.queue.numbers.clone()
     return found
 
 
