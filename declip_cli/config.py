@@ -227,8 +227,8 @@ class OptimConfig:
                 f"(got {self.learning_rate_start}, {self.learning_rate_peak})",
                 remedy="--set optim.learning_rate_start=0",
             )
-        at_least_0 = ("learning_rate_start", "learning_rate_end", "text_learning_rate_peak", "weight_decay", "momentum")
-        at_least_0 += ("logit_scale_learning_rate", "warmup_steps", "warmup_samples", "text_weight_decay")
+        at_least_0 = ["learning_rate_start", "learning_rate_end", "text_learning_rate_peak", "weight_decay", "momentum"]
+        at_least_0 += ["logit_scale_learning_rate", "warmup_steps", "warmup_samples", "text_weight_decay"]
         for key in at_least_0:
             require_at_least(0, "optim", {key: getattr(self, key)})
         require(

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from declip_cli.distributed import rank, world_size
@@ -78,7 +79,7 @@ def from_first(make: Callable[[], T]) -> T:
     if world_size() == 1:
         return make()
     box: list[Any] = [make() if rank() == 0 else None]
-    dist.broadcast_object_list(box, src=0, device="cpu")
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     result: T = box[0]
     return result
 
@@ -144,7 +145,9 @@ class _Watch:
                 self._look_after(others, seen)
         except RuntimeError:
             if not self._over.is_set():
-                self._end(json.dumps({"rank": 0, "message": "it is gone without a word: killed, or its machine is down"}))
+                self._end(
+                    json.dumps({"rank": 0, "message": "it is gone without a word: killed, or its machine is down"})
+                )
 
     def _look_after(self, others: list[int], seen: dict[int, tuple[bytes, float]]) -> None:
         """End everything when one of the ranks has been silent for too long."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from declip_cli.config import RunConfig
 from declip_cli.config_checks import require
@@ -16,6 +16,8 @@ from declip_cli.methods.registry import METHODS
 from declip_cli.model.architectures import find_architecture
 from declip_cli.presets import PRESETS, settle_method
 from declip_cli.recipes import load_recipe
+
+T = TypeVar("T")
 
 PAPER_EPOCHS = 32
 _PEAK_AT_4096 = 1e-3
@@ -76,7 +78,8 @@ class ResolvedRun:
 
     def total_steps(self, *, step: int = 0, samples_seen: int = 0) -> int:
         """Count the steps of the whole run, from where it stands, at this global batch."""
-        return step + math.ceil((_settled(self.config.train.samples) - samples_seen) / self.global_batch)
+        samples: int = settled(self.config.train.samples)
+        return step + math.ceil((samples - samples_seen) / self.global_batch)
 
     @property
     def digest(self) -> str:
@@ -224,30 +227,35 @@ def resolve(
     samples = _length(config, global_batch, data, step=step, samples_seen=samples_seen)
     preset = PRESETS[config.method.faithful]
     train = {key: value for key, value in preset["train"].items() if getattr(config.train, key) is None}
-    settled = RunConfig(
+    whole = RunConfig(
         model=model,
         data=config.data,
         augment=config.augment,
         method=method,
         optim=_settle_optim(config, samples=samples, global_batch=global_batch, schedule_batch=schedule_batch),
         train=replace(
-            config.train, **train, samples=samples, steps=None, epochs=None, precision=machine.precision  # type: ignore[arg-type]
+            config.train,
+            **train,
+            samples=samples,
+            steps=None,
+            epochs=None,
+            precision=machine.precision,  # type: ignore[arg-type]
         ),
     )
-    low, high = _settled(settled.train.logit_scale_min), _settled(settled.train.logit_scale_max)
+    low, high = settled(whole.train.logit_scale_min), settled(whole.train.logit_scale_max)
     require(
         low <= high,
         f"train.logit_scale_min must not exceed train.logit_scale_max (got {low}, {high})",
         remedy="--set train.logit_scale_max=4.6052",
     )
-    return ResolvedRun(asked=asked, config=settled, data=data, machine=machine, schedule_batch=schedule_batch)
+    return ResolvedRun(asked=asked, config=whole, data=data, machine=machine, schedule_batch=schedule_batch)
 
 
 def kept_settings(asked: RunConfig, before: ResolvedRun) -> RunConfig:
     """Take over what the run before settled, but for what was changed now and what depends on it."""
     old, new, settings = to_plain(before.asked), to_plain(asked), to_plain(before.config)
     changed = [(section, key) for section in new for key in new[section] if new[section][key] != old[section][key]]
-    for section, key in [*changed, *(other for key in changed for other in _DEPENDENT.get(key, ()))]:
+    for section, key in [*changed, *(other for one in changed for other in _DEPENDENT.get(one, ()))]:
         settings[section][key] = new[section][key]
     config: RunConfig = build_config(RunConfig, settings)
     return config
@@ -261,6 +269,8 @@ def _length(config: RunConfig, global_batch: int, data: DataFacts, *, step: int,
     if train.steps is not None:
         return samples_seen + (train.steps - step) * global_batch
     steps_per_epoch = data.num_pairs // global_batch
+    if steps_per_epoch == 0:
+        return global_batch  # the loader explains that the data are fewer than one batch
     epochs = PAPER_EPOCHS if train.epochs is None else train.epochs
     samples = round(epochs * steps_per_epoch) * global_batch
     require(samples >= 1, "the run has no step", remedy="--steps 1000 or --epochs 32")
@@ -299,8 +309,8 @@ def _settle_optim(config: RunConfig, *, samples: int, global_batch: int, schedul
     )
 
 
-def _settled(value: float | int | None) -> Any:  # noqa: ANN401
-    """Take a value out of its optional type once it is settled.
+def settled(value: T | None) -> T:
+    """Take a value of a resolved run out of its optional type.
 
     Raises:
         ConfigError: it is not.

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
@@ -10,7 +9,7 @@ import typer
 
 from declip_cli.cli.console import emit, note, user_errors
 from declip_cli.cli.options import Force, Json
-from declip_cli.config import MethodName, OptimConfig, TrainConfig
+from declip_cli.config import MethodName, TrainConfig
 
 if TYPE_CHECKING:
     from declip_cli.train.run import Request

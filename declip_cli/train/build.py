@@ -1,7 +1,6 @@
 """Put a run together: hardware, data, method, optimizers."""
 
 import importlib.util
-import math
 import os
 import socket
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from declip_cli.model.batch_norm import use_full_batch_norm
 from declip_cli.model.checkpoint import load_model
 from declip_cli.model.precision import has_native_bf16
 from declip_cli.process_group import from_all
-from declip_cli.resolve import Machine, ResolvedRun
+from declip_cli.resolve import Machine, ResolvedRun, settled
 from declip_cli.train.ema import WeightAverage
 from declip_cli.train.optim import Schedule, build_optimizers, schedule_of
 
@@ -58,13 +57,12 @@ class Training:
     @property
     def clip_norm(self) -> float:
         """Largest joint norm of the gradients; inf never clips."""
-        norm = self.config.optim.gradient_clip_norm
-        return math.inf if norm is None else norm
+        return settled(self.config.optim.gradient_clip_norm)
 
     @property
     def logit_scale_bounds(self) -> tuple[float, float]:
         """Lowest and highest logarithm of the logit scales."""
-        return self.config.train.logit_scale_min or 0.0, self.config.train.logit_scale_max or 0.0
+        return settled(self.config.train.logit_scale_min), settled(self.config.train.logit_scale_max)
 
     @property
     def total_steps(self) -> int:

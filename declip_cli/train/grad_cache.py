@@ -72,7 +72,7 @@ def forward_backward(
         gradients = [leaves[name].grad[start : start + len(part)] for name in trained]  # type: ignore[index]
         torch.autograd.backward(outputs, gradients)
         start += len(part)
-    return StepResult(terms=_detach_terms(terms), embeddings=cached)
+    return StepResult(terms=_detach_terms(terms), embeddings=_detach(cached))
 
 
 def _leaf(value: Tensor) -> Tensor:

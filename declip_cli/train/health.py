@@ -54,7 +54,11 @@ def advice(vitals: Vitals, *, workers: int, cores: int, side_px: int) -> Iterato
             f"{vitals.num_bad_steps} batches before step {vitals.step} had a broken gradient and were skipped",
         )
     if vitals.wait_share >= STARVED_SHARE:
-        way = f"--set data.workers={cores}" if workers < cores else f"prepare with --image-side-px {round(side_px * 8 / 7)}"
+        way = (
+            f"--set data.workers={cores}"
+            if workers < cores
+            else f"prepare with --image-side-px {round(side_px * 8 / 7)}"
+        )
         yield "starved", f"waiting for data {vitals.wait_share:.0%} of the time with {workers} loader threads: {way}"
     if vitals.num_texts and vitals.num_cut_captions > 0.1 * vitals.num_texts:
         share = vitals.num_cut_captions / vitals.num_texts
@@ -72,8 +76,8 @@ def advice(vitals: Vitals, *, workers: int, cores: int, side_px: int) -> Iterato
     if loss is not None and loss > (1 - _CHANCE_MARGIN) * vitals.chance_loss:
         yield (
             "chance",
-            f"the contrastive loss ({loss:.3f}) is that of guessing (ln of the batch, {vitals.chance_loss:.3f}): check that "
-            "captions belong to their images, or lower --learning-rate",
+            f"the contrastive loss ({loss:.3f}) is that of guessing (ln of the batch, {vitals.chance_loss:.3f}): check "
+            "that captions belong to their images, or lower --learning-rate",
         )
     if vitals.logit_scale >= 0.999 * vitals.logit_scale_max:
         yield (
@@ -83,6 +87,7 @@ def advice(vitals: Vitals, *, workers: int, cores: int, side_px: int) -> Iterato
         )
 
 
+@torch.no_grad()
 def spread(embeds: Tensor) -> Tensor:
     """Measure how far unit features lie from their mean: 0 where all are alike, near 1 where they point everywhere.
 

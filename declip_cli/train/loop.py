@@ -14,6 +14,11 @@ from declip_cli.train.meter import Meter, StepOutcome, StepReport
 from declip_cli.train.optim import clamp_logit_scales, clip_gradients, set_learning_rates, step_where
 from declip_cli.train.run_dir import RunDir
 
+
+_SHARE_UNITS = 10**9
+"""Ranks agree on whole numbers."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Decision:
     """What comes next, the same on every rank."""
@@ -135,11 +140,13 @@ def _decide(training: Training, *, seconds: float, wants_stop: bool, is_due: boo
     """Agree on what comes next: the rank that is furthest decides."""
     every = training.config.train.checkpoint_every_steps
     is_due |= bool(every) and training.step % (every or 1) == 0
-    flags = torch.tensor([wants_stop, is_due, round(1000 * (seconds - training.startup_seconds))], dtype=torch.int64)
+    limit = training.config.train.time_limit_s
+    spent = (seconds - training.startup_seconds) / max(1e-9, limit - training.startup_seconds) if limit else 0.0
+    flags = torch.tensor([wants_stop, is_due, round(spent * _SHARE_UNITS)], dtype=torch.int64)
     if world_size() > 1:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)  # on the CPU: no device waits
-    stop, save, milliseconds = flags.tolist()
-    schedule, seen = training.schedule, training.samples_seen
-    share = schedule.share(seen, milliseconds / 1000)
-    rate = schedule.rate(seen + training.run.global_batch, milliseconds / 1000) * 0.5**training.num_rollbacks
+    stop, save, units = flags.tolist()
+    schedule, seen, time_share = training.schedule, training.samples_seen, units / _SHARE_UNITS
+    share = schedule.share(seen, time_share)
+    rate = schedule.rate(seen + training.run.global_batch, time_share) * 0.5**training.num_rollbacks
     return _Decision(is_done=share >= 1, must_stop=bool(stop), must_save=bool(save), rate=rate, share=share)

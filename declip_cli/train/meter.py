@@ -208,7 +208,12 @@ class Meter:
         return {name: value / num_steps for name, value in sums.items()} if num_steps else {}
 
     def _advice(
-        self, losses: Mapping[str, float], spreads: dict[str, float], wait_share: float, logit_scale: float, num_bad: int
+        self,
+        losses: Mapping[str, float],
+        spreads: dict[str, float],
+        wait_share: float,
+        logit_scale: float,
+        num_bad: int,
     ) -> tuple[str, ...]:
         training = self._training
         config, schedule = training.config, training.schedule
@@ -221,7 +226,7 @@ class Meter:
             chance_loss=chance_loss(training.run.global_batch),
             spread=spreads,
             logit_scale=logit_scale,
-            logit_scale_max=math.exp(config.train.logit_scale_max or 0.0),
+            logit_scale_max=math.exp(training.logit_scale_bounds[1]),
             num_bad_steps=num_bad - self._num_bad_before,
             num_cut_captions=getattr(training.stream, "num_cut_captions", 0),
             num_texts=training.samples_seen // world_size() * len(training.method.views.texts),

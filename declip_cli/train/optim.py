@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from declip_cli.config import OptimConfig, RunConfig
 from declip_cli.model.batch_norm import FullBatchNorm
-from declip_cli.resolve import ResolvedRun
+from declip_cli.resolve import ResolvedRun, settled
 
 _WARMUP_SHARE_OF_TIME = 0.1
 _NORMS = (nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, FullBatchNorm)
@@ -36,56 +36,49 @@ class Schedule:
     """Pairs seen with the step whose rate is the peak."""
     total: int
     """Pairs seen with the last step."""
-    time_limit_s: float | None = None
     is_warmup_asked: bool = False
     """The warm-up was asked for in steps or pairs: it is run in full. Else a tenth of the time ends it, too."""
 
-    def share(self, samples: int, seconds: float) -> float:
+    def share(self, samples: int, time_share: float = 0.0) -> float:
         """Return how much of the run is over, in [0, 1].
 
         Args:
             samples: pairs seen.
-            seconds: time spent, starting up left out.
+            time_share: how much of the time limit is spent, starting up left out; 0 without a limit.
         """
-        return min(1.0, max(samples / self.total, self._share_of_time(seconds)))
+        return min(1.0, max(samples / self.total, time_share))
 
-    def rate(self, samples: int, seconds: float) -> float:
+    def rate(self, samples: int, time_share: float = 0.0) -> float:
         """Compute the rate of the step that makes the pairs seen as many as `samples`.
 
         Args:
             samples: pairs seen with that step.
-            seconds: time spent before it, starting up left out.
+            time_share: as of `share`, before that step.
         """
-        time = self._share_of_time(seconds)
         cap = 1.0 if self.is_warmup_asked else _WARMUP_SHARE_OF_TIME
-        # The share of the time that the warm-up takes at the speed so far.
-        warmup_time = min(cap, time * self.warmup / max(samples, self.first))
-        if self.warmup > self.first and samples < self.warmup and (self.is_warmup_asked or time < cap):
-            risen = max((samples - self.first) / (self.warmup - self.first), 0.0 if self.is_warmup_asked else time / cap)
+        if self.warmup > self.first and samples < self.warmup and time_share < cap:
+            risen = (samples - self.first) / (self.warmup - self.first)
+            if not self.is_warmup_asked:
+                risen = max(risen, time_share / cap)
             return self.start + (self.peak - self.start) * max(0.0, risen)
         fallen = (samples - self.warmup) / max(1, self.total - self.warmup)
-        if time > warmup_time:
-            fallen = max(fallen, (time - warmup_time) / max(1e-9, 1 - warmup_time))
+        # The share of the time that the warm-up has taken, at the speed so far.
+        warm = min(cap, time_share * self.warmup / max(samples, self.first))
+        if time_share > warm:
+            fallen = max(fallen, (time_share - warm) / max(1e-9, 1 - warm))
         return self.end + (self.peak - self.end) * (1 + math.cos(math.pi * min(1.0, max(0.0, fallen)))) / 2
-
-    def _share_of_time(self, seconds: float) -> float:
-        return min(1.0, seconds / self.time_limit_s) if self.time_limit_s else 0.0
 
 
 def schedule_of(run: ResolvedRun) -> Schedule:
     """Lay out the learning rate of a run."""
     optim, asked = run.config.optim, run.asked.optim
-    peak, start, warmup = optim.learning_rate_peak, optim.learning_rate_start, optim.warmup_samples
-    total = run.config.train.samples
-    assert peak is not None and start is not None and warmup is not None and total is not None  # resolved
     return Schedule(
-        start=start,
-        peak=peak,
+        start=settled(optim.learning_rate_start),
+        peak=settled(optim.learning_rate_peak),
         end=optim.learning_rate_end,
         first=run.schedule_batch,
-        warmup=warmup,
-        total=total,
-        time_limit_s=run.config.train.time_limit_s,
+        warmup=settled(optim.warmup_samples),
+        total=settled(run.config.train.samples),
         is_warmup_asked=asked.warmup_steps is not None or asked.warmup_samples is not None,
     )
 
@@ -114,8 +107,7 @@ def build_optimizers(method: nn.Module, config: RunConfig) -> list[torch.optim.O
         without asking the device (`step_where`).
     """
     optim = config.optim
-    peak = optim.learning_rate_peak
-    assert peak is not None  # resolved
+    peak = settled(optim.learning_rate_peak)
     plain = _undecayed(method, decayed=optim.decayed)
     groups: dict[_Group, list[nn.Parameter]] = {}
     for name, parameter in method.named_parameters():
@@ -148,7 +140,7 @@ def build_optimizers(method: nn.Module, config: RunConfig) -> list[torch.optim.O
 
 
 def _group_of(name: str, optim: OptimConfig, *, has_decay: bool, factor: float) -> _Group:
-    kind, peak, decay = optim.optimizer, optim.learning_rate_peak or 0.0, optim.weight_decay
+    kind, peak, decay = optim.optimizer, settled(optim.learning_rate_peak), optim.weight_decay
     if name.startswith("encoder.text."):
         kind = optim.text_optimizer or kind
         peak = optim.text_learning_rate_peak or peak

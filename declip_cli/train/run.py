@@ -1,8 +1,9 @@
 """One run from what was asked to its last report: resolve, open or resume, train, record."""
 
+import math
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -84,7 +85,20 @@ def pretrain(
     """
     say_here: Say = say if rank() == 0 else lambda message: None
     run_dir = RunDir(request.path, say_here)
-    before, state = _before(request, run_dir)
+    with ExitStack() as held:  # the lock, until the run is over
+        yield from _pretrain(request, run_dir, held, evaluate=evaluate, find_score=find_score, say=say_here)
+
+
+def _pretrain(
+    request: Request,
+    run_dir: RunDir,
+    held: ExitStack,
+    *,
+    evaluate: Evaluate | None,
+    find_score: FindScore | None,
+    say: Say,
+) -> Iterator[StepReport]:
+    before, state = _before(request, run_dir, held)
     config = kept_settings(request.asked, before) if before else request.asked
     samples = _open(config)
     run = resolve(
@@ -100,15 +114,15 @@ def pretrain(
     lines = restore_state(training, state) if state else []
     if rank() == 0:
         lines = _open_folder(request, run_dir, run, before, training.step) + [f"note: {line}" for line in lines]
+        if before is None:
+            held.enter_context(run_dir.locked())
         for line in [f"run folder: {request.path}", *_describe(training), *lines]:
             say(line)
             run_dir.append_log(line)
     _start_tracker(training)
     try:
-        with _stop_on_signals(say_here) as should_stop, _memory_explained(run):
-            for report in train(
-                training, run_dir, evaluate=evaluate, find_score=find_score, should_stop=should_stop
-            ):
+        with _stop_on_signals(say) as should_stop, _memory_explained(run):
+            for report in train(training, run_dir, evaluate=evaluate, find_score=find_score, should_stop=should_stop):
                 _record(report, training, run_dir)
                 yield report
     finally:
@@ -117,10 +131,12 @@ def pretrain(
             training.accelerator.end_training()
 
 
-def _before(request: Request, run_dir: RunDir) -> tuple[ResolvedRun | None, SavedState | None]:
+def _before(request: Request, run_dir: RunDir, held: ExitStack) -> tuple[ResolvedRun | None, SavedState | None]:
     """Read what the run was and how far it came; what rank 0 finds counts for all."""
     if not request.is_resumed:
         return None, None
+    if rank() == 0:
+        held.enter_context(run_dir.locked())
     before = from_first(run_dir.read_run)
     has_state = from_first(run_dir.has_state)
     if has_state and not run_dir.has_state():
@@ -132,7 +148,9 @@ def _before(request: Request, run_dir: RunDir) -> tuple[ResolvedRun | None, Save
 
 
 def _open(config: RunConfig) -> SampleStore:
-    require(bool(config.data.path), "no data to train on", remedy="--data shards/ (made by declip prepare), or --data demo")
+    require(
+        bool(config.data.path), "no data to train on", remedy="--data shards/ (made by declip prepare), or --data demo"
+    )
     return open_samples(config.data.path, part=config.data.part or "", cache_dir=config.data.cache_dir or "")
 
 
@@ -198,7 +216,7 @@ def _record(report: StepReport, training: Training, run_dir: RunDir) -> None:
     record = asdict(report)
     for name in ("is_last", "was_stopped", "seconds_left", "advice"):
         del record[name]
-    run_dir.append_metrics(record)
+    run_dir.append_metrics(_finite(record))
     run_dir.append_log(f"step {report.step}/{report.total_steps} {_flat(report.losses)}")
     for sentence in report.advice:
         run_dir.append_log(sentence)
@@ -208,6 +226,17 @@ def _record(report: StepReport, training: Training, run_dir: RunDir) -> None:
         values |= {name: record[name] for name in names}
         numbers = {f"eval/{key}": v for key, v in _flat(report.evaluations).items() if isinstance(v, int | float)}
         training.accelerator.log(values | numbers, step=report.step)
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """Put None in the place of what JSON has no number for."""
+
+    def finite(value: Any) -> Any:  # noqa: ANN401
+        if isinstance(value, dict):
+            return _finite(value)
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {key: finite(value) for key, value in values.items()}
 
 
 def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -230,14 +259,14 @@ def _memory_explained(run: ResolvedRun) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            if "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
-                raise
+        is_other = isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
+        if is_other and "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
         train = run.config.train
         size = train.micro_batch_size or train.batch_size
         raise TrainError(
             f"the memory of this {run.machine.device} is not enough for {size} pairs at once",
-            remedy=f"--micro-batch-size {max(1, size // 2)}, which changes no result; declip pretrain … --dry-run estimates",
+            remedy=f"--micro-batch-size {max(1, size // 2)}, which changes no result; --dry-run estimates the need",
         ) from error
 
 

@@ -1,6 +1,7 @@
 """A run folder: configuration, metrics, log, model and the states to go on from; each appears whole or not at all."""
 
 import errno
+import fcntl
 import json
 import platform
 import re
@@ -25,6 +26,7 @@ from declip_cli.resolve import ResolvedRun, resolved_from_json
 CONFIG_FILE = "config.json"
 _FORMAT = 2
 _STATE_FILE = "state.json"
+_LOCK_FILE = "lock"
 _BEST_FILE = "best.json"
 _LIBRARIES = ("torch", "torchvision", "accelerate", "numpy", "opencv-python-headless", "safetensors")
 _STATE_NAME = re.compile(r"step-\d+(\.old)?")
@@ -88,14 +90,36 @@ class RunDir:
                     f"{self.path} holds files but is no run folder, so --force does not delete it",
                     remedy="choose another --out",
                 )
-            shutil.rmtree(self.path)
+            for path in self.path.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         with full_disk_explained(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         self.write_run(run)
 
     def _is_empty(self) -> bool:
         """Tell whether nothing is lost by starting here: no files, or only those of a run that could not start."""
-        return self.path.is_dir() and all(path.name == CONFIG_FILE for path in self.path.iterdir())
+        return self.path.is_dir() and all(path.name in (CONFIG_FILE, _LOCK_FILE) for path in self.path.iterdir())
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from writing to the folder, until the block or this process ends.
+
+        Raises:
+            TrainError: another process writes to it.
+        """
+        with full_disk_explained(self.path):
+            file = (self.path / _LOCK_FILE).open("a")
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise TrainError(
+                    f"another process is training in {self.path}",
+                    remedy="wait for it, stop it, or choose another --out",
+                ) from error
+            except OSError:
+                self.say(f"note: the file system of {self.path} has no locks: see to it that nothing else writes there")
+            yield
 
     def write_run(self, run: ResolvedRun) -> None:
         """Write what the run does, with the versions of the libraries in use."""
@@ -183,16 +207,19 @@ class RunDir:
 
     def _make_room(self, num_bytes: int) -> None:
         """See to it that a state fits on the disk; all but the newest may go for it."""
-        for oldest in [*self._states()[:-1], None]:
-            if shutil.disk_usage(self.path).free >= num_bytes * _HEADROOM:
-                return
-            if oldest is not None:
+        missing = num_bytes * _HEADROOM - shutil.disk_usage(self.path).free
+        for oldest in self._states()[:-1]:
+            size = sum(path.stat().st_size for path in oldest.iterdir())
+            if 0 < missing <= size:
                 shutil.rmtree(oldest, ignore_errors=True)
-        if shutil.disk_usage(self.path).free < num_bytes * _HEADROOM:
+                missing -= size
+        if missing > 0:
             raise self._full_disk(f"a state takes {num_bytes / 2**20:,.0f} MiB")
 
     def _full_disk(self, why: str) -> TrainError:
-        kept = f"the last whole state is kept ({self._states()[-1].name})" if self._states() else "no state is saved yet"
+        kept = (
+            f"the last whole state is kept ({self._states()[-1].name})" if self._states() else "no state is saved yet"
+        )
         return TrainError(
             f"the disk of {self.path} is full: {why}; {kept}",
             remedy=f"free some space, then: declip pretrain --resume {self.path}",
