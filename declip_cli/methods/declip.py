@@ -39,7 +39,7 @@ class DeClip(Method):
         if self.is_active("simsiam"):
             self.projector, self.predictor = SimSiamProjector(embed_dim), SimSiamPredictor()
         if self.is_active("nn"):
-            self.queue = NeighbourQueue(config.queue_size, embed_dim)
+            self.queue = NeighbourQueue(config.queue_size, embed_dim, exact=config.faithful)
             if self.config.queue_start == "random":
                 self.queue.fill_randomly()
 

@@ -1,15 +1,21 @@
 """The queue of recent text features in which nearest neighbours are found."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_BLOCK_ROWS = 8192
-"""Rows compared at once: with `max` per block 16 to 39 times as fast as one product and a top-k."""
 UNKNOWN = -1
 """Number of a row that belongs to no pair."""
+_BLOCK_ROWS = 8192
+"""Rows compared at once: with `max` per block 16 to 39 times as fast as one product and a top-k."""
+_GROUP_ROWS, _NUM_GROUPS = 16, 8
+"""Screening keeps the best `_NUM_GROUPS` groups of `_GROUP_ROWS` consecutive rows; `_BLOCK_ROWS` is a multiple."""
+_HALF_ERROR = 2.0**-9
+"""Largest error of a float16 cosine: 2^-11 for either vector and for the result, and as much for sums."""
 
 
 class NeighbourQueue(nn.Module):
@@ -18,6 +24,8 @@ class NeighbourQueue(nn.Module):
     Args:
         num_rows: queue size.
         dim: width of a row, D.
+        exact: compare in float32 under autocast too, instead of screening in half precision first; what is found is
+            the same.
 
     Source: NNCLR, arXiv 2104.14548; DeCLIP, arXiv 2110.05208, section 3.4. The original's queue lies on the
     CPU, is not saved, may return its random initial rows and drops what does not fit at the wrap; this one does not.
@@ -32,8 +40,9 @@ class NeighbourQueue(nn.Module):
     num_filled: Tensor
     """Rows that hold a feature, int64, ()."""
 
-    def __init__(self, num_rows: int, dim: int) -> None:
+    def __init__(self, num_rows: int, dim: int, *, exact: bool = False) -> None:
         super().__init__()
+        self.exact = exact
         self.register_buffer("rows", torch.zeros(num_rows, dim))
         self.register_buffer("numbers", torch.full((num_rows,), UNKNOWN, dtype=torch.int64))
         self.register_buffer("next_row", torch.zeros((), dtype=torch.int64))
@@ -59,7 +68,7 @@ class NeighbourQueue(nn.Module):
 
     @torch.no_grad()
     def nearest(self, queries: Tensor, numbers: Tensor | None = None) -> Tensor:
-        """Find the row most similar to each query.
+        """Find the row with the largest float32 cosine to each query.
 
         Args:
             queries: unit length, (B, D).
@@ -75,21 +84,15 @@ class NeighbourQueue(nn.Module):
         num_filled = self.count()
         if num_filled == 0:
             raise ValueError("the queue is empty: look for neighbours only when num_filled > 0")
+        rows, owners = self.rows[:num_filled], self.numbers[:num_filled]
         queries = queries.detach().float()
-        best = torch.full((len(queries),), float("-inf"), device=queries.device)
-        best_row = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
-        with torch.autocast(queries.device.type, enabled=False):
-            for start in range(0, num_filled, _BLOCK_ROWS):
-                block = slice(start, min(start + _BLOCK_ROWS, num_filled))
-                scores = queries @ self.rows[block].T  # (B, block)
-                if numbers is not None:
-                    is_own = (self.numbers[block] == numbers[:, None]) & (numbers[:, None] != UNKNOWN)
-                    scores = scores.masked_fill(is_own, float("-inf"))
-                score, row = scores.max(1)
-                is_better = score > best
-                best = torch.where(is_better, score, best)
-                best_row = torch.where(is_better, row + start, best_row)
-        return self.rows[best_row]
+        search = _find_screened if self._is_screened(queries.device) else _find_exactly
+        with torch.autocast(queries.device.type, enabled=False), _whole_float32():
+            return self.rows[search(queries, rows, numbers, owners)]
+
+    def _is_screened(self, device: torch.device) -> bool:
+        """Tell whether half precision is faster here and allowed."""
+        return not self.exact and device.type == "cuda" and torch.is_autocast_enabled(device.type)
 
     @torch.no_grad()
     def push(self, features: Tensor, numbers: Tensor, is_good: Tensor) -> None:
@@ -108,3 +111,84 @@ class NeighbourQueue(nn.Module):
         num_new = len(features) * is_good.to(torch.int64)
         self.next_row.copy_((self.next_row + num_new) % size)
         self.num_filled.copy_((self.num_filled + num_new).clamp_max(size))
+
+
+@contextmanager
+def _whole_float32() -> Iterator[None]:
+    """Keep a GPU from rounding factors to TF32, whose 10 bits confuse neighbours 1e-3 apart."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _leave_out_own(scores: Tensor, numbers: Tensor | None, owners: Tensor) -> Tensor:
+    """Give rows of a query's own pair the score -inf.
+
+    Args:
+        scores: (B, R).
+        numbers: the pair of each query, (B,); None leaves none out.
+        owners: the pair of each row, (R,), or of each candidate, (B, R).
+
+    Returns:
+        (B, R).
+    """
+    if numbers is None:
+        return scores
+    is_own = (owners == numbers[:, None]) & (numbers[:, None] != UNKNOWN)
+    return scores.masked_fill(is_own, float("-inf"))
+
+
+def _find_exactly(queries: Tensor, rows: Tensor, numbers: Tensor | None, owners: Tensor) -> Tensor:
+    """Find the row of the largest product in float32, the first of equals.
+
+    Args:
+        queries: (B, D).
+        rows: (R, D).
+        numbers: the pair of each query, (B,), or None.
+        owners: the pair of each row, (R,).
+
+    Returns:
+        Positions in `rows`, 0 where all are left out, int64, (B,).
+    """
+    best = torch.full((len(queries),), float("-inf"), device=queries.device)
+    best_row = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+    for start in range(0, len(rows), _BLOCK_ROWS):
+        block = slice(start, start + _BLOCK_ROWS)
+        score, row = _leave_out_own(queries @ rows[block].T, numbers, owners[block]).max(1)
+        is_better = score > best
+        best = torch.where(is_better, score, best)
+        best_row = torch.where(is_better, row + start, best_row)
+    return best_row
+
+
+def _find_screened(queries: Tensor, rows: Tensor, numbers: Tensor | None, owners: Tensor) -> Tensor:
+    """Do the same as `_find_exactly`, with few float32 products.
+
+    All rows are scored in float16. The best groups of neighbouring rows are scored again in float32. If the best
+    group left behind may hold a better row, for all that float16 can tell, that query is searched exactly.
+    """
+    maxima = []
+    half = queries.half()
+    for start in range(0, len(rows), _BLOCK_ROWS):
+        block = slice(start, start + _BLOCK_ROWS)
+        scores = _leave_out_own(half @ rows[block].half().T, numbers, owners[block])
+        scores = F.pad(scores, (0, -scores.shape[1] % _GROUP_ROWS), value=float("-inf"))
+        maxima.append(scores.unflatten(1, (-1, _GROUP_ROWS)).amax(2))
+    screened = torch.cat(maxima, dim=1)  # (B, groups)
+    top = screened.topk(min(_NUM_GROUPS + 1, screened.shape[1]), dim=1)
+    groups = top.indices[:, :_NUM_GROUPS].sort(1).values
+    places = groups[:, :, None] * _GROUP_ROWS + torch.arange(_GROUP_ROWS, device=rows.device)
+    places = places.clamp_max(len(rows) - 1)  # (B, K, group rows)
+    scores = torch.cat([(rows[place] @ queries[:, :, None])[:, :, 0] for place in places.unbind(1)], dim=1)
+    places = places.flatten(1)  # (B, K · group rows)
+    best, place = _leave_out_own(scores, numbers, owners[places]).max(1)
+    found = places.gather(1, place[:, None])[:, 0]
+    if top.values.shape[1] > _NUM_GROUPS:
+        doubtful = (top.values[:, -1].float() + _HALF_ERROR >= best).nonzero()[:, 0]  # waits for the device
+        if len(doubtful):
+            own = None if numbers is None else numbers[doubtful]
+            found[doubtful] = _find_exactly(queries[doubtful], rows, own, owners)
+    return found

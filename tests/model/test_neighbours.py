@@ -12,6 +12,22 @@ def unit(*shape, seed=0):
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
+@pytest.fixture(params=["exact", "screened"])
+def mode(request, monkeypatch):
+    """Search as in float32 runs, and as under autocast on a GPU."""
+    monkeypatch.setattr(NeighbourQueue, "_is_screened", lambda self, device: request.param == "screened")
+    return request.param
+
+
+def at_cosine(query, cosines, *, seed):
+    """Make a unit vector at each given cosine to a query, in random directions around it; float64."""
+    query = query.double()
+    others = torch.randn(len(cosines), len(query), generator=torch.Generator().manual_seed(seed)).double()
+    others = F.normalize(others - (others @ query)[:, None] * query, dim=1)
+    cosines = torch.tensor(cosines, dtype=torch.float64)[:, None]
+    return cosines * query + (1 - cosines**2).sqrt() * others
+
+
 def push(queue, features, *, start=0):
     """Push features of the pairs `start`, `start` + 1, …"""
     queue.push(features, torch.arange(start, start + len(features)), GOOD)
@@ -53,9 +69,9 @@ def test_of_more_features_than_rows_the_last_are_kept():
     assert contents(queue) == rows(torch.cat([features[-3:], unit(1, 3, seed=9)]))
 
 
-@pytest.mark.parametrize("num_filled", [1, 6, 20])
-def test_the_nearest_row_equals_brute_force(num_filled, monkeypatch):
-    monkeypatch.setattr(neighbours, "_BLOCK_ROWS", 6)
+@pytest.mark.parametrize("num_filled", [1, 16, 20])
+def test_the_nearest_row_equals_brute_force(num_filled, mode, monkeypatch):
+    monkeypatch.setattr(neighbours, "_BLOCK_ROWS", 16)
     queue, features, queries = NeighbourQueue(20, 5), unit(num_filled, 5), unit(9, 5, seed=1)
     push(queue, features)
     found = queue.nearest(queries)
@@ -65,7 +81,7 @@ def test_the_nearest_row_equals_brute_force(num_filled, monkeypatch):
         assert found[row].tolist() == best
 
 
-def test_an_unfilled_row_is_never_returned():
+def test_an_unfilled_row_is_never_returned(mode):
     queue, feature = NeighbourQueue(8, 3), unit(1, 3)
     push(queue, feature)
     # An empty row has cosine 0 with everything and would win against a cosine of -1.
@@ -140,8 +156,8 @@ def test_a_row_keeps_the_number_of_its_pair():
     assert sorted(queue.numbers.tolist()) == [34, 35, 36, 37, 38]
 
 
-@pytest.mark.parametrize("block_rows", [4, 100])
-def test_rows_of_the_own_pair_are_never_returned(block_rows, monkeypatch):
+@pytest.mark.parametrize("block_rows", [16, 128])
+def test_rows_of_the_own_pair_are_never_returned(block_rows, mode, monkeypatch):
     monkeypatch.setattr(neighbours, "_BLOCK_ROWS", block_rows)
     queue, features = NeighbourQueue(30, 4), unit(24, 4)
     numbers = torch.arange(24) % 8  # three rows of each pair
@@ -155,14 +171,88 @@ def test_rows_of_the_own_pair_are_never_returned(block_rows, monkeypatch):
     assert torch.equal(queue.nearest(queries), queries)
 
 
-def test_rows_without_a_pair_are_returned_to_queries_without_one():
+def test_rows_without_a_pair_are_returned_to_queries_without_one(mode):
     queue, features = NeighbourQueue(4, 3), unit(4, 3)
     queue.push(features, torch.full((4,), UNKNOWN), GOOD)
     assert torch.equal(queue.nearest(features, torch.full((4,), UNKNOWN)), features)
 
 
-def test_where_every_row_is_the_own_pairs_the_first_is_returned():
-    queue, features = NeighbourQueue(6, 3), unit(3, 3)
-    queue.push(features, torch.tensor([5, 5, 5]), GOOD)
-    found = queue.nearest(features, torch.tensor([5, 9, 5]))
+@pytest.mark.parametrize("num_rows", [3, 400])
+def test_where_every_row_is_the_own_pairs_the_first_is_returned(num_rows, mode):
+    queue, features = NeighbourQueue(500, 6), unit(num_rows, 6)
+    queue.push(features, torch.full((num_rows,), 5), GOOD)
+    found = queue.nearest(features[:3], torch.tensor([5, 9, 5]))
     assert torch.equal(found, features[[0, 1, 0]])
+
+
+@pytest.mark.parametrize("gap", [1e-5, 3e-5, 1e-4, 3e-4])
+def test_the_nearest_is_found_among_near_ties(gap, mode, monkeypatch):
+    monkeypatch.setattr(neighbours, "_BLOCK_ROWS", 256)
+    queries, parts = unit(16, 96), [unit(500, 96, seed=1).double()]
+    for number, query in enumerate(queries):
+        # One row at cosine 0.9, forty just below it.
+        parts.append(at_cosine(query, [0.9, *(0.9 - gap * k for k in range(1, 41))], seed=number))
+    rows = torch.cat(parts)
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(2))]
+    best = (queries.double() @ rows.T).argmax(1)
+    queue = NeighbourQueue(2000, 96)
+    push(queue, rows.float())
+    assert torch.equal(queue.nearest(queries), rows.float()[best])
+    if gap < 1e-4:  # what a search in bfloat16 alone would have confused
+        assert not torch.equal((queries.bfloat16() @ rows.bfloat16().T).argmax(1), best)
+
+
+def test_the_nearest_is_found_when_all_rows_are_nearly_alike(mode):
+    rows = at_cosine(unit(1, 48)[0], [1 - 1e-3 * (k / 999) for k in range(1000)], seed=3)
+    rows = rows[torch.randperm(1000, generator=torch.Generator().manual_seed(4))].float()
+    queue, queries = NeighbourQueue(1000, 48), rows[:40]
+    queue.push(rows, torch.arange(1000), GOOD)
+    found = queue.nearest(queries, torch.arange(40))
+    cosines = (queries.double() @ rows.double().T).fill_diagonal_(-1)
+    # Float32 has no finer step near 1 than 6e-8.
+    torch.testing.assert_close((queries.double() * found.double()).sum(1), cosines.amax(1), rtol=0, atol=3e-7)
+
+
+def test_of_equal_rows_the_first_counts(mode, monkeypatch):
+    monkeypatch.setattr(neighbours, "_BLOCK_ROWS", 32)
+    found = []
+    for name in ("_find_exactly", "_find_screened"):
+        rows = unit(3, 5).repeat(70, 1)
+        search = getattr(neighbours, name)
+        found.append(search(unit(3, 5), rows, None, torch.arange(210)).tolist())
+    assert found == [[0, 1, 2], [0, 1, 2]]
+
+
+def test_screening_is_for_autocast_on_a_gpu_unless_exactness_is_asked_for(monkeypatch):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert not NeighbourQueue(4, 3)._is_screened(gpu)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: True)
+    assert NeighbourQueue(4, 3)._is_screened(gpu)
+    assert not NeighbourQueue(4, 3, exact=True)._is_screened(gpu)
+    assert not NeighbourQueue(4, 3)._is_screened(cpu)
+
+
+def test_factors_are_not_rounded_to_tf32_while_searching(monkeypatch):
+    seen = []
+    search = neighbours._find_exactly
+    monkeypatch.setattr(
+        neighbours,
+        "_find_exactly",
+        lambda *arguments: seen.append(torch.get_float32_matmul_precision()) or search(*arguments),
+    )
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        queue = NeighbourQueue(4, 3)
+        push(queue, unit(4, 3))
+        queue.nearest(unit(2, 3))
+        assert (seen, torch.get_float32_matmul_precision()) == (["highest"], "high")
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_search_under_autocast_is_not_rounded():
+    queue, queries = NeighbourQueue(60, 8), unit(9, 8, seed=1)
+    push(queue, unit(60, 8))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(queue.nearest(queries), queue.rows[(queries.double() @ queue.rows.double().T).argmax(1)])
