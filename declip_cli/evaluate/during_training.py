@@ -74,7 +74,7 @@ def make_evaluator(names: Sequence[str], *, data_root: Path | None = None, threa
         names: as `zeroshot` and `retrieve` take them: known names, `demo` (both), folders of class folders,
             folders with captions.
         data_root: where known sets lie; None takes `$DECLIP_DATA`, else `data/`.
-        threads: threads of this rank that read and decode images; 0 takes as many as cores that it may use.
+        threads: threads of this rank that read and decode images; 0 takes one for each core that it may use.
 
     Returns:
         What scores a model.

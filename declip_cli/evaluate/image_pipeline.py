@@ -38,7 +38,7 @@ class FeatureOptions:
     precision: Precision = "auto"
     """`auto`: bf16 where the processor computes it natively, else fp32."""
     threads: int = 0
-    """Threads that read and decode pictures; 0 takes as many as cores that this process may use."""
+    """Threads that read and decode pictures; 0 takes one for each core that this process may use."""
     use_cache: bool = True
     """Look results up in, and add them to, the cache on disk; see `caches`."""
     progress: Progress | None = None

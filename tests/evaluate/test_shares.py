@@ -101,5 +101,5 @@ def test_a_process_alone_encodes_everything_as_it_is_told():
     assert part.numbers.tolist() == [0, 1, 2, 3]
 
 
-def test_a_share_is_every_so_manieth_item():
+def test_a_share_takes_every_nth_item():
     assert take("abcdefg", range(1, 7, 3)) == "be"
