@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ from torch import Tensor
 from declip_cli import __version__
 from declip_cli.config import ModelConfig
 from declip_cli.errors import DeclipError, ModelError
-from declip_cli.files import SUMS_FILE, check_folder, existing_folder, new_folder
-from declip_cli.model.architectures import describe_architecture, restore_architecture
-from declip_cli.model.clip import IMAGE_MEAN, IMAGE_STD, DualEncoder
+from declip_cli.files import SUMS_FILE, check_folder, existing_folder, new_folder, parse_json
+from declip_cli.model.architectures import Architecture, VitDims, describe_architecture
+from declip_cli.model.clip import DualEncoder
 from declip_cli.model.heads import TOKEN_WISE_DIM
-from declip_cli.model.interop import load_foreign, open_clip_config, open_clip_state
+from declip_cli.model.interop import load_foreign, open_clip_config, open_clip_state, set_pixels
+from declip_cli.model.shapes import check_heads, infer_architecture
 
 WEIGHTS_FILE = "open_clip_model.safetensors"
 OPEN_CLIP_CONFIG_FILE = "open_clip_config.json"
@@ -27,6 +28,9 @@ OWN_CONFIG_FILE = "declip.json"
 EXTRA_FILE = "declip_extra.safetensors"
 """What OpenCLIP has no place for: the mask token's embedding and the token-wise heads."""
 FORMAT = 1
+_TAKEN = "a run folder, a model folder, or a checkpoint of OpenCLIP or the original DeCLIP"
+_PARSING = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError, MemoryError)
+"""What reading damaged configurations and weights may raise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +73,7 @@ def save_model(encoder: DualEncoder, folder: Path, *, config: ModelConfig, metho
     """
     state = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
     weights, extra = open_clip_state(state)
+    mean, std = _digits(encoder.pixel_mean), _digits(encoder.pixel_std)
     own = {
         "format": FORMAT,
         "declip_version": __version__,
@@ -81,16 +86,21 @@ def save_model(encoder: DualEncoder, folder: Path, *, config: ModelConfig, metho
             "image_side_px": encoder.architecture.image_side_px,
             "resize_px": default_resize_px(encoder.architecture.image_side_px),
             "interpolation": "bilinear",
-            "mean": list(IMAGE_MEAN),
-            "std": list(IMAGE_STD),
+            "mean": mean,
+            "std": std,
         },
         "tokenizer": {"vocabulary": "clip-bpe", "context_length": encoder.architecture.text.context_length},
     }
     with new_folder(folder) as new:
         save_file(weights, new / WEIGHTS_FILE)
         save_file(extra, new / EXTRA_FILE)
-        _write_json(open_clip_config(encoder.architecture, IMAGE_MEAN, IMAGE_STD), new / OPEN_CLIP_CONFIG_FILE)
+        _write_json(open_clip_config(encoder.architecture, mean, std), new / OPEN_CLIP_CONFIG_FILE)
         _write_json(own, new / OWN_CONFIG_FILE)
+
+
+def _digits(values: Tensor) -> list[float]:
+    """Write float32 values with as few decimal digits as give them back."""
+    return [float(str(value)) for value in values.float().cpu().numpy()]
 
 
 def _write_json(content: dict[str, Any], path: Path) -> None:
@@ -123,65 +133,118 @@ def find_newest_run(root: Path) -> Path:
     return max(found, key=lambda path: (path / WEIGHTS_FILE).stat().st_mtime_ns).parent
 
 
-def load_model(path: Path | None, *, device: str | torch.device = "cpu") -> PretrainedModel:
+def load_model(path: Path | None, *, device: str | torch.device = "cpu", option: str = "--model") -> PretrainedModel:
     """Open a run folder, a model folder or a checkpoint file of another project, for evaluation.
 
     Args:
         path: where the model lies; None takes the newest run.
         device: where to put it.
+        option: of the command line, with which the user named it; for messages.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
-        ModelError: nothing there, or it is incomplete or does not fit.
+        ModelError: nothing there, or it is incomplete, damaged, contradicts itself or does not fit.
     """
     path = find_newest_run(runs_root()) if path is None else path
-    if not path.exists():
-        raise ModelError(f"no model at {path}", remedy="--model takes a run folder, a model folder or a checkpoint")
+    if not os.path.exists(path):
+        raise ModelError(f"no model at {path}", remedy=f"{option} takes {_TAKEN}")
     inner = existing_folder(path / "model")
     folder = inner if inner.is_dir() else existing_folder(path)
-    if path.is_file() or not (folder / OWN_CONFIG_FILE).is_file():
-        return _load_foreign(path if path.is_file() else folder, device)
-    own, state, fingerprint = _read_folder(folder)
-    has_heads = bool(own["has_token_wise_heads"])
-    encoder = DualEncoder(restore_architecture(own["architecture"]), token_wise_dim=TOKEN_WISE_DIM if has_heads else 0)
+    is_own = (folder / OWN_CONFIG_FILE).is_file() or OWN_CONFIG_FILE.encode() in _sums(folder)
+    if path.is_file() or not is_own:
+        return _load_foreign(path if path.is_file() else folder, device, option)
+    own, open_clip, state, fingerprint = _read_folder(folder)
     try:
+        architecture = _check_own(own, open_clip, state)
+        encoder = DualEncoder(architecture, token_wise_dim=TOKEN_WISE_DIM if own["has_token_wise_heads"] else 0)
         encoder.load_state_dict(state)
-    except (KeyError, RuntimeError) as error:
-        raise ModelError(
-            f"the weights in {folder} do not fit its {OWN_CONFIG_FILE}: {error}", remedy="copy the folder again"
-        ) from error
-    preprocessing = own["preprocessing"]
+        set_pixels(encoder, own["preprocessing"]["mean"], own["preprocessing"]["std"])
+    except (ModelError, *_PARSING) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise ModelError(f"the model in {folder} is damaged: {reason}", remedy="copy the folder again") from error
     return PretrainedModel(
         encoder=encoder.eval().to(device),
         name=str(path),
         method=own["method"],
         arch=own["arch"],
         token_wise=own["token_wise"],
-        image_side_px=preprocessing["image_side_px"],
-        resize_px=preprocessing["resize_px"],
-        context_length=encoder.architecture.text.context_length,
+        image_side_px=architecture.image_side_px,
+        resize_px=own["preprocessing"]["resize_px"],
+        context_length=architecture.text.context_length,
+        interpolation=own["preprocessing"]["interpolation"],
         fingerprint=fingerprint,
     )
 
 
-def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
-    """Read settings, weights and fingerprint; once more where a run in progress replaced the folder meanwhile."""
+def _check_own(own: dict[str, Any], open_clip: dict[str, Any], state: dict[str, Tensor]) -> Architecture:
+    """Read the architecture off the weights; whatever the two configurations say must agree with it.
+
+    Raises:
+        ModelError: they contradict each other.
+        KeyError, TypeError, …: one of `_PARSING`: something is missing or of another kind.
+    """
+    given, pixels = own["architecture"], own["preprocessing"]
+    found = infer_architecture(state, quick_gelu=bool(given["quick_gelu"]))
+    vision_heads, text_heads = given["vision"]["num_heads"], given["text"]["num_heads"]
+    check_heads(vision_heads, found.vision.width * (1 if isinstance(found.vision, VitDims) else 32))
+    check_heads(text_heads, found.text.width)
+    found = replace(
+        found, vision=replace(found.vision, num_heads=vision_heads), text=replace(found.text, num_heads=text_heads)
+    )
+    has_heads = any(name.startswith("token_wise.") for name in state)
+    side = found.image_side_px
+    wanted = {
+        "architecture": describe_architecture(found),
+        "has_token_wise_heads": has_heads,
+        "token_wise": bool(own["token_wise"]) and has_heads,
+        "method": str(own["method"]),
+        "arch": str(own["arch"]),
+        "preprocessing": {
+            "image_side_px": side,
+            "resize_px": min(max(int(pixels["resize_px"]), side), 8 * side),
+            "interpolation": "bicubic" if pixels["interpolation"] == "bicubic" else "bilinear",
+        },
+        "tokenizer": {"vocabulary": "clip-bpe", "context_length": found.text.context_length},
+    }
+    _compare(wanted, own, OWN_CONFIG_FILE, "the weights")
+    _compare(open_clip_config(found, pixels["mean"], pixels["std"]), open_clip, OPEN_CLIP_CONFIG_FILE, OWN_CONFIG_FILE)
+    return found
+
+
+def _compare(wanted: Any, given: Any, file: str, other: str, field: str = "") -> None:  # noqa: ANN401  (JSON)
+    """Raise ModelError for the first field in which a configuration file and what it should say differ."""
+    if isinstance(wanted, dict) and isinstance(given, dict):
+        for name, value in wanted.items():
+            _compare(value, given.get(name), file, other, f"{field}.{name}".removeprefix("."))
+        return
+    wanted = list(wanted) if isinstance(wanted, tuple) else wanted
+    if wanted != given or isinstance(wanted, bool) != isinstance(given, bool):
+        raise ModelError(
+            f"{field} is {given!r:.60} in {file}, by {other} {wanted!r:.60}", remedy="copy the folder again"
+        )
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor], str]:
+    """Read both configurations, weights and fingerprint; once more where a run replaced the folder meanwhile."""
     for is_last_try in (False, False, True):
         before = _sums(folder)
         try:
             if before:
                 check_folder(folder)
             own, state = _read_own_config(folder), _read_state(folder)
+            open_clip = _read_config(folder / OPEN_CLIP_CONFIG_FILE)
             fingerprint = _fingerprint(folder / WEIGHTS_FILE, folder / EXTRA_FILE, folder / OWN_CONFIG_FILE)
             if _sums(folder) == before:
-                return own, state, fingerprint
+                return own, open_clip, state, fingerprint
         except (OSError, ValueError, ModelError) as error:
             if is_last_try or _sums(folder) == before:
                 if isinstance(error, ModelError):
                     raise
-                raise ModelError(f"the model in {folder} is damaged: {error}", remedy="copy the folder again") from error
+                raise ModelError(
+                    f"the model in {folder} is damaged: {error}", remedy="copy the folder again"
+                ) from error
     raise ModelError(f"the model in {folder} changes while it is read", remedy="try again in a moment")
 
 
@@ -193,14 +256,21 @@ def _sums(folder: Path) -> bytes:
         return b""
 
 
-def _read_own_config(folder: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> dict[str, Any]:
     try:
-        own: dict[str, Any] = json.loads((folder / OWN_CONFIG_FILE).read_text(encoding="utf-8"))
+        config = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read {folder / OWN_CONFIG_FILE}: {error}", remedy="copy the folder again") from error
-    if own.get("format") != FORMAT or "architecture" not in own:
+        raise ModelError(f"cannot read {path}: {error}", remedy="copy the folder again") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"cannot read {path}: no JSON object", remedy="copy the folder again")
+    return config
+
+
+def _read_own_config(folder: Path) -> dict[str, Any]:
+    own = _read_config(folder / OWN_CONFIG_FILE)
+    if own.get("format") != FORMAT:
         raise ModelError(
-            f"{folder} has model format {own.get('format')!r}, this declip reads {FORMAT}",
+            f"{folder} has model format {own.get('format')!r:.60}, this declip reads {FORMAT}",
             remedy="pip install --upgrade declip",
         )
     return own
@@ -210,23 +280,28 @@ def _read_state(folder: Path) -> dict[str, Tensor]:
     try:
         weights = load_file(folder / WEIGHTS_FILE)
         extra = load_file(folder / EXTRA_FILE)
-    except (OSError, SafetensorError) as error:
+        mask = extra.pop("mask_embedding")
+        weights["token_embedding.weight"] = torch.cat([weights["token_embedding.weight"], mask[None]])
+    except (OSError, SafetensorError, *_PARSING) as error:
         raise ModelError(f"cannot read the weights in {folder}: {error}", remedy="copy the folder again") from error
-    mask = extra.pop("mask_embedding")
-    weights["token_embedding.weight"] = torch.cat([weights["token_embedding.weight"], mask[None]])
     state = {name if name.startswith(("visual.", "logit_scale")) else f"text.{name}": v for name, v in weights.items()}
-    return state | extra
+    state |= extra
+    counters = "num_batches_tracked"
+    wrong = next((n for n, value in state.items() if not value.is_floating_point() and not n.endswith(counters)), "")
+    if wrong:
+        raise ModelError(f"{wrong} of the weights in {folder} is not of floats", remedy="copy the folder again")
+    return state
 
 
-def _load_foreign(path: Path, device: str | torch.device) -> PretrainedModel:
+def _load_foreign(path: Path, device: str | torch.device, option: str) -> PretrainedModel:
     try:
         foreign = load_foreign(path)
     except DeclipError:
         raise
     except Exception as error:
         raise ModelError(
-            f"{path} is not a model that declip can read: {error}",
-            remedy="--model takes a run folder, a model folder, or a checkpoint of OpenCLIP or the original DeCLIP",
+            f"{path} is not a model that declip can read: {' '.join(str(error).split()):.300}",
+            remedy=f"{option} takes {_TAKEN}",
         ) from error
     architecture = foreign.encoder.architecture
     return PretrainedModel(

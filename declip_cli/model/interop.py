@@ -1,6 +1,8 @@
 """Checkpoints of other projects: their parameter names and vocabularies ⇄ ours."""
 
-import json
+import pickle
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,16 +12,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from declip_cli.errors import ModelError
-from declip_cli.model.architectures import Architecture, ResNetDims, TextDims, VitDims
+from declip_cli.files import parse_json
+from declip_cli.model.architectures import Architecture, VitDims
 from declip_cli.model.clip import DualEncoder
 from declip_cli.model.heads import TOKEN_WISE_DIM
+from declip_cli.model.shapes import infer_architecture
 
 _OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-_HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}
-"""Of the image towers of OpenCLIP's ViT-H, ViT-g and ViT-bigG, by their width; 64 in all smaller ones."""
 _ORIGINAL_MASK_ROW = 49406
 """The original's vocabulary puts the mask token before start and end; ours puts it after them."""
+_DAMAGED = "copy the model again"
+_SAFER = "where you trust it, save its weights alone: safetensors.torch.save_file(model.state_dict(), FILE)"
 _UNUSED: tuple[str, ...] = ("visual.fc.", "predictor_sim.bn3.", "projector_text.", "predictor_text.")
 _UNUSED += ("projector_nn_text.", "predictor_nn_text.")
 _RENAMED = {
@@ -120,7 +124,7 @@ def open_clip_state(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
     return weights, extra | {"mask_embedding": rows[-1].clone()}
 
 
-def open_clip_config(architecture: Architecture, mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Any]:
+def open_clip_config(architecture: Architecture, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
     """Describe an architecture in OpenCLIP's words.
 
     Args:
@@ -160,7 +164,7 @@ def open_clip_config(architecture: Architecture, mean: tuple[float, ...], std: t
 
 
 def load_foreign(path: Path) -> ForeignModel:
-    """Read a checkpoint of OpenCLIP, OpenAI (state dict) or the original DeCLIP code.
+    """Read a checkpoint of OpenCLIP, OpenAI (state dict) or the original DeCLIP code; nothing in it is executed.
 
     Args:
         path: a checkpoint file, or a folder with OpenCLIP's two files.
@@ -169,34 +173,68 @@ def load_foreign(path: Path) -> ForeignModel:
         The model, its architecture read off the shapes.
 
     Raises:
-        ModelError: the parameters are not those of a CLIP model.
+        ModelError: it cannot be opened safely, or its parameters are not those of a CLIP model.
     """
     config = {}
     if path.is_dir():
-        config = json.loads((path / "open_clip_config.json").read_text(encoding="utf-8"))
+        config = _read_open_clip_config(path / "open_clip_config.json")
         path = path / "open_clip_model.safetensors"
-    if path.suffix == ".safetensors":
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    state: Any = load_file(path) if path.suffix == ".safetensors" else _unpickle(path)
     for wrapper in ("model", "state_dict"):
-        state = state.get(wrapper, state)  # type: ignore[assignment]
-    state = {name.removeprefix("module."): value for name, value in state.items()}
+        state = state.get(wrapper, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict):
+        raise ModelError(f"{path} holds a {type(state).__name__}, not parameters by name", remedy=_SAFER)
+    state = {str(name).removeprefix("module."): v for name, v in state.items() if isinstance(v, Tensor)}
     if any(name.startswith(("encode_text.", "text_encoder.")) for name in state):
         return _from_original_checkpoint(state)
     if "token_embedding.weight" not in state:
         raise ModelError(
             f"{path} holds no CLIP text tower (parameters such as {', '.join(list(state)[:3])})",
-            remedy="--model takes checkpoints of OpenCLIP (class CLIP) and of the original DeCLIP code",
+            remedy="checkpoints of OpenCLIP (class CLIP) and of the original DeCLIP code are read",
         )
     return _from_open_clip(state, config)
+
+
+def _read_open_clip_config(path: Path) -> dict[str, Any]:
+    try:
+        config = parse_json(path.read_bytes())
+        if not isinstance(config["model_cfg"], dict) or not isinstance(config.get("preprocess_cfg", {}), dict):
+            raise TypeError("model_cfg and preprocess_cfg are objects")
+        return dict(config)
+    except OSError as error:
+        raise ModelError(f"{path.parent} holds no model: no {path.name}", remedy="check the path") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path} is damaged: {error}", remedy="copy the folder again") from error
+
+
+def _unpickle(path: Path) -> Any:  # noqa: ANN401  (a checkpoint holds anything)
+    """Read a checkpoint of PyTorch with its restricted reader, which knows tensors and plain containers only."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they ask the user to report the file to PyTorch
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror or error}", remedy="check the path") from error
+    except Exception as error:  # its words advise to open the file unsafely, so they are not repeated
+        with path.open("rb") as file:
+            start = file.read(2)
+        if "TorchScript" in str(error):
+            what = "is a TorchScript archive, which holds code"
+        elif isinstance(error, pickle.UnpicklingError) and start in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04"):
+            what = "holds Python objects beside tensors"
+        else:
+            raise ModelError(
+                f"{path} is not a model that declip can read: no checkpoint, or a damaged one",
+                remedy="check the path, or copy the file again",
+            ) from error
+        raise ModelError(f"{path} {what}; it is not opened, since that could run code", remedy=_SAFER) from error
 
 
 def _from_original_checkpoint(state: dict[str, Tensor]) -> ForeignModel:
     ours = from_original(state)
     ours = {name.removeprefix("encoder."): v for name, v in ours.items() if name.startswith("encoder.")}
     has_tokens = "token_wise.image_mapping.weight" in ours
-    architecture = _infer_architecture(ours, quick_gelu=True)
+    architecture = infer_architecture(ours, quick_gelu=True)
     encoder = DualEncoder(architecture, token_wise_dim=TOKEN_WISE_DIM if has_tokens else 0)
     encoder.load_state_dict(ours)
     is_filip = has_tokens and not any(name.startswith("projector.") for name in state)
@@ -216,51 +254,36 @@ def _from_open_clip(state: dict[str, Tensor], config: dict[str, Any]) -> Foreign
     rows = ours["text.token_embedding.weight"]
     ours["text.token_embedding.weight"] = torch.cat([rows, rows.mean(0, keepdim=True)])
     ours["logit_scale"] = ours["logit_scale"].reshape(())
-    quick_gelu = bool(config.get("model_cfg", {}).get("quick_gelu", "input_resolution" in state))
-    encoder = DualEncoder(_infer_architecture(ours, quick_gelu=quick_gelu, config=config.get("model_cfg", {})))
+    given, preprocess = config.get("model_cfg", {}), config.get("preprocess_cfg", {})
+    quick_gelu = given.get("quick_gelu", "input_resolution" in state)
+    if not isinstance(quick_gelu, bool):
+        raise ModelError(f"quick_gelu is true or false (got {quick_gelu!r})", remedy=_DAMAGED)
+    encoder = DualEncoder(infer_architecture(ours, quick_gelu=quick_gelu, config=given))
     encoder.load_state_dict(ours)
-    preprocess = config.get("preprocess_cfg", {})
-    encoder.pixel_mean.copy_(torch.tensor(preprocess.get("mean", _OPENAI_MEAN)))
-    encoder.pixel_std.copy_(torch.tensor(preprocess.get("std", _OPENAI_STD)))
-    side = encoder.architecture.image_side_px
+    set_pixels(encoder, preprocess.get("mean", _OPENAI_MEAN), preprocess.get("std", _OPENAI_STD))
+    interpolation = preprocess.get("interpolation", "bicubic")
+    if interpolation not in ("bilinear", "bicubic", "random"):
+        raise ModelError(f"interpolation is bilinear, bicubic or random (got {interpolation!r})", remedy=_DAMAGED)
     return ForeignModel(
         encoder=encoder,
         project="open_clip",
         method="clip",
-        resize_px=side,
-        interpolation=preprocess.get("interpolation", "bicubic"),
+        resize_px=encoder.architecture.image_side_px,
+        interpolation="bilinear" if interpolation == "bilinear" else "bicubic",  # as OpenCLIP takes it
     )
 
 
-def _infer_architecture(
-    state: dict[str, Tensor], *, quick_gelu: bool, config: dict[str, Any] | None = None
-) -> Architecture:
-    """Read dimensions off the shapes, and heads, which leave no trace there, off OpenCLIP's configuration."""
-    given = config or {}
-    vision: VitDims | ResNetDims
-    if "visual.proj" in state:
-        width, embed_dim = state["visual.proj"].shape
-        patch = state["visual.conv1.weight"].shape[-1]
-        side = patch * round((len(state["visual.positional_embedding"]) - 1) ** 0.5)
-        layers = _count(state, "visual.transformer.resblocks.")
-        head_width = given.get("vision_cfg", {}).get("head_width", 64 if given else _HEAD_WIDTHS.get(width, 64))
-        vision = VitDims(patch_side_px=patch, width=width, num_layers=layers, num_heads=max(1, width // head_width))
-    else:
-        embed_dim = len(state["visual.attnpool.c_proj.weight"])
-        side = 32 * round((len(state["visual.attnpool.positional_embedding"]) - 1) ** 0.5)
-        blocks = tuple(_count(state, f"visual.layer{stage}.") for stage in (1, 2, 3, 4))
-        width = 2 * len(state["visual.conv1.weight"])
-        head_width = given.get("vision_cfg", {}).get("head_width", 64)
-        vision = ResNetDims(num_blocks=blocks, width=width, num_heads=max(1, width * 32 // head_width))
-    text_width = state["text.positional_embedding"].shape[1]
-    text = TextDims(
-        context_length=len(state["text.positional_embedding"]),
-        width=text_width,
-        num_layers=_count(state, "text.transformer.resblocks."),
-        num_heads=given.get("text_cfg", {}).get("heads", max(1, text_width // 64)),
-    )
-    return Architecture(image_side_px=side, embed_dim=embed_dim, vision=vision, text=text, quick_gelu=quick_gelu)
+def set_pixels(encoder: DualEncoder, mean: object, std: object) -> None:
+    """Let an encoder normalise pixels by the mean and the deviation of each channel that a file gives.
 
-
-def _count(state: dict[str, Tensor], prefix: str) -> int:
-    return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
+    Raises:
+        ModelError: they are not three numbers each, the deviations above 0.
+    """
+    for what, values, buffer in (("mean", mean, encoder.pixel_mean), ("std", std, encoder.pixel_std)):
+        is_right = (
+            isinstance(values, list | tuple) and len(values) == 3 and all(type(v) in (int, float) for v in values)
+        )
+        given = torch.tensor(values if is_right else [torch.nan] * 3)
+        if not given.isfinite().all() or (what == "std" and given.min() <= 0):
+            raise ModelError(f"{what} of the pixels is no list of three numbers (got {values!r:.60})", remedy=_DAMAGED)
+        buffer.copy_(given)

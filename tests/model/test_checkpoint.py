@@ -1,6 +1,10 @@
+import contextlib
 import dataclasses
 import json
 import os
+import pickle
+import random
+import re
 
 import open_clip
 import pytest
@@ -9,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from declip_cli.config import ModelConfig
 from declip_cli.errors import ModelError
+from declip_cli.files import digest_of
 from declip_cli.model import interop
 from declip_cli.model.architectures import Architecture, ResNetDims, TextDims, VitDims, find_architecture
 from declip_cli.model.checkpoint import find_newest_run, load_model, save_model
@@ -33,6 +38,30 @@ def pictures(side):
 
 
 TOKENS = torch.tensor([[49406, 320, 1125, 539, 320, 2368, 49407, 0, 0], [49406, 2, 49407, 0, 0, 0, 0, 0, 0]])
+
+
+FILES = ["open_clip_model.safetensors", "declip_extra.safetensors", "declip.json", "open_clip_config.json"]
+
+
+def seal(folder):
+    """Write the digests of a folder's files anew, so that a change reaches the parsers."""
+    (folder / "SHA256SUMS").write_text(
+        "".join(f"{digest_of(folder / name)}  {name}\n" for name in FILES if (folder / name).exists())
+    )
+
+
+def edit(path, field, value):
+    """Set one field of a JSON file, named with dots; no value deletes it."""
+    content = json.loads(path.read_text())
+    *above, last = field.split(".")
+    inner = content
+    for name in above:
+        inner = inner[name]
+    if value is ...:
+        del inner[last]
+    else:
+        inner[last] = value
+    path.write_text(json.dumps(content))
 
 
 def assert_same_weights(encoder, other):
@@ -136,7 +165,7 @@ def test_a_checkpoint_file_of_open_clip_is_read_by_its_shapes(tmp_path):
 
 def with_recorded_heads(monkeypatch, architecture):
     """Heads cannot be read off shapes; published models have them 64 wide, the recordings narrower."""
-    infer = interop._infer_architecture
+    infer = interop.infer_architecture
 
     def with_heads(*args, **options):
         found = infer(*args, **options)
@@ -145,7 +174,7 @@ def with_recorded_heads(monkeypatch, architecture):
         assert dataclasses.replace(found.text, num_heads=architecture.text.num_heads) == architecture.text
         return architecture
 
-    monkeypatch.setattr(interop, "_infer_architecture", with_heads)
+    monkeypatch.setattr(interop, "infer_architecture", with_heads)
 
 
 @pytest.mark.parametrize(
@@ -187,9 +216,11 @@ def test_without_any_run_the_error_says_how_to_get_one(tmp_path, monkeypatch):
     assert "declip pretrain --data demo" in caught.value.remedy
 
 
-def test_a_path_that_is_missing_is_an_error(tmp_path):
-    with pytest.raises(ModelError, match=r"no model at .*nowhere"):
-        load_model(tmp_path / "nowhere")
+def test_a_path_that_is_missing_is_an_error_that_names_the_option_it_came_with(tmp_path):
+    for name in ("nowhere", "x" * 5000):
+        with pytest.raises(ModelError, match=rf"no model at .*{name}") as caught:
+            load_model(tmp_path / name, option="--init")
+        assert caught.value.remedy.startswith("--init takes a run folder")
 
 
 def test_an_empty_folder_is_an_error_that_names_it(tmp_path):
@@ -198,20 +229,24 @@ def test_an_empty_folder_is_an_error_that_names_it(tmp_path):
     assert caught.value.remedy
 
 
-@pytest.mark.parametrize("name", ["open_clip_model.safetensors", "declip_extra.safetensors", "declip.json"])
+@pytest.mark.parametrize("name", FILES)
 def test_a_truncated_file_is_an_error_that_names_the_folder(tmp_path, name):
     save_model(new_encoder(VIT), tmp_path, config=VIT, method="clip")
     path = tmp_path / name
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ModelError, match=f"cannot read .*{tmp_path}") as caught:
+    with pytest.raises(ModelError, match=f"{tmp_path} is damaged: {name} is not what was written") as caught:
         load_model(tmp_path)
     assert caught.value.remedy == "copy the folder again"
+    seal(tmp_path)
+    with pytest.raises(ModelError, match=f"cannot read .*{tmp_path}"):
+        load_model(tmp_path)
 
 
-def test_a_missing_weights_file_is_an_error(tmp_path):
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_an_error(tmp_path, name):
     save_model(new_encoder(VIT), tmp_path, config=VIT, method="clip")
-    (tmp_path / "open_clip_model.safetensors").unlink()
-    with pytest.raises(ModelError, match="cannot read the weights in"):
+    (tmp_path / name).unlink()
+    with pytest.raises(ModelError, match=str(tmp_path)):
         load_model(tmp_path)
 
 
@@ -229,6 +264,7 @@ def test_weights_that_do_not_fit_are_an_error_that_names_one(tmp_path, change):
     else:
         weights = {"unknown": torch.zeros(1)}
     save_file(weights, path)
+    seal(tmp_path)
     wanted = {"extra": "second_proj", "no mask": "mask_embedding"}.get(change, r"visual\.proj")
     with pytest.raises(ModelError, match=wanted) as caught:
         load_model(tmp_path)
@@ -239,12 +275,13 @@ def test_a_model_of_a_later_format_is_an_error(tmp_path):
     save_model(new_encoder(VIT), tmp_path, config=VIT, method="clip")
     own = json.loads((tmp_path / "declip.json").read_text())
     (tmp_path / "declip.json").write_text(json.dumps(own | {"format": 99}))
+    seal(tmp_path)
     with pytest.raises(ModelError, match="has model format 99, this declip reads 1") as caught:
         load_model(tmp_path)
     assert "upgrade" in caught.value.remedy
 
 
-@pytest.mark.parametrize("content", [b"", b"no checkpoint at all"])
+@pytest.mark.parametrize("content", [b"", b"no checkpoint at all", b"PK\x03\x04", b"\x80"])
 def test_a_file_that_is_no_checkpoint_is_an_error(tmp_path, content):
     path = tmp_path / "notes.pt"
     path.write_bytes(content)
@@ -256,3 +293,130 @@ def test_a_checkpoint_of_something_else_names_what_it_holds(tmp_path):
     torch.save({"fc.weight": torch.zeros(2, 2), "fc.bias": torch.zeros(2)}, tmp_path / "other.pt")
     with pytest.raises(ModelError, match=r"holds no CLIP text tower \(parameters such as fc.weight, fc.bias\)"):
         load_model(tmp_path / "other.pt")
+
+
+class Hostile:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("how", ["zip", "legacy", "pickle", "module"])
+def test_a_checkpoint_with_python_objects_is_refused_in_our_words_and_runs_nothing(tmp_path, how):
+    path, content = tmp_path / "model.pt", {"state_dict": {"a": torch.zeros(2)}, "args": Hostile(tmp_path / "ran")}
+    if how == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    elif how == "module":
+        torch.save(torch.nn.Linear(2, 2), path)
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=how == "zip")
+    with pytest.raises(ModelError, match="holds Python objects beside tensors; it is not opened") as caught:
+        load_model(path)
+    assert "safetensors" in caught.value.remedy
+    for words in (caught.value.message, caught.value.remedy):
+        assert not re.search("weights_only|issue|github|PyTorch 2", words)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [[1, 2], 3, {"state_dict": [1]}])
+def test_a_checkpoint_without_parameters_by_name_is_an_error(tmp_path, content):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(ModelError, match="not parameters by name"):
+        load_model(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value", "message"),
+    [
+        ("open_clip_config.json", "model_cfg.quick_gelu", False, "model_cfg.quick_gelu is False .* True"),
+        ("open_clip_config.json", "model_cfg.embed_dim", 11, "model_cfg.embed_dim is 11 .* 10"),
+        ("open_clip_config.json", "model_cfg.vision_cfg.image_size", 64, "vision_cfg.image_size is 64 .* 32"),
+        ("open_clip_config.json", "model_cfg.text_cfg.context_length", 77, "text_cfg.context_length is 77 .* 9"),
+        ("open_clip_config.json", "preprocess_cfg.mean", [0.5, 0.5, 0.5], r"preprocess_cfg.mean is \[0.5.* \[0.485"),
+        ("open_clip_config.json", "preprocess_cfg.std", ..., r"preprocess_cfg.std is None .* \[0.229"),
+        ("open_clip_config.json", "model_cfg", [1], "model_cfg is .1. in open_clip_config.json"),
+        ("declip.json", "preprocessing.mean", [0.5, 0.5, 0.5], r"preprocess_cfg.mean is \[0.485.* \[0.5"),
+        ("declip.json", "preprocessing.image_side_px", 64, "preprocessing.image_side_px is 64 .* 32"),
+        ("declip.json", "preprocessing.resize_px", 10**12, "preprocessing.resize_px is 1000000000000"),
+        ("declip.json", "preprocessing.interpolation", "nearest", "interpolation is 'nearest'"),
+        ("declip.json", "preprocessing.std", ..., "no 'std'"),
+        ("declip.json", "architecture.quick_gelu", False, "model_cfg.quick_gelu is True .* False"),
+        ("declip.json", "architecture.quick_gelu", "yes", "quick_gelu is 'yes'"),
+        ("declip.json", "architecture.embed_dim", 10**12, "architecture.embed_dim is 1000000000000 .* weights 10"),
+        ("declip.json", "architecture.vision.num_layers", 10**12, "vision.num_layers is 1000000000000 .* weights 4"),
+        ("declip.json", "architecture.vision.width", -1, "vision.width is -1 .* 96"),
+        ("declip.json", "architecture.vision.kind", "resnet", "vision.kind is 'resnet' .* 'vit'"),
+        ("declip.json", "architecture.vision.num_heads", 10**12, "cannot be divided among 1000000000000 heads"),
+        ("declip.json", "architecture.vision.num_heads", 1, "vision_cfg.head_width is 32 .* 96"),
+        ("declip.json", "architecture.text.num_heads", 0, "cannot be divided among 0 heads"),
+        ("declip.json", "architecture.text", [1], "damaged"),
+        ("declip.json", "architecture", ..., "no 'architecture'"),
+        ("declip.json", "token_wise", True, "token_wise is True"),
+        ("declip.json", "has_token_wise_heads", True, "has_token_wise_heads is True .* False"),
+        ("declip.json", "method", 3, "method is 3"),
+        ("declip.json", "tokenizer.context_length", 77, "tokenizer.context_length is 77 .* 9"),
+    ],
+)
+def test_configurations_that_contradict_each_other_or_the_weights_are_an_error_that_names_the_field(
+    tmp_path, file, field, value, message
+):
+    save_model(new_encoder(VIT), tmp_path, config=VIT, method="clip")
+    edit(tmp_path / file, field, value)
+    seal(tmp_path)
+    with pytest.raises(ModelError, match=message) as caught:
+        load_model(tmp_path)
+    assert str(tmp_path) in caught.value.message
+    assert caught.value.remedy == "copy the folder again"
+
+
+def test_pixels_are_normalised_as_the_saved_model_did(tmp_path):
+    encoder = new_encoder(VIT)
+    encoder.pixel_mean.copy_(torch.tensor([0.1, 0.2, 1 / 3]))
+    encoder.pixel_std.copy_(torch.tensor([0.3, 0.4, 2 / 3]))
+    save_model(encoder, tmp_path, config=VIT, method="clip")
+    found = load_model(tmp_path).encoder
+    assert torch.equal(found.pixel_mean, encoder.pixel_mean)
+    assert torch.equal(found.pixel_std, encoder.pixel_std)
+
+
+def damage(data, rng):
+    """Flip, cut, blank, insert or delete some bytes."""
+    start = rng.randrange(len(data))
+    end = min(len(data), start + rng.choice((1, 1, 4, 100)))
+    how = rng.choice(("flip", "truncate", "zero", "insert", "delete"))
+    if how == "flip":
+        return data[:start] + bytes([data[start] ^ (1 << rng.randrange(8))]) + data[start + 1 :]
+    if how == "truncate":
+        return data[:start]
+    if how == "zero":
+        return data[:start] + bytes(end - start) + data[end:]
+    return data[:start] + (rng.randbytes(end - start) + data[start:] if how == "insert" else data[end:])
+
+
+def facts_of(model):
+    encoder = model.encoder
+    state = {**encoder.state_dict(), "mean": encoder.pixel_mean, "std": encoder.pixel_std}
+    rest = {field.name: getattr(model, field.name) for field in dataclasses.fields(model) if field.name != "encoder"}
+    return {name: value.tolist() for name, value in state.items()}, encoder.architecture, rest
+
+
+@pytest.mark.parametrize("is_sealed", [False, True], ids=["found out by the digest", "found out by the parsers"])
+def test_a_damaged_folder_is_an_error_and_never_anything_else(tmp_path, is_sealed):
+    save_model(new_encoder(VIT), tmp_path, config=VIT, method="clip")
+    rng, names = random.Random(1), ["declip.json", "open_clip_config.json", "SHA256SUMS", "declip_extra.safetensors"]
+    whole = {name: (tmp_path / name).read_bytes() for name in names}
+    expected = facts_of(load_model(tmp_path))
+    for _ in range(20):
+        name = rng.choice(names)
+        (tmp_path / name).write_bytes(damage(whole[name], rng))
+        if is_sealed:
+            seal(tmp_path)
+        with contextlib.suppress(ModelError):
+            found = facts_of(load_model(tmp_path))
+            assert is_sealed or found == expected
+        for file, data in whole.items():
+            (tmp_path / file).write_bytes(data)
