@@ -1,6 +1,7 @@
 """The one place that writes to the terminal: results to stdout, words and progress to stderr."""
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,8 +14,13 @@ from rich.console import Console
 from declip_cli.errors import DeclipError
 
 _PLAIN_PROGRESS_S = 10.0
+_MAX_CHARS = 2000
+_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What moves the cursor, colours, breaks a line or a column, or turns the order of letters around; and half pairs."""
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
+_SHORT = {"\t": "\\t", "\n": "\\n", "\r": "\\r"}
 
-stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+stderr = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
 
 def emit(report: Mapping[str, Any], *, as_json: bool) -> None:
@@ -22,14 +28,35 @@ def emit(report: Mapping[str, Any], *, as_json: bool) -> None:
 
     Args:
         report: nested dicts, lists, strings and numbers with stable snake_case keys.
-        as_json: one JSON object; else `key<TAB>value` lines with dotted keys.
+        as_json: one JSON object, exact; else `key<TAB>value` lines with dotted keys, made `plain`.
     """
     if as_json:
         text = json.dumps(report, allow_nan=False, ensure_ascii=False)
+        text = _HALF_PAIR.sub(_escape, text)  # a name that is not UTF-8 cannot be written in another way
     else:
-        text = "\n".join(f"{key}\t{value}" for key, value in _flatten("", report))
+        text = "\n".join(f"{plain(key)}\t{plain(value)}" for key, value in _flatten("", report))
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+def plain(text: str) -> str:
+    r"""Make a text from anywhere fit for one cell of a table and for a terminal.
+
+    Args:
+        text: such as a caption or a path.
+
+    Returns:
+        The text in one line, control characters written as in Python (`\n`, `\x1b`, `\u202e`), cut after 2,000
+        characters.
+    """
+    if len(text) > _MAX_CHARS:
+        text = text[:_MAX_CHARS] + "…"
+    return _UNSAFE.sub(_escape, text)
+
+
+def _escape(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    return _SHORT.get(found[0]) or (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")
 
 
 def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, str]]:  # noqa: ANN401
@@ -44,23 +71,24 @@ def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, str]]:  # noqa: ANN
 
 
 def emit_row(cells: Iterable[object]) -> None:
-    """Write one line of a table to stdout, its cells apart by tabs."""
-    sys.stdout.write("\t".join(map(str, cells)) + "\n")
+    """Write one line of a table to stdout, its cells made `plain` and apart by tabs."""
+    sys.stdout.write("\t".join(plain(str(cell)) for cell in cells) + "\n")
 
 
 def note(message: str) -> None:
-    """Tell people something on stderr, in one line."""
-    stderr.print(message, markup=False)
+    """Tell people something on stderr, in one line, made `plain`."""
+    stderr.print(plain(message), markup=False)
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn errors the user can mend into two lines on stderr and exit code 1; Ctrl-C into 130."""
+    """Turn errors the user can mend into two lines on stderr and their exit code; Ctrl-C into 130."""
     try:
         yield
     except DeclipError as error:
-        note(f"error: {error.message}\n  fix: {error.remedy}")
-        raise typer.Exit(1) from error
+        note(f"error: {error.message}")
+        note(f"  fix: {error.remedy}")
+        raise typer.Exit(error.exit_code) from error
     except KeyboardInterrupt as interrupt:
         note("interrupted")
         raise typer.Exit(130) from interrupt
@@ -81,9 +109,9 @@ def progress_of(label: str) -> Iterator[Callable[[int, int], None]]:
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr, transient=True) as bar:
-        task = bar.add_task(label, total=None)
+        task = bar.add_task(plain(label), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 

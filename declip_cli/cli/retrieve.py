@@ -31,7 +31,10 @@ def retrieve(
     ],
     model: Model = None,
     data_root: DataRoot = None,
-    query: Annotated[str, typer.Option(help="Search for this text instead of scoring.")] = "",
+    query: Annotated[
+        Optional[str],  # noqa: UP007, UP045
+        typer.Option(help="Search for this text instead of scoring."),
+    ] = None,
     query_image: Annotated[
         Optional[Path],  # noqa: UP007, UP045
         typer.Option(help="Search for pictures like this one."),
@@ -57,12 +60,12 @@ def retrieve(
 
     Examples: `declip retrieve flickr30k`, `declip retrieve photos/ --query "a red bus in the rain" -k 3`
     """
-    if query and not query.strip():
+    text = (query or "").strip()
+    if query is not None and not text:
         raise typer.BadParameter("--query is empty")
-    query = query.strip()
-    if query and query_image is not None:
+    if text and query_image is not None:
         raise typer.BadParameter("give --query or --query-image, not both")
-    is_search = bool(query) or query_image is not None
+    is_search = bool(text) or query_image is not None
     if not is_search:
         _refuse({"--index": index, "--index-dir": index_dir, "--html": html, "reading stdin": source == "-"})
     with user_errors():
@@ -75,7 +78,7 @@ def retrieve(
             report = _score(dataset, open_model(model, threads=threads), options)
             emit(report.to_json(), as_json=as_json)
             return
-        asked = Query(text=query, image=query_image)
+        asked = Query(text=text, image=query_image)
         is_saved = index_dir is None and _is_index(source)
         settings = _Settings(k, index, Path(source) if is_saved else index_dir)
         listed = None if is_saved else _list(source, data_root)

@@ -116,7 +116,21 @@ def test_missing_folder_is_an_error_with_a_fix(tiny_run: Path):
     assert "\n  fix: " in result.stderr
 
 
-def test_empty_query_is_told(photos: Path, tiny_run: Path):
-    result = run(photos, "--model", tiny_run, "--query", "  ", "-k", "2")
+@pytest.mark.parametrize("query", ["", "  "])
+def test_empty_query_is_told_and_nothing_is_scored(photos: Path, tiny_run: Path, query: str):
+    result = run(photos, "--model", tiny_run, "--query", query)
     assert result.exit_code == 2
     assert "--query is empty" in result.stderr
+    assert result.stdout == ""
+
+
+def test_a_hit_is_one_line_of_cells_whatever_its_caption_and_name_hold(tmp_path: Path, tiny_run: Path, make_picture):
+    caption = "a\tb\nc\x1b]0;title\x07\u202e" + "x" * 5000
+    (tmp_path / "a\tb\n.jpg").write_bytes(make_picture(0))
+    (tmp_path / "captions.jsonl").write_text(json.dumps({"file": "a\tb\n.jpg", "caption": caption}))
+    words = (tmp_path, "--model", tiny_run, "--query", "a bus", "-k", "1")
+    path, _, shown = run(*words).stdout.removesuffix("\n").split("\t")
+    assert path == str(tmp_path / r"a\tb\n.jpg")
+    assert shown.startswith(r"a\tb\nc\x1b]0;title\x07\u202exxx")
+    assert shown.endswith("x…")
+    assert json.loads(run(*words, "--json").stdout)["hits"][0]["caption"] == caption
