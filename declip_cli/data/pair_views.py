@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from declip_cli.config import Views
 from declip_cli.data.draws import sample_rng
 from declip_cli.data.image_views import ImageViews, Picture
-from declip_cli.data.samples import SampleStore
+from declip_cli.data.samples import UNREAD, SampleStore
 from declip_cli.data.text_views import TextViews
 from declip_cli.errors import DataError
 
@@ -104,7 +104,7 @@ class PairViews:
         try:
             self._image_views.draw_from(picture, self._views.images, rng, images)
         except DataError as error:  # the picture was not decoded before its crops were known
-            raise self._unreadable(number, self._samples.read(number).key, error) from error
+            raise self._unreadable(number, self._key(number), error) from error
         return self._draw_texts(number, epoch, captions)
 
     def _draw_texts(self, number: int, epoch: int, captions: tuple[str, ...]) -> PairTexts:
@@ -140,9 +140,17 @@ class PairViews:
             with self._cache_lock:
                 self._cache[number] = (picture, captions)
 
+    def _key(self, number: int) -> str:
+        try:
+            return self._samples.read(number).key
+        except DataError:
+            return f"number {number}"
+
     def _unreadable(self, number: int, key: str, error: DataError) -> UnreadablePair:
-        self._bad[number] = BadSample(number, key, error.cause)
-        return UnreadablePair(self._bad[number])
+        sample = BadSample(number, key, error.cause)
+        if error.cause != UNREAD:
+            self._bad[number] = sample
+        return UnreadablePair(sample)
 
 
 def collate_texts(
@@ -166,4 +174,22 @@ def collate_texts(
         for j, ids in enumerate(pair.views):
             tokens[i, j, : len(ids)] = ids
         labels[i, : len(pair.mask_labels)] = pair.mask_labels
+    return tokens, labels
+
+
+def join_texts(parts: list[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Put parts of a batch, each from `collate_texts`, below each other; shorter ones are padded as there."""
+    if len(parts) == 1:
+        return parts[0]
+    num_rows = sum(len(labels) for _, labels in parts)
+    _, num_views, _ = parts[0][0].shape
+    length = max(labels.shape[1] for _, labels in parts)
+    tokens = np.zeros((num_rows, num_views, length), dtype=np.int64)  # (B, T, L)
+    labels = np.full((num_rows, length), _NOT_A_TARGET, dtype=np.int64)  # (B, L)
+    row = 0
+    for some_tokens, some_labels in parts:
+        rows = slice(row, row + len(some_labels))
+        tokens[rows, :, : some_tokens.shape[2]] = some_tokens
+        labels[rows, : some_labels.shape[1]] = some_labels
+        row = rows.stop
     return tokens, labels

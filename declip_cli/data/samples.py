@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+UNREAD = "unreadable"
+"""Cause of a pair that the disk or the network did not give this time; it may be sound and is asked for again."""
+
 
 @dataclass(frozen=True, slots=True)
 class RawSample:
@@ -42,7 +45,7 @@ class SampleStore(Protocol):
             The pair.
 
         Raises:
-            DataError: this pair cannot be read; `.cause` says why in a few words.
+            DataError: this pair cannot be read; `.cause` says why in a few words, `UNREAD` if that may pass.
             IndexError: there is no such number.
         """
         ...

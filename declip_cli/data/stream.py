@@ -17,8 +17,8 @@ from declip_cli.batch import Batch
 from declip_cli.config import AugmentConfig, Views
 from declip_cli.data.draws import shuffled
 from declip_cli.data.image_views import ImageViews
-from declip_cli.data.pair_views import BadSample, PairTexts, PairViews, UnreadablePair, collate_texts
-from declip_cli.data.samples import SampleStore
+from declip_cli.data.pair_views import BadSample, PairTexts, PairViews, UnreadablePair, collate_texts, join_texts
+from declip_cli.data.samples import UNREAD, SampleStore
 from declip_cli.data.text_views import TextViews
 from declip_cli.data.tokenizer import Tokenizer
 from declip_cli.errors import DataError
@@ -59,7 +59,9 @@ class StreamConfig:
 class _Rows:
     """Consecutive rows of a batch, ready."""
 
-    texts: list[PairTexts]
+    tokens: NDArray[np.int64]
+    """Padded to the longest of these rows, (rows, T, L)."""
+    mask_labels: NDArray[np.int64]
     numbers: list[int]
     bad: list[BadSample]
 
@@ -113,13 +115,12 @@ class TrainStream(Iterator[Batch]):
         self._samples = samples
         self._config = config
         self._global_size = global_size
+        self._tokenizer = Tokenizer(config.context_length)
         self._pairs = PairViews(
             samples,
             config.views,
             image_views=ImageViews(config.augment, config.side_px),
-            text_views=TextViews(
-                config.augment, Tokenizer(config.context_length), mask_special_ids=config.mask_special_ids
-            ),
+            text_views=TextViews(config.augment, self._tokenizer, mask_special_ids=config.mask_special_ids),
             seed=config.seed,
             cache_bytes=config.cache_mib << 20,
         )
@@ -143,6 +144,11 @@ class TrainStream(Iterator[Batch]):
         return len(self._samples) // self._global_size
 
     @property
+    def num_cut_captions(self) -> int:
+        """Texts cut to the context length so far, counted in every view, those in prefetched batches included."""
+        return self._tokenizer.num_truncated
+
+    @property
     def skipped(self) -> dict[str, tuple[int, str]]:
         """Unreadable samples met by this rank so far: cause → (number of samples, first key)."""
         skipped: dict[str, tuple[int, str]] = {}
@@ -155,14 +161,15 @@ class TrainStream(Iterator[Batch]):
         """Describe how far the consumer has come, for `restore`; prefetched batches do not count.
 
         Returns:
-            Plain values, fit for JSON; the position is the same on all ranks.
+            Plain values, fit for JSON; the position is the same on all ranks. Pairs that a disk or a network failed
+            to give are not among the bad ones: they are asked for again.
         """
         return {
             "epoch": self._consumed[0],
             "position": self._consumed[1],
             "seed": self._config.seed,
             "fingerprint": self._samples.fingerprint,
-            "bad": [list(bad) for bad in self._bad.values()],
+            "bad": [list(bad) for bad in self._bad.values() if bad.cause != UNREAD],
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -186,7 +193,7 @@ class TrainStream(Iterator[Batch]):
                 )
         self._drop_pending()
         self._consumed = self._scheduled = (int(state["epoch"]), int(state["position"]))
-        self._bad = {bad[0]: BadSample(*bad) for bad in state["bad"]}
+        self._bad = {bad[0]: BadSample(*bad) for bad in state["bad"] if bad[2] != UNREAD}
 
     def close(self) -> None:
         """Stop the loader threads; the stream cannot be used afterwards."""
@@ -211,12 +218,7 @@ class TrainStream(Iterator[Batch]):
         done = [task.result() for task in pending.tasks] or [self._fill(pending, every_row)]
         self._consumed = (pending.epoch, self._global_start(pending) + self._global_size)
         self._count_bad([bad for rows in done for bad in rows.bad])
-        views = self._config.views
-        tokens, mask_labels = collate_texts(
-            [texts for rows in done for texts in rows.texts],
-            num_views=len(views.texts),
-            length=self._config.context_length if views.pad_to_context else 0,
-        )
+        tokens, mask_labels = join_texts([(rows.tokens, rows.mask_labels) for rows in done])
         return Batch(
             images=pending.images,
             tokens=torch.from_numpy(tokens),
@@ -253,20 +255,25 @@ class TrainStream(Iterator[Batch]):
 
     def _fill(self, pending: _Pending, rows: Sequence[int]) -> _Rows:
         images = pending.images.numpy()
-        done = _Rows([], [], [])
+        texts: list[PairTexts] = []
+        numbers: list[int] = []
+        found_bad: list[BadSample] = []
         for row in rows:
             number = int(pending.numbers[row])
             for attempt in range(1, _MAX_STAND_INS + 1):
                 try:
-                    done.texts.append(self._pairs.draw(number, pending.epoch, images[row]))
-                    done.numbers.append(number)
+                    texts.append(self._pairs.draw(number, pending.epoch, images[row]))
+                    numbers.append(number)
                     break
                 except UnreadablePair as error:
-                    done.bad.append(error.sample)
+                    found_bad.append(error.sample)
                     if attempt == _MAX_STAND_INS:
-                        raise self._too_many_bad(f"{attempt} samples in a row", done.bad) from error
+                        raise self._too_many_bad(f"{attempt} samples in a row", found_bad) from error
                     number = self._stand_in(pending.epoch, pending.position + row, attempt)
-        return done
+        views = self._config.views
+        length = self._config.context_length if views.pad_to_context else 0
+        tokens, mask_labels = collate_texts(texts, num_views=len(views.texts), length=length)
+        return _Rows(tokens, mask_labels, numbers, found_bad)
 
     def _stand_in(self, epoch: int, position: int, attempt: int) -> int:
         """Choose the pair that takes the row of an unreadable one; a function of the epoch's order alone."""
@@ -289,9 +296,12 @@ class TrainStream(Iterator[Batch]):
         for bad in found:
             self._bad.setdefault(bad.number, bad)
         causes = ", ".join(f"{cause}: {n}, first {key}" for cause, (n, key) in self.skipped.items())
+        remedy = "mend the data set with declip prepare, or allow more with --set data.max_bad=…"
+        if all(bad.cause == UNREAD for bad in found):
+            remedy = "check the disk or the network, then resume the run"
         return DataError(
             f"{how_many} cannot be used, more than data.max_bad = {self._config.max_bad:g} allows ({causes})",
-            remedy="mend the data set with declip prepare, or allow more with --set data.max_bad=…",
+            remedy=remedy,
         )
 
     def _drop_pending(self) -> None:

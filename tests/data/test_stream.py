@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from declip_cli.config import AugmentConfig, Views
-from declip_cli.data.samples import RawSample
+from declip_cli.data.samples import UNREAD, RawSample
 from declip_cli.data.stream import StreamConfig, TrainStream
 from declip_cli.errors import DataError
 
@@ -282,6 +282,53 @@ def test_not_one_unreadable_pair_is_allowed_with_max_bad_zero():
 def test_a_wholly_unreadable_data_set_is_an_error_even_if_all_may_be_bad():
     with pytest.raises(DataError, match="64 samples in a row"):
         next(stream(MemoryStore(200, bad=range(200)), max_bad=1.0, workers=1))
+
+
+class ForgetfulStore(MemoryStore):
+    """A disk or network that fails for some pairs, the first time they are asked for."""
+
+    def __init__(self, failing, **options):
+        super().__init__(**options)
+        self.failing = set(failing)
+
+    def read(self, number):
+        if number in self.failing:
+            self.failing.remove(number)
+            raise DataError("cannot read the shard", remedy="check the network", cause=UNREAD)
+        return super().read(number)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pairs_that_the_disk_did_not_give_are_counted_but_asked_for_again(workers):
+    source = stream(ForgetfulStore({5, 11}), workers=workers)
+    first, second = (sum(numbers(take(source, 5)), []) for _ in range(2))
+    assert source.skipped["unreadable"][0] == 2
+    assert not {5, 11} & set(first)
+    wanted = sum(numbers(take(stream(), 10)[5:]), [])
+    assert second == wanted
+    assert source.state()["bad"] == []
+    source.close()
+
+
+def test_a_state_that_remembers_unread_pairs_as_bad_lets_them_be_tried_again():
+    source = stream()
+    source.restore({**source.state(), "bad": [[5, "number 5", UNREAD], [7, "key007", "truncated picture"]]})
+    assert source.skipped == {"truncated picture": (1, "key007")}
+
+
+def test_a_network_that_is_gone_ends_the_stream_with_another_advice():
+    source = stream(ForgetfulStore(range(200), num=200), max_bad=1.0)
+    with pytest.raises(DataError, match="64 samples in a row .*unreadable: 64") as caught:
+        next(source)
+    assert "check the disk or the network" in caught.value.remedy
+
+
+def test_captions_cut_to_the_context_length_are_counted():
+    assert stream(context_length=16).num_cut_captions == 0
+    source = stream(context_length=5)  # texts have 1 to 5 words and a digit, and two views
+    take(source, 5)
+    longer = [number for number in sum(numbers(take(stream(), 5)), []) if 1 + number % 5 + 1 > 3]
+    assert source.num_cut_captions == 2 * len(longer) > 0
 
 
 def test_decoded_pictures_are_kept_where_all_fit_and_change_nothing():

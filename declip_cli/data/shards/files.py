@@ -3,13 +3,17 @@
 import hashlib
 import os
 import threading
+import time
 from collections import OrderedDict
+from contextlib import suppress
 from typing import Any
 
+from declip_cli.data.samples import UNREAD
 from declip_cli.data.shards import storage
 from declip_cli.errors import DataError
 
 _MAX_OPEN = 256
+_RETRY_AFTER_S = (0.1, 0.5, 2.0)
 
 
 class _Handle:
@@ -50,20 +54,30 @@ class ShardFiles:
             The bytes, fewer only if the shard ends early.
 
         Raises:
-            DataError: the shard cannot be read.
+            DataError: the shard cannot be read, in four attempts over 2.6 seconds.
         """
         path = self._shards[shard]
-        try:
-            if storage.is_remote(path):
-                return self._cached(shard).read(offset, num_bytes, sample)
-            handle = self._handle(path)  # held while reading: another thread may push it out of the list
-            return os.pread(handle.number, num_bytes, offset)
-        except OSError as error:
-            raise DataError(
-                f"cannot read the shard {path}: {error}",
-                remedy="check the disk or the network",
-                cause="unreadable",
-            ) from error
+        for wait_s in (*_RETRY_AFTER_S, None):
+            try:
+                return self._read_once(shard, offset, num_bytes, sample)
+            except DataError:  # a package is missing
+                raise
+            except storage.failures_of(path) as error:
+                if wait_s is None or isinstance(error, FileNotFoundError):
+                    raise DataError(
+                        f"cannot read the shard {path}: {error}", remedy="check the disk or the network", cause=UNREAD
+                    ) from error
+                with self._lock:
+                    self._open.pop(path, None)  # a server of files that comes back knows the old handle no more
+                time.sleep(wait_s)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _read_once(self, shard: int, offset: int, num_bytes: int, sample: int) -> bytes:
+        path = self._shards[shard]
+        if storage.is_remote(path):
+            return self._cached(shard).read(offset, num_bytes, sample)
+        handle = self._handle(path)  # held while reading: another thread may push it out of the list
+        return os.pread(handle.number, num_bytes, offset)
 
     def _handle(self, path: str) -> _Handle:
         with self._lock:
@@ -84,13 +98,17 @@ class ShardFiles:
 
 
 class _CachedShard:
-    """A sparse local copy of a remote shard, with a byte per sample that says whether it is there."""
+    """A sparse local copy of a remote shard, with a byte per sample that says whether it is there.
+
+    Where the disk has no room for it, pieces are fetched every time.
+    """
 
     def __init__(self, url: str, cache_dir: str) -> None:
         self._system, self._path = storage.remote_system(url)
         stamp = f"{url}\0{self._stamp()}"
         name = hashlib.sha256(stamp.encode()).hexdigest()[:24]
-        storage.make_folder(cache_dir)
+        with suppress(DataError):
+            storage.make_folder(cache_dir)
         self._data = os.path.join(cache_dir, f"{name}.tar")
         self._marks_path = os.path.join(cache_dir, f"{name}.marks")
         self._handle: _Handle | None = None
@@ -109,17 +127,19 @@ class _CachedShard:
                 self._handle = _Handle(self._data)
             return os.pread(self._handle.number, num_bytes, offset)
         data: bytes = self._system.cat_file(self._path, start=offset, end=offset + num_bytes)
-        if len(data) == num_bytes:
+        if len(data) < num_bytes:
+            raise OSError(f"{len(data):,} bytes came instead of {num_bytes:,}")
+        with suppress(OSError):
             self._keep(data, offset, sample)
         return data
 
     def _keep(self, data: bytes, offset: int, sample: int) -> None:
-        with storage.disk_errors(self._data):
-            for path, piece, position in ((self._data, data, offset), (self._marks_path, b"\1", sample)):
-                number = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
-                try:
-                    os.pwrite(number, piece, position)
-                finally:
-                    os.close(number)
+        for path, piece, position in ((self._data, data, offset), (self._marks_path, b"\1", sample)):
+            number = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+            try:
+                if os.pwrite(number, piece, position) < len(piece):
+                    return  # the disk is full
+            finally:
+                os.close(number)
         self._marks.extend(bytes(max(0, sample + 1 - len(self._marks))))
         self._marks[sample] = 1

@@ -1,3 +1,4 @@
+import errno
 import io
 import json
 import os
@@ -7,6 +8,8 @@ import threading
 import fsspec
 import pytest
 
+from declip_cli.data.samples import UNREAD
+from declip_cli.data.shards import files
 from declip_cli.data.shards.store import find_shards
 from declip_cli.data.stores import open_samples
 from declip_cli.errors import DataError
@@ -270,3 +273,87 @@ def test_remote_shards_are_fetched_piece_by_piece_and_once(tmp_path, monkeypatch
     fs.rm("/far", recursive=True)
     with pytest.raises(DataError, match="cannot read the shard"):
         again.read(3)
+
+
+class StoreError(Exception):
+    """What a package for a store may raise: no OSError."""
+
+
+@pytest.fixture
+def far(tmp_path, monkeypatch):
+    """A remote shard of five pairs; `far.failures` is how many of the next reads fail, and `far.num_asked` counts."""
+    fs = fsspec.filesystem("memory")
+    fs.makedirs("/far", exist_ok=True)
+    fs.put(str(write_tar(tmp_path / "a.tar", pairs(range(5)))), "/far/a.tar")
+    cat_file = type(fs).cat_file
+
+    class Far:
+        url, failures, num_asked, answer = "memory://far/a.tar", 0, 0, staticmethod(lambda data: data)
+
+    def fails_at_times(self, path, start=None, end=None, **options):
+        Far.num_asked += 1
+        Far.failures -= 1
+        if Far.failures >= 0:
+            raise StoreError("the connection was reset")
+        return Far.answer(cat_file(self, path, start=start, end=end, **options))
+
+    monkeypatch.setattr(type(fs), "cat_file", fails_at_times)
+    monkeypatch.setattr(files, "_RETRY_AFTER_S", (0.0, 0.0, 0.0))
+    yield Far
+    fs.rm("/far", recursive=True)
+
+
+@pytest.mark.parametrize("num_failures", [1, 3, 4])
+def test_a_remote_read_is_tried_four_times(tmp_path, far, num_failures):
+    store = open_samples([far.url], cache_dir=str(tmp_path / "cache"))
+    far.failures = num_failures
+    if num_failures < 4:
+        assert store.read(2).captions == ("text 2",)
+    else:
+        with pytest.raises(DataError, match="cannot read the shard .* the connection was reset") as caught:
+            store.read(2)
+        assert caught.value.cause == UNREAD
+    assert far.num_asked == min(4, num_failures + 1)
+
+
+def test_half_an_answer_of_a_remote_store_is_asked_for_again(tmp_path, far):
+    store = open_samples([far.url], cache_dir=str(tmp_path / "cache"))
+    answers = [lambda data: data[:100], lambda data: data]
+    far.answer = lambda data: answers.pop(0)(data)
+    assert store.read(2).captions == ("text 2",)
+
+
+@pytest.mark.parametrize("how", ["no space", "half a piece", "no folder"])
+def test_a_cache_without_room_costs_no_pair(tmp_path, far, monkeypatch, how):
+    if how == "no folder":
+        (tmp_path / "cache").mkdir()
+        (tmp_path / "cache" / "shards").write_text("in the way")
+    store = open_samples([far.url], cache_dir=str(tmp_path / "cache"))
+
+    def write(number, piece, position):
+        if how == "half a piece":
+            return len(piece) // 2  # as the last write before the disk is full
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", write)
+    for _ in range(2):
+        assert [store.read(number).captions for number in range(5)] == [(f"text {n}",) for n in range(5)]
+    assert far.num_asked == 10
+
+
+def test_a_local_read_is_tried_again_with_a_new_handle(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "a.tar", pairs(range(3)))
+    store = open_samples([str(path)])
+    monkeypatch.setattr(files, "_RETRY_AFTER_S", (0.0, 0.0, 0.0))
+    store.read(0)
+    pread, stale = os.pread, []
+
+    def read(number, num_bytes, offset):
+        stale.append(number)
+        if len(stale) < 3:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return pread(number, num_bytes, offset)
+
+    monkeypatch.setattr(os, "pread", read)
+    assert store.read(1).key == "0001"
+    assert len(stale) == 3
