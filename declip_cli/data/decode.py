@@ -95,6 +95,9 @@ def is_plain_jpeg(frame: JpegFrame) -> bool:
 def decode_jpeg(data: bytes, frame: JpegFrame, *, reduction: int = 1) -> Pixels:
     """Decode a grey or three-channel JPEG, if asked at a fraction of its size, which is cheaper.
 
+    A file with damage that libjpeg can repair is decoded; libjpeg writes its own line about it ("Corrupt JPEG data")
+    to stderr, which OpenCV offers no way to stop or to notice, whatever OPENCV_LOG_LEVEL is.
+
     Args:
         data: the JPEG file.
         frame: its header.

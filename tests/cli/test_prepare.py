@@ -76,16 +76,16 @@ def test_a_wrong_column_name_lists_the_columns_there_are(photos, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "code", "message"),
     [
-        (("--split", "val"), "--split wants NAME=FRACTION (got 'val')"),
-        (("--kind", "zip"), "prepare.kind must be one of"),
-        (("--quality", "101"), "--quality is in [1, 100] (got 101)"),
+        (("--split", "val"), 1, "--split wants NAME=FRACTION (got 'val')"),
+        (("--kind", "zip"), 2, "prepare.kind must be one of"),
+        (("--quality", "101"), 1, "--quality is in [1, 100] (got 101)"),
     ],
 )
-def test_wrong_values_are_errors_with_a_remedy(photos, tmp_path, words, message):
+def test_wrong_values_are_errors_with_a_remedy(photos, tmp_path, words, code, message):
     result = declip_prepare(photos, "--out", tmp_path / "out", *words)
-    assert result.exit_code == 1
+    assert result.exit_code == code
     assert f"error: {message}" in result.stderr
     assert "\n  fix: " in result.stderr
     assert not (tmp_path / "out").exists()
@@ -139,14 +139,14 @@ def test_filters_and_parts_are_options(photos, tmp_path):
     assert "no image-text pair found" in result.stderr
     assert "excluded picture: 6, first 0.jpg" in result.stderr
     result = declip_prepare(photos, "--out", tmp_path / "out2", "--duplicates", "some")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "prepare.clean.duplicates must be one of keep, exact, near" in result.stderr
 
 
 def test_defaults_of_the_options_are_those_of_the_configuration(photos, tmp_path):
-    declip_prepare(photos, "--out", tmp_path / "out")
-    for _ in prepare_shards(PrepareConfig(source=str(photos), out=str(tmp_path / "out"))):
-        pass  # would be refused as another command if an option had another default
+    assert declip_prepare(photos, "--out", tmp_path / "out").exit_code == 0
+    *_, report = prepare_shards(PrepareConfig(source=str(photos), out=str(tmp_path / "out")))
+    assert report.was_there  # would be refused as another command if an option had another default
 
 
 def test_the_help_is_complete_without_torch():

@@ -1,5 +1,6 @@
 """From a source to shards: the one loop of `declip prepare`. It prints nothing and yields where it stands."""
 
+import os
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,7 @@ from declip_cli.data.preparing.sources.find import open_source
 from declip_cli.data.preparing.sources.records import Source
 from declip_cli.data.preparing.stages import LeftOut, Pair, finish_records
 from declip_cli.data.preparing.state import OutFolder
+from declip_cli.data.shards import storage
 from declip_cli.data.shards.store import merge_skipped
 from declip_cli.errors import DataError
 
@@ -97,12 +99,30 @@ def prepare(config: PrepareConfig) -> Generator[PrepareReport, None, None]:
         report.seconds = time.monotonic() - started
         yield report
         return
-    folder.lock()
     try:
-        yield report
-        yield from _Run(config, source, folder, report).go()
-    finally:
-        folder.unlock()
+        folder.lock()
+        try:
+            yield report
+            yield from _Run(config, source, folder, report).go()
+        finally:
+            folder.unlock()
+    except DataError as error:
+        if error.cause != storage.DISK_FULL:
+            raise
+        raise _with_leftovers(error, folder) from error
+
+
+def _with_leftovers(error: DataError, folder: OutFolder) -> DataError:
+    """Name what a full disk has left behind, and how to go on or to have the space back."""
+    files = folder.unfinished_files()
+    if not files:
+        return error
+    size_mb = sum(map(os.path.getsize, files)) / 1e6
+    return DataError(
+        f"{error.message}; the pairs since the last whole shard, {size_mb:,.1f} MB, are in {', '.join(files)}",
+        remedy="free some space and run the same command again to go on; to give up, delete that file",
+        cause=error.cause,
+    )
 
 
 class _Run:

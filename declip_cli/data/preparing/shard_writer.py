@@ -3,11 +3,13 @@
 import io
 import json
 import os
+from contextlib import suppress
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from declip_cli.data.preparing.stages import Pair
+from declip_cli.data.preparing.state import UNFINISHED
 from declip_cli.data.shards import storage
 from declip_cli.data.shards.index import ShardIndex, encode_index, index_path
 from declip_cli.data.shards.tar_format import TarWriter
@@ -105,13 +107,13 @@ class PartWriter:
     def close(self) -> None:
         """Let go of the unfinished shard's file."""
         if self._file is not None:
-            with storage.disk_errors(self._temporary):
+            with suppress(OSError):  # of a full disk; what matters has been flushed by `state`
                 self._file.close()
             self._file = None
 
     @property
     def _temporary(self) -> str:
-        return os.path.join(self._spool, "unfinished.tar.tmp")
+        return os.path.join(self._spool, UNFINISHED)
 
     def _take_up(self, num_pairs: int, num_bytes: int) -> None:
         remedy = "run the command again with --force to start anew"

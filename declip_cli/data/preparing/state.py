@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 from declip_cli import __version__
@@ -16,6 +17,8 @@ from declip_cli.data.shards.store import MANIFEST, default_cache_dir
 from declip_cli.errors import DataError
 from declip_cli.files import parse_json
 
+UNFINISHED = "unfinished.tar.tmp"
+"""The shard in the making of each part, in the spool."""
 _PROGRESS, _MEMORY, _LOCK = "progress.json", "progress.memory", "progress.lock"
 _TEMPORARY = re.compile(r"\.\d+\.tmp$")
 _NOT_THE_COMMAND = ("out", "workers", "max_bad", "engine", "force")
@@ -69,26 +72,34 @@ class OutFolder:
         """State of an interrupted run of the same command; empty for a new one."""
         self.manifest: dict[str, Any] = {}
         """Of a finished run of the same command; empty for any other."""
+        self._parts_to_clear: set[str] = set()
         self._look(config.force)
 
     def lock(self) -> None:
-        """Keep other runs out of this folder until the process ends or `unlock` is called.
+        """Keep other runs out of this folder until the process ends or `unlock` is called; clear it if forced to.
 
         Raises:
             DataError: another run is at work here, or the disk cannot be written.
         """
-        storage.make_folder(self.spool)
         path = os.path.join(self.spool, _LOCK)
-        with storage.disk_errors(path):
-            self._lock = open(path, "ab")  # noqa: SIM115  (the lock lasts as long as it is open)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock.close()
-            raise DataError(
-                f"another declip prepare is writing to {self.path}",
-                remedy="wait for it, or choose another --out",
-            ) from error
+        is_ours = False
+        while not is_ours:
+            storage.make_folder(self.spool)
+            with storage.disk_errors(path):
+                self._lock = open(path, "ab")  # noqa: SIM115  (the lock lasts as long as it is open)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The run before may have deleted the file since it was opened; then others lock another one.
+                is_ours = os.path.samestat(os.fstat(self._lock.fileno()), os.stat(path))
+            except BlockingIOError as error:
+                self._lock.close()
+                raise DataError(
+                    f"another declip prepare is writing to {self.path}",
+                    remedy="wait for it, or choose another --out",
+                ) from error
+            except FileNotFoundError:
+                self._lock.close()
+        self._clear(self._parts_to_clear)
 
     def unlock(self) -> None:
         """Let other runs in, and delete the folder if nothing came of the run."""
@@ -101,7 +112,7 @@ class OutFolder:
         manifest = self._json(storage.join(self.path, MANIFEST))
         progress = self._json(os.path.join(self.spool, _PROGRESS))
         if force:
-            self._clear({"", *manifest.get("parts", {}), *progress.get("parts", {})})
+            self._parts_to_clear = {"", *manifest.get("parts", {}), *progress.get("parts", {})}
         elif manifest.get("command") == self._command:
             self.manifest = manifest
         elif progress.get("command") == self._command:
@@ -135,6 +146,10 @@ class OutFolder:
                 names = storage.names_in(folder) if storage.is_folder(folder) else []
                 for name in filter(_is_ours, names):
                     storage.remove_file(storage.join(folder, name))
+
+    def unfinished_files(self) -> list[str]:
+        """List the shards in the making, one per part, which take up space until the run goes on."""
+        return sorted(map(str, Path(self.spool).rglob(UNFINISHED)))
 
     def save_progress(self, facts: dict[str, Any], memory: bytes) -> None:
         """Write down how far the run is.
@@ -199,4 +214,4 @@ def _is_ours(name: str) -> bool:
     name = _TEMPORARY.sub("", name)  # of a process killed while it wrote
     stem, _, extension = name.partition(".")
     is_shard = stem.isdigit() and extension in ("tar", "index")
-    return is_shard or name in (MANIFEST, f"{MANIFEST}.tmp", _PROGRESS, _MEMORY, _LOCK, "unfinished.tar.tmp")
+    return is_shard or name in (MANIFEST, f"{MANIFEST}.tmp", _PROGRESS, _MEMORY, UNFINISHED)

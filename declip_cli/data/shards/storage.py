@@ -11,6 +11,8 @@ from typing import Any, BinaryIO, cast
 from declip_cli.errors import DataError
 from declip_cli.files import write_bytes
 
+DISK_FULL = "disk full"
+"""Cause of errors for want of space."""
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -284,7 +286,7 @@ class disk_errors:  # noqa: N801  (used as a function: `with disk_errors(path):`
             raise DataError(
                 f"the disk is full: cannot write {self._path}",
                 remedy="free some space or choose another --out, then run the same command again to go on",
-                cause="disk full",
+                cause=DISK_FULL,
             ) from error
         raise DataError(
             f"cannot write {self._path}: {error.strerror or error}",

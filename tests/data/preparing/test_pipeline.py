@@ -1,3 +1,4 @@
+import fcntl
 import hashlib
 import io
 import json
@@ -12,6 +13,9 @@ from PIL import Image
 
 from declip_cli.data.preparing.config import CleanConfig, PrepareConfig
 from declip_cli.data.preparing.pipeline import prepare
+from declip_cli.data.preparing.state import OutFolder
+from declip_cli.data.shards import storage
+from declip_cli.data.shards.tar_format import TarWriter
 from declip_cli.data.stores import open_samples
 from declip_cli.errors import ConfigError, DataError
 
@@ -256,6 +260,38 @@ def test_a_full_disk_is_said_clearly_and_the_run_goes_on_later(tmp_path, make_pi
     assert run(source, tmp_path / "out").num_pairs == 20
 
 
+@pytest.mark.parametrize("place", ["shard", "progress"])
+def test_a_full_disk_names_what_it_left_behind_and_the_run_goes_on_to_the_same_bytes(
+    tmp_path, make_picture, monkeypatch, place
+):
+    source = write_pairs(tmp_path / "in", make_picture, num=20)
+    run(source, tmp_path / "whole", shard_samples=8)
+    add, num_files, write = TarWriter.add, [], storage.write_whole
+
+    def add_until_full(writer, name, data):
+        num_files.append(name)
+        if place == "shard" and len(num_files) > 35:  # three for each pair
+            raise OSError(28, "No space left on device")
+        add(writer, name, data)
+
+    def write_until_full(path, data):
+        with storage.disk_errors(path):
+            if place == "progress" and "progress" in path and len(num_files) > 35:
+                raise OSError(28, "No space left on device")
+        write(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TarWriter, "add", add_until_full)
+        patch.setattr(storage, "write_whole", write_until_full)
+        patch.setattr("declip_cli.data.preparing.pipeline._SAVE_EVERY_S", -1.0)
+        with pytest.raises(DataError, match="the disk is full: cannot write") as caught:
+            run(source, tmp_path / "out", shard_samples=8)
+    assert f"are in {tmp_path / 'out' / 'unfinished.tar.tmp'}" in caught.value.message
+    assert caught.value.remedy.startswith("free some space and run the same command again to go on")
+    assert run(source, tmp_path / "out", shard_samples=8).was_resumed
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_parts_are_chosen_by_key_and_opened_by_name(tmp_path, make_picture):
     source = write_pairs(tmp_path / "in", make_picture, num=60)
     report = run(source, tmp_path / "out", split={"val": 0.25, "test": 0.25})
@@ -480,6 +516,40 @@ def test_two_runs_do_not_write_to_one_folder_at_once(tmp_path, make_picture, mon
     assert report.num_pairs == 40
     assert run(source, tmp_path / "out").was_there
     assert not (tmp_path / "out" / "progress.lock").exists()
+
+
+def test_forcing_a_run_onto_one_that_works_deletes_nothing(tmp_path, make_picture, monkeypatch):
+    monkeypatch.setattr("declip_cli.data.preparing.pipeline._REPORT_EVERY_S", -1.0)
+    source, out = write_pairs(tmp_path / "in", make_picture, num=20), tmp_path / "out"
+    reports = prepare(PrepareConfig(source=str(source), out=str(out), workers=1, shard_samples=8))
+    next(report for report in reports if report.num_read == 13)
+    before = contents(out)
+    with pytest.raises(DataError, match="another declip prepare is writing to"):
+        run(source, out, force=True)
+    assert contents(out) == before
+    *_, last = reports
+    assert last.num_pairs == 20
+
+
+def test_a_lock_that_the_run_before_deletes_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    config = PrepareConfig(source=str(tmp_path), out=str(tmp_path / "out"))
+    first, second, third = (OutFolder(config) for _ in range(3))
+    first.lock()
+    flock = fcntl.flock
+
+    def late(file, how):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        first.unlock()  # after the second has opened the file, before it locks it
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    second.lock()
+    with pytest.raises(DataError, match="another declip prepare is writing to"):
+        third.lock()
+    second.unlock()
+    third.lock()
+    third.unlock()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_note_among_the_pictures_is_no_reason_to_stop(tmp_path, make_picture):
