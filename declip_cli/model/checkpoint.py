@@ -5,7 +5,7 @@ import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from declip_cli import __version__
-from declip_cli.config import ModelConfig
+from declip_cli.config import MethodName, ModelConfig
 from declip_cli.errors import DeclipError, ModelError
 from declip_cli.files import SUMS_FILE, check_folder, existing_folder, new_folder, parse_json
 from declip_cli.model.architectures import Architecture, VitDims, describe_architecture
@@ -199,7 +199,7 @@ def _check_own(own: dict[str, Any], open_clip: dict[str, Any], state: dict[str, 
         "architecture": describe_architecture(found),
         "has_token_wise_heads": has_heads,
         "token_wise": bool(own["token_wise"]) and has_heads,
-        "method": str(own["method"]),
+        "method": own["method"] if own["method"] in get_args(MethodName) else "one of the methods there are",
         "arch": str(own["arch"]),
         "preprocessing": {
             "image_side_px": side,

@@ -358,6 +358,7 @@ def test_a_checkpoint_without_parameters_by_name_is_an_error(tmp_path, content):
         ("declip.json", "token_wise", True, "token_wise is True"),
         ("declip.json", "has_token_wise_heads", True, "has_token_wise_heads is True .* False"),
         ("declip.json", "method", 3, "method is 3"),
+        ("declip.json", "method", "glip", "method is 'glip'"),
         ("declip.json", "tokenizer.context_length", 77, "tokenizer.context_length is 77 .* 9"),
     ],
 )
