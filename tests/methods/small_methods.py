@@ -1,0 +1,126 @@
+"""Methods with very small heads, random embeddings for them, and what two processes do with both."""
+
+import os
+from functools import partial
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from declip_cli.batch import Embeddings
+from declip_cli.config import MethodConfig
+from declip_cli.methods import declip, slip
+from declip_cli.methods.registry import METHODS
+from declip_cli.model.architectures import Architecture, TextDims, VitDims
+from declip_cli.model.batch_norm import use_full_batch_norm
+from declip_cli.model.clip import DualEncoder
+from declip_cli.model.heads import SimClrHead, SimSiamPredictor, SimSiamProjector
+
+ARCHITECTURE = Architecture(
+    image_side_px=16,
+    embed_dim=8,
+    vision=VitDims(patch_side_px=8, width=24, num_layers=1, num_heads=3),
+    text=TextDims(context_length=11, width=10, num_layers=1, num_heads=2),
+)
+QUEUE_SIZE = 20
+GOOD = torch.tensor(True)
+RANK_JOBS = [
+    *((name, {"queue_start": "random"}) for name in METHODS),
+    *(("declip", {"weights": {"mlm": 1.0}, "mlm_mean": mean}) for mean in ("global", "rank")),
+    *(("declip", {"weights": {"simsiam": 1.0}, "batch_norm": norm}) for norm in ("global", "rank")),
+    *(("declip", {"weights": {"nn": 1.0}, "queue_scope": scope}) for scope in ("global", "rank")),
+    *(("slip", {"weights": {"simclr": 1.0}, "batch_norm": norm}) for norm in ("global", "rank")),
+]
+
+
+def only(method, **weights):
+    """Switch all terms off but those given."""
+    return dict.fromkeys(METHODS[method].default_weights, 0.0) | weights
+
+
+def build(name, *, seed=0, **options):
+    """Build a method whose parameters, norms and scales all have values of their own."""
+    torch.manual_seed(seed)
+    kind = METHODS[name]
+    encoder = DualEncoder(ARCHITECTURE, token_wise_dim=6 if kind.is_token_wise else 0)
+    with (
+        mock.patch.object(slip, "SimClrHead", partial(SimClrHead, width=9, out_dim=7)),
+        mock.patch.object(declip, "SimSiamProjector", partial(SimSiamProjector, width=9)),
+        mock.patch.object(declip, "SimSiamPredictor", partial(SimSiamPredictor, width=9, bottleneck=5)),
+    ):
+        method = kind(encoder, MethodConfig(name=name, queue_size=QUEUE_SIZE, **options))
+    with torch.no_grad():
+        for key, parameter in method.named_parameters():
+            if parameter.dim() < 2 and "logit_scale" not in key:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        encoder.logit_scale.fill_(2.0)
+        if kind.is_token_wise:
+            method.logit_scale_dense.fill_(1.7)
+    return method
+
+
+def draw(num=5, *, seed=0):
+    """Draw every field of `Embeddings` at random: V = T = 2, D = 8, E = 24, P = 4, L = 7, Q = 6."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.arange(num) % 6 + 2
+    counts = torch.arange(num) % 3  # some texts have no masked token
+    return {
+        "images": torch.randn(num, 2, 8, generator=generator),
+        "texts": torch.randn(num, 2, 8, generator=generator),
+        "image_features": torch.randn(num, 2, 24, generator=generator),
+        "image_tokens": torch.randn(num, 4, 6, generator=generator),
+        "text_tokens": torch.randn(num, 7, 6, generator=generator),
+        "text_token_mask": torch.arange(7) < lengths[:, None],
+        "mask_losses": counts * (5 + torch.rand(num, generator=generator)),
+        "mask_counts": counts.float(),
+        "numbers": torch.arange(num) * 3 + 100,
+    }
+
+
+def earlier_texts(fields, *, seed=9):
+    """Draw what the queue holds: near each pair's texts a row of its own, and as near one of another pair."""
+    texts = F.normalize(fields["texts"].flatten(0, 1), dim=1)
+    noise = 0.1 * torch.randn(2, *texts.shape, generator=torch.Generator().manual_seed(seed))
+    rows = F.normalize(torch.cat([texts + noise[0], texts + 2 * noise[1]]), dim=1)
+    own = fields["numbers"].repeat_interleave(2)
+    return rows[:QUEUE_SIZE], torch.cat([own, own + 1])[:QUEUE_SIZE]
+
+
+def leaves_of(fields):
+    return {key: value.clone().requires_grad_(value.is_floating_point()) for key, value in fields.items()}
+
+
+def score(method, fields):
+    """Compute the objective, → terms, total, and the gradients of fields and parameters."""
+    leaves = leaves_of(fields)
+    found = method.objective(Embeddings(**leaves))
+    found.total.backward()
+    gradients = {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
+    gradients |= {key: p.grad for key, p in method.named_parameters() if p.grad is not None}
+    return {key: term.detach() for key, term in found.terms.items()}, found.total.detach(), gradients
+
+
+def rank_job(name, options, fields):
+    """Score one rank's rows with the queue left from a step before."""
+    if "weights" in options:
+        options = options | {"weights": only(name, **options["weights"])}
+    method = build(name, **options)
+    if method.config.batch_norm == "global":
+        use_full_batch_norm(method, is_accelerator=False)
+    terms, total, gradients = score(method, fields)
+    found = {"total": total} | {f"term/{key}": value for key, value in terms.items()}
+    found |= {f"gradient/{key}": gradients[key] for key in fields if key in gradients}
+    if hasattr(method, "queue"):
+        method.update_queue(Embeddings(**fields), GOOD)
+        found |= {"rows": method.queue.rows, "numbers": method.queue.numbers}
+    return found
+
+
+def run_ranks(folder):
+    """Do every job of `RANK_JOBS` on this rank's half of six pairs."""
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    fields = {key: value[3 * rank : 3 * rank + 3] for key, value in draw(6).items()}
+    torch.save([rank_job(name, options, fields) for name, options in RANK_JOBS], f"{folder}/{rank}.pt")
