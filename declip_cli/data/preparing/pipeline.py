@@ -137,13 +137,17 @@ class _Run:
         self._offenders: list[str] = []
         self._saved = 0.0
         progress = folder.progress
-        for part, state in progress.get("parts", {"": {}}).items():
-            self._open_part(part, state)
         if progress:
             report.was_resumed = True
             report.num_read, report.num_bad = progress["num_read"], progress["num_bad"]
             report.skipped = {cause: (count, first) for cause, (count, first) in progress["skipped"].items()}
             self._seen.restore(folder.load_memory())
+        try:
+            for part, state in progress.get("parts", {"": {}}).items():
+                self._open_part(part, state)
+        except DataError:
+            self._close()
+            raise
 
     def _open_part(self, part: str, state: dict[str, Any]) -> PartWriter:
         writer = PartWriter(
@@ -183,9 +187,12 @@ class _Run:
             raise
         finally:
             outcomes.close()
-            for writer in self._writers.values():
-                writer.close()
+            self._close()
         yield report
+
+    def _close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
 
     def _take(self, outcome: Pair | LeftOut) -> bool:
         """Write one outcome or count why not; return True if that finished a shard."""
@@ -303,8 +310,13 @@ def _skipped_to_json(skipped: dict[str, tuple[int, str]]) -> dict[str, dict[str,
 def _report_from_manifest(report: PrepareReport, folder: OutFolder) -> None:
     manifest = folder.manifest
     report.was_there = True
-    report.num_read = manifest["num_read"]
-    report.skipped = {cause: (entry["count"], entry["first"]) for cause, entry in manifest["skipped"].items()}
-    report.parts = {"train": manifest["num_pairs"]} | manifest["parts"]
-    report.num_pairs = sum(report.parts.values())
-    report.num_shards = manifest["num_shards"]
+    try:
+        report.num_read = manifest["num_read"]
+        report.skipped = {cause: (entry["count"], entry["first"]) for cause, entry in manifest["skipped"].items()}
+        report.parts = {"train": manifest["num_pairs"]} | manifest["parts"]
+        report.num_pairs = sum(report.parts.values())
+        report.num_shards = manifest["num_shards"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"the manifest of {folder.path} is damaged: {error!r}", remedy="run the same command with --force"
+        ) from error

@@ -36,7 +36,7 @@ class PartWriter:
         self._num_finished = sum(int(shard["num_pairs"]) for shard in self.shards)
         unfinished = state.get("unfinished", {"num_pairs": 0, "num_bytes": 0})
         if unfinished["num_pairs"]:
-            self._take_up(unfinished["num_pairs"], unfinished["num_bytes"])
+            self._take_up(unfinished)
 
     @property
     def num_pairs(self) -> int:
@@ -96,12 +96,12 @@ class PartWriter:
 
     def state(self) -> dict[str, Any]:
         """Flush to disk and return what is needed to go on from here; errors as of `add`."""
-        unfinished = {"num_pairs": len(self._spans), "num_bytes": self._writer.num_bytes}
-        if self._file is None:
-            unfinished = {"num_pairs": 0, "num_bytes": 0}
-        else:
+        unfinished: dict[str, Any] = {"num_pairs": 0, "num_bytes": 0}
+        if self._file is not None:
             with storage.disk_errors(self._temporary):
                 self._file.flush()
+            unfinished = {"num_pairs": len(self._spans), "num_bytes": self._writer.num_bytes}
+            unfinished["sha256"] = self._writer.sha256
         return {"shards": self.shards, "unfinished": unfinished}
 
     def close(self) -> None:
@@ -115,20 +115,20 @@ class PartWriter:
     def _temporary(self) -> str:
         return os.path.join(self._spool, UNFINISHED)
 
-    def _take_up(self, num_pairs: int, num_bytes: int) -> None:
+    def _take_up(self, unfinished: dict[str, Any]) -> None:
         remedy = "run the command again with --force to start anew"
         try:
             self._find_unfinished()
             file = open(self._temporary, "r+b")  # noqa: SIM115  (stays open)
         except OSError as error:
             raise DataError(f"the unfinished shard {self._temporary} is missing", remedy=remedy) from error
-        file.truncate(num_bytes)
+        file.truncate(unfinished["num_bytes"])
         self._file = file
         file.seek(0)
         groups = read_groups(file, self._temporary, with_contents=False, has_end_mark=False)
         self._spans = [(group.start, group.end - group.start) for group in groups if not group.problem]
         self._writer = TarWriter(file)
-        if len(self._spans) != num_pairs or self._writer.num_bytes != num_bytes:
+        if len(self._spans) != unfinished["num_pairs"] or self._writer.sha256 != unfinished["sha256"]:
             file.close()
             raise DataError(f"the unfinished shard {self._temporary} is damaged", remedy=remedy)
 

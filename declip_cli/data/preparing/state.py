@@ -20,6 +20,7 @@ from declip_cli.files import parse_json
 UNFINISHED = "unfinished.tar.tmp"
 """The shard in the making of each part, in the spool."""
 _PROGRESS, _MEMORY, _LOCK = "progress.json", "progress.memory", "progress.lock"
+_DIGEST = "sha256"
 _TEMPORARY = re.compile(r"\.\d+\.tmp$")
 _NOT_THE_COMMAND = ("out", "workers", "max_bad", "engine", "force")
 
@@ -36,7 +37,7 @@ def command_id(config: PrepareConfig) -> str:
     facts = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_THE_COMMAND}
     if not storage.is_remote(config.source):
         facts["source"] = os.path.abspath(config.source)
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return _digest_of(facts)
 
 
 def spool_of(out: str) -> str:
@@ -73,6 +74,7 @@ class OutFolder:
         self.manifest: dict[str, Any] = {}
         """Of a finished run of the same command; empty for any other."""
         self._parts_to_clear: set[str] = set()
+        self._memory_digest = hashlib.sha256()
         self._look(config.force)
 
     def lock(self) -> None:
@@ -132,7 +134,8 @@ class OutFolder:
             value = parse_json(storage.read_bytes(path))
         except ValueError:
             return {"command": "damaged"}
-        return value if isinstance(value, dict) else {"command": "damaged"}
+        is_whole = isinstance(value, dict) and value.pop(_DIGEST, None) in (None, _digest_of(value))
+        return value if is_whole else {"command": "damaged"}
 
     def _has_files(self) -> bool:
         if storage.is_file(self.path):
@@ -166,18 +169,28 @@ class OutFolder:
         with storage.disk_errors(path), open(path, "ab") as file:
             file.write(memory)
             memory_bytes = file.tell()
-        head = {"command": self._command, "memory_bytes": memory_bytes}
-        storage.write_whole(os.path.join(self.spool, _PROGRESS), json.dumps(head | facts).encode())
+        self._memory_digest.update(memory)
+        memory_facts = {"memory_bytes": memory_bytes, "memory_sha256": self._memory_digest.hexdigest()}
+        progress = {"command": self._command} | memory_facts | facts
+        text = json.dumps({_DIGEST: _digest_of(progress)} | progress)
+        storage.write_whole(os.path.join(self.spool, _PROGRESS), text.encode())
 
     def load_memory(self) -> bytes:
-        """Read the hashes seen before the interruption, cutting off those after the last saved progress."""
+        """Read the hashes seen before the interruption, cutting off those after the last saved progress.
+
+        Raises:
+            DataError: they are not what was saved.
+        """
         path = os.path.join(self.spool, _MEMORY)
-        num_bytes = self.progress.get("memory_bytes", 0)
-        if not os.path.exists(path):
-            return b""
-        with storage.disk_errors(path), open(path, "r+b") as file:
-            file.truncate(num_bytes)
-            return file.read()
+        data = b""
+        if os.path.exists(path):
+            with storage.disk_errors(path), open(path, "r+b") as file:
+                file.truncate(self.progress["memory_bytes"])
+                data = file.read()
+        self._memory_digest.update(data)
+        if self._memory_digest.hexdigest() != self.progress.get("memory_sha256"):
+            raise DataError(f"{path} is damaged", remedy="run the command again with --force to start anew")
+        return data
 
     def finish(self, manifests: dict[str, dict[str, Any]]) -> None:
         """Write the manifests, then delete the resume state.
@@ -208,6 +221,10 @@ class OutFolder:
     def part_spool(self, part: str) -> str:
         """Name the local folder of the unfinished shard of one part."""
         return os.path.join(self.spool, part) if part else self.spool
+
+
+def _digest_of(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _is_ours(name: str) -> bool:

@@ -184,6 +184,11 @@ class TarWriter:
             self._digest.update(block)
             self.num_bytes += len(block)
 
+    @property
+    def sha256(self) -> str:
+        """Of what has been written so far, in hexadecimal."""
+        return self._digest.hexdigest()
+
     def add(self, name: str, data: bytes) -> None:
         """Append one file.
 
@@ -200,7 +205,7 @@ class TarWriter:
             Sha256 of the whole archive, in hexadecimal.
         """
         self._write(_ZEROS + _ZEROS)
-        return self._digest.hexdigest()
+        return self.sha256
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)

@@ -246,6 +246,35 @@ def test_an_unfinished_shard_that_is_lost_is_an_error(tmp_path, make_picture, mo
     assert run(source, out, force=True).num_pairs == 20
 
 
+@pytest.mark.parametrize("name", ["progress.json", "progress.memory", "unfinished.tar.tmp"])
+def test_a_changed_byte_in_what_an_interrupted_run_left_is_noticed(tmp_path, make_picture, monkeypatch, name):
+    source, out = write_pairs(tmp_path / "in", make_picture, num=20), tmp_path / "out"
+    monkeypatch.setattr("declip_cli.data.preparing.pipeline._REPORT_EVERY_S", -1.0)
+    reports = prepare(PrepareConfig(source=str(source), out=str(out), workers=1))
+    next(report for report in reports if report.num_read == 13)
+    reports.close()
+    data = bytearray((out / name).read_bytes())
+    if name == "progress.json":
+        data = data.replace(b'"num_read": 13', b'"num_read": 12')
+    else:
+        data[len(data) // 2] ^= 1
+    (out / name).write_bytes(data)
+    with pytest.raises(DataError, match=r"damaged|of another command") as caught:
+        run(source, out)
+    assert "--force" in caught.value.remedy
+    assert run(source, out, force=True).num_pairs == 20
+
+
+def test_a_manifest_that_lacks_something_is_an_error(tmp_path, make_picture):
+    source, out = write_pairs(tmp_path / "in", make_picture, num=3), tmp_path / "out"
+    run(source, out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["num_shards"]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="the manifest of .* is damaged"):
+        run(source, out)
+
+
 def test_a_full_disk_is_said_clearly_and_the_run_goes_on_later(tmp_path, make_picture, monkeypatch):
     source = write_pairs(tmp_path / "in", make_picture, num=20)
 
