@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 UNKNOWN = -1
 """Number of a row that belongs to no pair."""
+_NOBODY = -2
+"""Number of a query that belongs to no pair: no row has it."""
 _BLOCK_ROWS = 8192
 """Rows compared at once: with `max` per block 16 to 39 times as fast as one product and a top-k."""
 _GROUP_ROWS, _NUM_GROUPS = 16, 8
@@ -86,6 +88,8 @@ class NeighbourQueue(nn.Module):
             raise ValueError("the queue is empty: look for neighbours only when num_filled > 0")
         rows, owners = self.rows[:num_filled], self.numbers[:num_filled]
         queries = queries.detach().float()
+        if numbers is not None:
+            numbers = torch.where(numbers == UNKNOWN, _NOBODY, numbers)
         search = _find_screened if self._is_screened(queries.device) else _find_exactly
         with torch.autocast(queries.device.type, enabled=False), _whole_float32():
             return self.rows[search(queries, rows, numbers, owners)]
@@ -128,17 +132,14 @@ def _leave_out_own(scores: Tensor, numbers: Tensor | None, owners: Tensor) -> Te
     """Give rows of a query's own pair the score -inf.
 
     Args:
-        scores: (B, R).
+        scores: changed in place, (B, R).
         numbers: the pair of each query, (B,); None leaves none out.
         owners: the pair of each row, (R,), or of each candidate, (B, R).
 
     Returns:
-        (B, R).
+        The scores, (B, R).
     """
-    if numbers is None:
-        return scores
-    is_own = (owners == numbers[:, None]) & (numbers[:, None] != UNKNOWN)
-    return scores.masked_fill(is_own, float("-inf"))
+    return scores if numbers is None else scores.masked_fill_(owners == numbers[:, None], float("-inf"))
 
 
 def _find_exactly(queries: Tensor, rows: Tensor, numbers: Tensor | None, owners: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import json
 import random
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -122,7 +123,8 @@ def measure(name: str, search: Search, case: tuple[Tensor, Tensor, Tensor | None
     neighbours._find_exactly = find_exactly
     best, lead = true_best(*case)
     work()
-    seconds = statistics.median(seconds_of(work) for _ in range(runs))
+    clock = time.perf_counter if queries.is_cuda or torch.get_num_threads() > 1 else time.process_time
+    seconds = statistics.median(seconds_of(work, clock) for _ in range(runs))
     line = {
         "name": f"nearest of {len(rows)} rows",
         "search": name,
