@@ -21,8 +21,10 @@ TIMEOUT = timedelta(minutes=10)
 _POLL_S = 1.0
 _SILENCE_S = 45.0
 """A rank that gives no sign of life for so long counts as killed."""
-_GOODBYE_S = 10.0
+_GOODBYE_S = 5.0
 """How long a failing rank stays so that the others can read why; the store may live in its process."""
+_FAREWELL_S = 0.5
+"""How long rank 0 stays after that, so that they can read that all have read it."""
 _FAILED, _READ, _ALIVE = "declip/failed", "declip/read", "declip/alive/"
 
 T = TypeVar("T")
@@ -63,7 +65,9 @@ def joined(*, has_gpu: bool, tell: Callable[[str], None]) -> Iterator[None]:
         yield
         dist.barrier()
     except BaseException as error:
-        watch.fail(error)
+        is_told = watch.fail(error)
+        if is_told and rank() != 0 and isinstance(error, DeclipError):
+            os._exit(error.exit_code)  # rank 0 has said it; once is enough
         if isinstance(error, RuntimeError) and not isinstance(error, DeclipError) and _is_broken_connection(error):
             raise TrainError(
                 "another process is gone: it was killed, or its machine is down",
@@ -110,27 +114,30 @@ class _Watch:
         self._over.set()
         self._thread.join()
         with suppress(RuntimeError):
-            num_gone = self._store.add(_READ, 1)
-            began = time.monotonic()
-            while rank() == 0 and num_gone < world_size() and time.monotonic() - began < _GOODBYE_S:
-                time.sleep(0.05)
-                num_gone = self._store.add(_READ, 0)
+            self._store.add(_READ, 1)
+            self._wait_for(world_size() if rank() == 0 else 0)
 
-    def fail(self, error: BaseException) -> None:
-        """Tell the other ranks why this one ends, and wait until they have read it."""
+    def fail(self, error: BaseException) -> bool:
+        """Tell the other ranks why this one ends; return whether all of them have read it."""
         self._over.set()
         self._thread.join()
         with suppress(RuntimeError):
             if self._store.check([_FAILED]):  # this error only follows from that one
                 self._end(self._store.get(_FAILED).decode())
+            message = "".join(traceback.format_exception_only(error)).strip()
+            remedy = ""
             if isinstance(error, DeclipError):
-                message = f"{error.message}\n  fix: {error.remedy}"
-            else:
-                message = "".join(traceback.format_exception_only(error)).strip()
-            self._store.set(_FAILED, json.dumps({"rank": rank(), "message": message}))
-            began = time.monotonic()
-            while self._store.add(_READ, 0) < world_size() - 1 and time.monotonic() - began < _GOODBYE_S:
-                time.sleep(0.1)
+                message, remedy = error.message, error.remedy
+            self._store.set(_FAILED, json.dumps({"rank": rank(), "message": message, "remedy": remedy}))
+            return self._wait_for(world_size() - 1)
+        return False
+
+    def _wait_for(self, num_ranks: int) -> bool:
+        """Wait until so many ranks have read that it is over; not for ever, since some may be gone."""
+        began = time.monotonic()
+        while (num_read := self._store.add(_READ, 0)) < num_ranks and time.monotonic() - began < _GOODBYE_S:
+            time.sleep(0.05)
+        return num_read >= num_ranks
 
     def _run(self) -> None:
         seen: dict[int, tuple[bytes, float]] = {}
@@ -158,17 +165,26 @@ class _Watch:
             if seen.setdefault(other, (sign, now))[0] != sign:
                 seen[other] = (sign, now)
             elif now - seen[other][1] > _SILENCE_S:
-                message = f"no sign of life for {_SILENCE_S:.0f} s: killed, or its machine is down"
-                self._store.set(_FAILED, json.dumps({"rank": other, "message": message}))
+                self._store.set(_FAILED, _silent(other, f"no sign of life for {_SILENCE_S:.0f} s"))
 
     def _end(self, failure: str) -> None:
         """End this process, whatever its main thread waits for."""
-        with suppress(RuntimeError):
-            self._store.add(_READ, 1)
         content = json.loads(failure)
         if rank() == 0:
             self._tell(f"error: process {content['rank']} of {world_size()} has failed: {content['message']}")
+            if content["remedy"]:
+                self._tell(f"  fix: {content['remedy']}")
+        with suppress(RuntimeError):
+            self._store.add(_READ, 1)
+            if rank() == 0:
+                self._wait_for(world_size() - 1)
+                time.sleep(_FAREWELL_S)
         os._exit(1)
+
+
+def _silent(other: int, what: str) -> str:
+    remedy = "look at its output and its machine; if memory ran out: --micro-batch-size; then --resume"
+    return json.dumps({"rank": other, "message": f"{what}: it was killed, or its machine is down", "remedy": remedy})
 
 
 def _is_broken_connection(error: RuntimeError) -> bool:

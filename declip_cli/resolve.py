@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from declip_cli.config import RunConfig
+from declip_cli.config import OptimConfig, RunConfig, TrainConfig
 from declip_cli.config_checks import require
 from declip_cli.config_files import build_config, merge_into, parse_assignments, read_settings, to_plain
 from declip_cli.errors import ConfigError
@@ -225,30 +225,34 @@ def resolve(
         settle_method(config.method), weights=METHODS[config.method.name].default_weights | config.method.weights
     )
     samples = _length(config, global_batch, data, step=step, samples_seen=samples_seen)
-    preset = PRESETS[config.method.faithful]
-    train = {key: value for key, value in preset["train"].items() if getattr(config.train, key) is None}
     whole = RunConfig(
         model=model,
         data=config.data,
         augment=config.augment,
         method=method,
         optim=_settle_optim(config, samples=samples, global_batch=global_batch, schedule_batch=schedule_batch),
-        train=replace(
-            config.train,
-            **train,
-            samples=samples,
-            steps=None,
-            epochs=None,
-            precision=machine.precision,  # type: ignore[arg-type]
-        ),
+        train=_settle_train(config, samples=samples, precision=machine.precision),
     )
-    low, high = settled(whole.train.logit_scale_min), settled(whole.train.logit_scale_max)
+    return ResolvedRun(asked=asked, config=whole, data=data, machine=machine, schedule_batch=schedule_batch)
+
+
+def _settle_train(config: RunConfig, *, samples: int, precision: str) -> TrainConfig:
+    preset = PRESETS[config.method.faithful]["train"]
+    train = replace(
+        config.train,
+        **{key: value for key, value in preset.items() if getattr(config.train, key) is None},
+        samples=samples,
+        steps=None,
+        epochs=None,
+        precision=precision,  # type: ignore[arg-type]
+    )
+    low, high = settled(train.logit_scale_min), settled(train.logit_scale_max)
     require(
         low <= high,
         f"train.logit_scale_min must not exceed train.logit_scale_max (got {low}, {high})",
         remedy="--set train.logit_scale_max=4.6052",
     )
-    return ResolvedRun(asked=asked, config=whole, data=data, machine=machine, schedule_batch=schedule_batch)
+    return train
 
 
 def kept_settings(asked: RunConfig, before: ResolvedRun) -> RunConfig:
@@ -277,7 +281,7 @@ def _length(config: RunConfig, global_batch: int, data: DataFacts, *, step: int,
     return samples
 
 
-def _settle_optim(config: RunConfig, *, samples: int, global_batch: int, schedule_batch: int) -> Any:  # noqa: ANN401
+def _settle_optim(config: RunConfig, *, samples: int, global_batch: int, schedule_batch: int) -> OptimConfig:
     optim = config.optim
     peak = optim.learning_rate_peak
     if peak is None:

@@ -8,7 +8,8 @@ from declip_cli.errors import ConfigError
 from declip_cli.methods.registry import METHODS
 from declip_cli.model.architectures import find_architecture
 from declip_cli.recipes import list_recipes, load_recipe
-from declip_cli.train.optim import learning_rate, logit_scale_bounds, warmup_length
+from declip_cli.train.optim import schedule_of
+from tests.train.small_runs import resolved
 
 FOUR = {"clip": 0.4, "nn": 0.2, "simsiam": 0.2, "mlm": 0.2}
 SIX = FOUR | {"clip": 0.6}
@@ -63,17 +64,13 @@ def config_of(name):
     return build_config(RunConfig, load_recipe(name))
 
 
+def run_of(name):
+    return resolved(config_of(name), num_pairs=15_388_848, world_size=32)
+
+
 def rate(name, step):
-    config = config_of(name)
-    optim, steps = config.optim, config.train.steps
-    return learning_rate(
-        step,
-        start=optim.learning_rate_start,
-        peak=optim.learning_rate_peak,
-        end=optim.learning_rate_end,
-        warmup_steps=warmup_length(optim, steps),
-        total_steps=steps,
-    )
+    run = run_of(name)
+    return schedule_of(run).rate(step * run.global_batch)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -84,7 +81,7 @@ def test_a_recipe_is_its_row_of_the_table(name):
     assert (config.model.arch, find_architecture(config.model).embed_dim) == (arch, embed_dim)
     assert (optim.optimizer, optim.learning_rate_start, optim.learning_rate_peak) == (optimizer, start, peak)
     assert (optim.learning_rate_end, optim.warmup_steps, optim.weight_decay) == (0.0, warmup, decay)
-    assert (train.steps, train.batch_size, train.ema_decay, train.freeze) == (steps, batch, 0.0, ())
+    assert (train.steps, train.batch_size, train.ema_decay, train.freeze) == (steps, batch, None, ())
     assert config.method.name == name.split("-")[0]
     assert config.method.weights == weights
     assert (config.method.faithful, config.method.label_smoothing, config.method.pairs) == (True, 0.0, 4)
@@ -113,7 +110,11 @@ def test_the_yfcc_recipes_use_adamw_and_see_4096_pairs_a_step(name):
     assert (optim.beta1, optim.beta2, optim.epsilon) == (0.9, 0.98, 1e-8)
     assert config.train.batch_size * 32 == 4096
     assert config.train.steps * 4096 / 15_388_848 == pytest.approx(34, abs=0.1)
-    assert logit_scale_bounds(config) == (3.0, 6.0)
+    run = run_of(name)
+    settled = run.config
+    assert (settled.train.logit_scale_min, settled.train.logit_scale_max) == (3.0, 6.0)
+    assert (settled.optim.gradient_clip_norm, settled.optim.decayed) == (math.inf, "original")
+    assert (run.global_batch, run.total_steps()) == (4096, 128_001)
     assert config.train.precision == "fp32"
 
 
@@ -123,9 +124,9 @@ def test_the_88m_recipes_use_sgd_and_bound_the_logit_scale_below_only(name, logi
     assert config.optim.momentum == 0.9
     # The original's scheduler multiplies the rate of every group by rate / base rate.
     assert config.optim.logit_scale_learning_rate == pytest.approx(logit_scale_rate * 0.2 / 1e-3)
-    low, high = logit_scale_bounds(config)
-    assert low == 3.0
-    assert math.exp(high) > 1e38
+    settled = run_of(name).config.train
+    assert settled.logit_scale_min == 3.0
+    assert math.exp(settled.logit_scale_max) > 1e38
 
 
 @pytest.mark.parametrize(("step", "expected"), [(1, 1e-4), (1250, 5.498e-4), (2500, 1e-3), (64_000, 5.157e-4)])

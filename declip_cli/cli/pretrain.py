@@ -223,10 +223,18 @@ def _start(request: "Request") -> dict[str, Any]:
     try:
         if num_processes == 1:
             return _work(request)
-        return launch.start_processes(_work, (request,), num_processes=num_processes)
+        return launch.start_processes(_rank, (request,), num_processes=num_processes)
+    except launch.RankFailed as failure:
+        raise typer.Exit(1) from failure
     except KeyboardInterrupt:
         _note_once(f"stopped at once; go on from the last saved state: declip pretrain --resume {request.path}")
         raise
+
+
+def _rank(request: "Request") -> dict[str, Any]:
+    """Be one of several processes, which tells its own errors."""
+    with user_errors():
+        return _work(request)
 
 
 def _check_best(path: str | None, known: tuple[str, ...]) -> None:
@@ -246,7 +254,7 @@ def _work(request: "Request") -> dict[str, Any]:
     from declip_cli.distributed import rank
     from declip_cli.evaluate.during_training import find_score, make_evaluator
     from declip_cli.process_group import from_first, joined
-    from declip_cli.train.build import find_device
+    from declip_cli.train.build import count_cores, find_device
     from declip_cli.train.run import Request
     from declip_cli.train.run import pretrain as run
 
@@ -256,7 +264,7 @@ def _work(request: "Request") -> dict[str, Any]:
         # Each process would name a new folder by its own clock.
         path = from_first(lambda: request.path)
         request = Request(asked=request.asked, path=path, is_resumed=request.is_resumed, force=request.force)
-        evaluator = make_evaluator(train.eval, data_root=None) if train.eval else None
+        evaluator = make_evaluator(train.eval, threads=train.threads or count_cores()) if train.eval else None
         _check_best(train.keep_best, evaluator.score_paths if evaluator is not None else ())
         report = None
         with RunProgress(request) as progress:

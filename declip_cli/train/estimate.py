@@ -12,8 +12,6 @@ from declip_cli.methods.registry import build_method
 from declip_cli.model.text_transformer import END_ID
 from declip_cli.resolve import ResolvedRun
 
-_PAIRS = 4
-"""Pairs on which the memory of one is counted."""
 _LOGITS_AT_ONCE = 2
 """Copies of a matrix of logits that a cross-entropy keeps: the logits and their softmax."""
 
@@ -21,8 +19,8 @@ _LOGITS_AT_ONCE = 2
 def estimate_memory(run: ResolvedRun) -> dict[str, float]:
     """Estimate the memory of one process, in MiB.
 
-    What backward keeps is counted, not guessed: a few pairs are encoded here and every tensor saved for backward is
-    added up. It grows in a line with the pairs of a forward pass.
+    What backward keeps is counted, not guessed: two and four pairs are encoded here and every tensor saved for backward
+    is added up. It grows in a line with the pairs of a forward pass; weights in another number format come on top.
 
     Args:
         run: resolved.
@@ -38,28 +36,35 @@ def estimate_memory(run: ResolvedRun) -> dict[str, float]:
     num_bytes = sum(p.nbytes for p in method.parameters()) * copies + sum(b.nbytes for b in method.buffers())
     if config.train.ema_decay:
         num_bytes += sum(p.nbytes for p in method.encoder.parameters())
-    per_pair, embedded = _kept_for_backward(method, run)
+    two, four = (_kept_for_backward(method, run, num_pairs) for num_pairs in (2, 4))
+    per_pair, embedded = (four[0] - two[0]) / 2, (four[1] - two[1]) / 2
+    cast_weights = two[0] - 2 * per_pair
     size = min(config.train.micro_batch_size or config.train.batch_size, config.train.batch_size)
     num_matrices = 2 * config.method.pairs if config.method.name in ("declip", "defilip") else 2
     logits = num_matrices * _LOGITS_AT_ONCE * config.train.batch_size * run.global_batch * 4
     cached = 2 * embedded * config.train.batch_size if size < config.train.batch_size else 0
-    sizes = {"weights": num_bytes, "activations": per_pair * size, "logits": logits, "embeddings": cached}
+    sizes = {
+        "weights": num_bytes,
+        "activations": cast_weights + per_pair * size,
+        "logits": logits,
+        "embeddings": cached,
+    }
     mebibytes = {name: round(value / 2**20, 1) for name, value in sizes.items()}
     return mebibytes | {"total": round(sum(mebibytes.values()), 1)}
 
 
-def _kept_for_backward(method: Method, run: ResolvedRun) -> tuple[float, float]:
-    """Count the bytes that backward keeps, and those of the embeddings, for each pair."""
+def _kept_for_backward(method: Method, run: ResolvedRun, num_pairs: int) -> tuple[int, int]:
+    """Count the bytes that backward keeps of some pairs, and those of their embeddings."""
     architecture, views = method.encoder.architecture, method.views
     side, length = architecture.image_side_px, architecture.text.context_length
-    tokens = torch.full((_PAIRS, len(views.texts), length), END_ID)
-    labels = torch.full((_PAIRS, length), -100)
+    tokens = torch.full((num_pairs, len(views.texts), length), END_ID)
+    labels = torch.full((num_pairs, length), -100)
     labels[:, : max(1, length // 7)] = 1
     batch = Batch(
-        images=torch.zeros(_PAIRS, len(views.images), side, side, 3, dtype=torch.uint8),
+        images=torch.zeros(num_pairs, len(views.images), side, side, 3, dtype=torch.uint8),
         tokens=tokens,
         mask_labels=labels,
-        numbers=torch.arange(_PAIRS),
+        numbers=torch.arange(num_pairs),
     )
     kept: dict[int, int] = {}
     own = {parameter.untyped_storage().data_ptr() for parameter in method.parameters()}
@@ -75,4 +80,4 @@ def _kept_for_backward(method: Method, run: ResolvedRun) -> tuple[float, float]:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), context:
         embeddings = method.embed(batch)
     embedded = sum(getattr(embeddings, field.name).nbytes for field in fields(Embeddings))
-    return sum(kept.values()) / _PAIRS, embedded / _PAIRS
+    return sum(kept.values()), embedded

@@ -7,7 +7,6 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -16,13 +15,17 @@ import torch.multiprocessing
 from torch.multiprocessing.spawn import ProcessContext, ProcessExitedException, ProcessRaisedException
 
 from declip_cli.config import TrainConfig
-from declip_cli.errors import DeclipError, TrainError
+from declip_cli.errors import TrainError
 
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-_GRACE_S = 3.0
+_GRACE_S = 15.0
 """How long the other ranks may take to end by themselves when one has failed."""
 
 T = TypeVar("T")
+
+
+class RankFailed(Exception):
+    """A rank has ended with an error, which it has told itself."""
 
 
 def join_slurm() -> None:
@@ -70,10 +73,11 @@ def wanted_processes(train: TrainConfig) -> int:
 def start_processes(work: Callable[..., T], arguments: tuple[Any, ...], *, num_processes: int) -> T:
     """Run a function on several ranks of this machine and wait for all.
 
-    Ctrl-C and SIGTERM are passed on to the ranks, which end as they see fit; the third Ctrl-C ends them at once.
+    Ctrl-C and SIGTERM are passed on to the ranks, which end as they see fit, however long they take to save; the third
+    Ctrl-C ends them at once. (torch's elastic launcher would kill them after 30 s.)
 
     Args:
-        work: called as `work(*arguments)` in each process; importable by name.
+        work: called as `work(*arguments)` in each process; importable by name; it tells its own errors.
         arguments: can be pickled.
         num_processes: ranks.
 
@@ -81,18 +85,18 @@ def start_processes(work: Callable[..., T], arguments: tuple[Any, ...], *, num_p
         What rank 0 returned.
 
     Raises:
-        DeclipError: what the first failing rank raised; the other ranks are stopped.
+        RankFailed: a rank has ended with an error.
         KeyboardInterrupt: the ranks were stopped before rank 0 had a result.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    messages = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    results = torch.multiprocessing.get_context("spawn").SimpleQueue()
     with _signals_passed_on() as (ranks, asked):
         ranks.append(
             torch.multiprocessing.start_processes(  # type: ignore[attr-defined,no-untyped-call]
                 _run_rank,
-                (work, arguments, num_processes, port, messages),
+                (work, arguments, num_processes, port, results),
                 nprocs=num_processes,
                 join=False,
                 start_method="spawn",
@@ -104,10 +108,12 @@ def start_processes(work: Callable[..., T], arguments: tuple[Any, ...], *, num_p
             while not ranks[0].join(grace_period=_GRACE_S):
                 pass
         except (ProcessRaisedException, ProcessExitedException) as failure:
-            _raise_own_error(messages, failure, was_asked=bool(asked), num_processes=num_processes)
-    if messages.empty():
+            if asked:
+                raise KeyboardInterrupt from failure
+            raise RankFailed(str(failure)) from failure
+    if results.empty():
         raise KeyboardInterrupt
-    result: T = messages.get()
+    result: T = results.get()
     return result
 
 
@@ -138,49 +144,17 @@ def _signals_passed_on() -> Iterator[tuple[list[ProcessContext], list[int]]]:
             process.kill()  # does nothing to one that has ended
 
 
-def _raise_own_error(messages: Any, failure: Exception, *, was_asked: bool, num_processes: int) -> None:  # noqa: ANN401
-    while not messages.empty():
-        message = messages.get()
-        if isinstance(message, _Failure):
-            words = f"{message.message} (process {message.rank} of {num_processes})"
-            raise message.kind(words, remedy=message.remedy) from None
-    if was_asked:
-        raise KeyboardInterrupt from failure
-    if isinstance(failure, ProcessExitedException):
-        raise TrainError(
-            str(failure), remedy="if memory ran out: --micro-batch-size, or a smaller --batch-size; then --resume"
-        ) from failure
-    raise failure
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Failure:
-    """A DeclipError on its way from a rank."""
-
-    rank: int
-    kind: type[DeclipError]
-    message: str
-    remedy: str
-
-
 def _run_rank(
     rank: int,
     work: Callable[..., Any],
     arguments: tuple[Any, ...],
     num_processes: int,
     port: int,
-    messages: Any,  # noqa: ANN401
+    results: Any,  # noqa: ANN401
 ) -> None:
     values = (rank, num_processes, rank, "127.0.0.1", port)
     os.environ.update({name: str(value) for name, value in zip(_RANK_VARIABLES, values, strict=True)})
     os.environ["LOCAL_WORLD_SIZE"] = str(num_processes)
-    try:
-        result = work(*arguments)
-        if rank == 0:
-            messages.put(result)
-    except DeclipError as error:
-        messages.put(_Failure(rank=rank, kind=type(error), message=error.message, remedy=error.remedy))
-        raise
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    result = work(*arguments)
+    if rank == 0:
+        results.put(result)

@@ -14,7 +14,6 @@ from declip_cli.train.meter import Meter, StepOutcome, StepReport
 from declip_cli.train.optim import clamp_logit_scales, clip_gradients, set_learning_rates, step_where
 from declip_cli.train.run_dir import RunDir
 
-
 _SHARE_UNITS = 10**9
 """Ranks agree on whole numbers."""
 
@@ -32,6 +31,11 @@ class _Decision:
     """Learning rate of the next step."""
     share: float
     """How much of the run is over, in [0, 1]."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no further step is taken now."""
+        return self.is_done or self.must_stop
 
 
 def take_step(training: Training, rate: float) -> StepOutcome:
@@ -104,44 +108,44 @@ def train(
         TrainError: the loss stays broken, or the disk is full.
         DataError: too many samples are unreadable.
     """
-    config = training.config.train
     meter = Meter(training)
     keeper = Keeper(training, run_dir, meter, evaluate, find_score)
     set_training_mode(training)
     clamp_logit_scales(training.method, training.logit_scale_bounds)
-    decision = _decide(training, seconds=meter.seconds(), wants_stop=False, is_due=False)
-    rate = 0.0
-    while not (decision.is_done or decision.must_stop):
+    decision, rate = _decide(training, meter, keeper, wants_stop=False), 0.0
+    while not decision.is_over:
         rate = decision.rate
         meter.add(take_step(training, rate))
-        decision = _decide(training, seconds=meter.seconds(), wants_stop=should_stop(), is_due=keeper.is_due())
-        is_over = decision.is_done or decision.must_stop
-        must_evaluate = bool(config.eval_every_steps) and training.step % (config.eval_every_steps or 1) == 0
-        must_report = training.step % config.log_every_steps == 0
-        if not (is_over or decision.must_save or must_evaluate or must_report):
+        decision = _decide(training, meter, keeper, wants_stop=should_stop())
+        must_evaluate, must_report = (_is_due(training, key) for key in ("eval_every_steps", "log_every_steps"))
+        if not (decision.is_over or decision.must_save or must_evaluate or must_report):
             continue
-        problem = meter.problem() or (keeper.problem() if is_over or decision.must_save else "")
+        problem = meter.problem() or (keeper.problem() if decision.is_over or decision.must_save else "")
         if problem:
             keeper.go_back(problem)
-            decision = _decide(training, seconds=meter.seconds(), wants_stop=should_stop(), is_due=False)
-            continue
-        if decision.must_save and not is_over:
-            keeper.save()
-        scores = keeper.scores() if must_evaluate and not is_over else {}
-        if not is_over and (scores or must_report):
-            yield meter.report(rate=rate, share=decision.share, evaluations=scores)
+            decision = _decide(training, meter, keeper, wants_stop=should_stop())
+        elif not decision.is_over:
+            if decision.must_save:
+                keeper.save()
+            scores = keeper.scores() if must_evaluate else {}
+            if scores or must_report:
+                yield meter.report(rate=rate, share=decision.share, evaluations=scores)
     keeper.save()
     scores = keeper.scores() if decision.is_done else {}
     share = max(decision.share, 1e-9)
     yield meter.report(rate=rate, share=share, evaluations=scores, is_last=True, was_stopped=not decision.is_done)
 
 
-def _decide(training: Training, *, seconds: float, wants_stop: bool, is_due: bool) -> _Decision:
+def _is_due(training: Training, key: str) -> bool:
+    every = getattr(training.config.train, key)
+    return every is not None and training.step > 0 and training.step % every == 0
+
+
+def _decide(training: Training, meter: Meter, keeper: Keeper, *, wants_stop: bool) -> _Decision:
     """Agree on what comes next: the rank that is furthest decides."""
-    every = training.config.train.checkpoint_every_steps
-    is_due |= bool(every) and training.step % (every or 1) == 0
-    limit = training.config.train.time_limit_s
-    spent = (seconds - training.startup_seconds) / max(1e-9, limit - training.startup_seconds) if limit else 0.0
+    is_due = keeper.is_due() or _is_due(training, "checkpoint_every_steps")
+    limit, started = training.config.train.time_limit_s, training.startup_seconds
+    spent = (meter.seconds() - started) / max(1e-9, limit - started) if limit else 0.0
     flags = torch.tensor([wants_stop, is_due, round(spent * _SHARE_UNITS)], dtype=torch.int64)
     if world_size() > 1:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)  # on the CPU: no device waits

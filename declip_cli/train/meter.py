@@ -228,7 +228,7 @@ class Meter:
             logit_scale=logit_scale,
             logit_scale_max=math.exp(training.logit_scale_bounds[1]),
             num_bad_steps=num_bad - self._num_bad_before,
-            num_cut_captions=getattr(training.stream, "num_cut_captions", 0),
+            num_cut_captions=training.stream.num_cut_captions,
             num_texts=training.samples_seen // world_size() * len(training.method.views.texts),
         )
         self._num_bad_before = num_bad

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from declip_cli.__main__ import app
-from declip_cli.train import launch, loop
+from declip_cli.train import loop
 
 SMALL = ["--data", "demo", "--steps", "3", "--batch-size", "8", "--threads", "1", "--precision", "fp32"]
 SMALL += ["--set", "train.eval=[]", "--set", "train.log_every_steps=1", "--set", "data.part=fit"]
@@ -23,10 +23,10 @@ def pretrain(*words):
     return result
 
 
-def error_of(*words):
+def error_of(*words, exit_code=1):
     """Run something that cannot work; return its error and its way out."""
     result = pretrain(*words)
-    assert result.exit_code == 1, (result.stdout, result.stderr)
+    assert result.exit_code == exit_code, (result.stdout, result.stderr)
     assert result.stdout == ""
     error, fix = result.stderr.strip().splitlines()[-2:]
     assert error.startswith("error: ")
@@ -65,7 +65,7 @@ def test_stderr_tells_how_the_run_goes(done):
     lines = result.stderr.splitlines()
     assert lines[0] == f"run folder: {out}"
     assert lines[1].startswith("declip on vit-tiny32: ")
-    assert "batch 8 × 1, 3 steps or 180 s, cpu, fp32" in lines[1]
+    assert "batch 8 × 1, 3 steps or 180 s, peak learning rate 0.001, cpu, fp32" in lines[1]
     assert lines[2].startswith("step 1/3 · clip ")
     assert "samples/s · waiting " in lines[2]
     assert any(line.startswith("done: 24 samples in ") for line in lines)
@@ -79,8 +79,31 @@ def test_the_run_folder_has_what_the_documentation_promises(done):
     assert {"model/open_clip_model.safetensors", "state/step-000000003/state.json"} <= names
     assert not [name for name in names if name.endswith(".tmp")]
     config = json.loads((out / "config.json").read_text())
-    assert config["config"]["train"]["steps"] == 3
-    assert config["config"]["model"]["arch"] == "vit-tiny32"
+    assert (config["asked"]["train"]["steps"], config["run"]["total_steps"]) == (3, 3)
+    assert (config["config"]["train"]["samples"], config["config"]["model"]["arch"]) == (24, "vit-tiny32")
+    assert config["config"]["method"]["weights"] == {"clip": 1.0, "nn": 0.2, "simsiam": 0.0, "mlm": 0.0}
+    open_settings = {
+        "part",
+        "workers",
+        "cache_dir",
+        "text_optimizer",
+        "micro_batch_size",
+        "threads",
+        "processes",
+        "init",
+    }
+    open_settings |= {"text_learning_rate_peak", "logit_scale_learning_rate", "text_weight_decay", "warmup_steps"}
+    open_settings |= {
+        "epochs",
+        "steps",
+        "checkpoint_every_steps",
+        "keep_best",
+        "eval_every_steps",
+        "ema_decay",
+        "tracker",
+    }
+    left = {key for section in config["config"].values() for key, value in section.items() if value is None}
+    assert left <= open_settings  # what is switched off, follows another, or concerns the machine
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in steps] == [1, 2, 3]
 
@@ -112,14 +135,14 @@ def test_equal_seeds_give_equal_weights_and_other_seeds_others(done, tmp_path):
 
 
 def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(tmp_path, monkeypatch):
-    out, step = tmp_path / "run", loop._step
+    out, step = tmp_path / "run", loop.take_step
 
     def interrupted(training, rate):
         os.kill(os.getpid(), signal.SIGINT)
         return step(training, rate)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_step", interrupted)
+        patch.setattr(loop, "take_step", interrupted)
         result = pretrain(*SMALL, "--out", out, "--json")
     assert result.exit_code == 130
     assert json.loads(result.stdout)["stopped"] is True
@@ -138,10 +161,11 @@ def test_a_resumed_run_is_told_what_changed_and_keeps_it(done, tmp_path):
     # `--data demo` brings its recipe to a new run only.
     result = pretrain("--resume", out, "--data", "demo", "--steps", "5", "--set", "train.ema_decay=0.9", "--json")
     assert json.loads(result.stdout)["steps"] == 5
-    changes = "train.steps 3 → 5, train.ema_decay 0.0 → 0.9"
+    changes = "train.samples 24 → 40, train.ema_decay None → 0.9"
     assert f"note: these settings differ from those the run was started with: {changes}\n" in result.stderr
-    settings = json.loads((out / "config.json").read_text(encoding="utf-8"))["config"]
-    assert (settings["train"]["steps"], settings["train"]["batch_size"]) == (5, 8)
+    settings = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    assert (settings["asked"]["train"]["steps"], settings["run"]["total_steps"]) == (5, 5)
+    assert settings["config"]["train"]["batch_size"] == 8
     result = pretrain("--resume", out)
     assert "all 5 steps are done already" in result.stderr
 
@@ -170,17 +194,45 @@ def test_an_option_that_changes_nothing_is_named(tmp_path):
     assert config["method"]["pairs"] == 4  # the recipe's is DeCLIP's
 
 
+@pytest.mark.parametrize("way", ["option", "assignment", "file"])
+def test_a_method_can_be_named_in_three_ways_that_are_one(way, tmp_path):
+    (tmp_path / "run.toml").write_text('[method]\nname = "slip"\n')
+    ways = {"option": ["--method", "slip"], "assignment": ["--set", "method.name=slip"]}
+    words = ways.get(way, ["--config", tmp_path / "run.toml"])
+    result = pretrain(*SMALL, "--recipe", "declip-demo", *words, "--dry-run", "--json")
+    assert result.exit_code == 0, result.stderr
+    config = json.loads(result.stdout)["config"]
+    assert config["method"]["weights"] == {"clip": 1.0, "simclr": 1.0}
+    assert (config["method"]["name"], config["method"]["pairs"]) == ("slip", 4)
+    assert "note: method slip has its own loss weights; those of recipe declip-demo are left out" in result.stderr
+
+
+def test_a_dry_run_says_what_would_run_and_makes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("DECLIP_RUNS", str(tmp_path / "runs"))
+    result = pretrain("--data", "demo", "--arch", "vit-tiny64", "--dry-run", "--json", "--set", "train.processes=2")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert (report["run"]["num_pairs"], report["run"]["global_batch"], report["run"]["total_steps"]) == (3034, 512, 720)
+    assert report["run"]["samples"] == 720 * 512
+    assert report["config"]["model"]["image_side_px"] == 64
+    assert report["memory_mib"]["total"] == pytest.approx(sum(report["memory_mib"].values()) / 2, abs=0.5)
+    assert not (tmp_path / "runs").exists()
+    lines = dict(line.split("\t") for line in pretrain("--data", "demo", "--dry-run").stdout.splitlines())
+    assert (lines["run.total_steps"], lines["config.optim.gradient_clip_norm"]) == ("720", "1")
+
+
+def test_help_tells_defaults_and_choices():
+    text = " ".join(pretrain("--help").stdout.replace("│", " ").split())
+    for words in ("<clip|slip|filip|declip| defilip>", "<auto|fp32|bf16|fp16>", "[default: (256)]", "[default: (32)]"):
+        assert words in text
+    assert "[default: 0]" not in text
+    assert "[default: -1]" not in text
+
+
 def test_with_everything_frozen_there_is_nothing_to_train(tmp_path):
     words = ["--method", "clip", "--set", 'train.freeze=["image", "text"]']
     words += ["--set", "optim.logit_scale_learning_rate=0"]
     assert error_of(*SMALL, *words, "--out", tmp_path / "run")[0] == "everything is frozen, nothing is left to train"
-
-
-def test_only_the_first_rank_prints(tmp_path, monkeypatch):
-    out = tmp_path / "run"
-    assert pretrain(*SMALL, "--out", out).exit_code == 0
-    monkeypatch.setattr(launch, "is_main_process", lambda: False)
-    assert pretrain("--resume", out, "--json").stdout == ""
 
 
 def test_a_run_can_start_from_another_model(done, tmp_path):
@@ -234,7 +286,7 @@ def test_a_file_of_settings_is_overridden_by_options_and_these_by_assignments(tm
     words = ["--config", tmp_path / "run.toml", "--data", "demo", "--steps", "5", "--set", "train.steps=2"]
     result = pretrain(*words, "--threads", "1", "--out", out, "--json")
     assert json.loads(result.stdout)["steps"] == 2, result.stderr
-    train = json.loads((out / "config.json").read_text())["config"]["train"]
+    train = json.loads((out / "config.json").read_text())["asked"]["train"]
     assert (train["steps"], train["batch_size"], train["seed"]) == (2, 8, 4)
 
 
@@ -257,9 +309,40 @@ def test_no_data_is_an_error():
 @pytest.mark.parametrize(
     ("words", "error", "fix"),
     [
-        (["--method", "blip"], "method.name must be one of clip, slip, filip, declip, defilip (got 'blip')", "--set"),
         (["--arch", "vit-b-32"], "unknown architecture 'vit-b-32'", "did you mean vit-b32?"),
         (["--recipe", "declip-dmo"], "unknown recipe 'declip-dmo'", "did you mean declip-demo"),
+        (["--set", "method.name=blip"], "method.name must be one of clip, slip, filip, declip, defilip", "--set"),
+        (
+            ["--set", "train.precision=int8"],
+            "train.precision must be one of auto, fp32, bf16, fp16 (got 'int8')",
+            "--set",
+        ),
+        (["--set", "train.tracker=nothing"], "train.tracker must be one of tensorboard, wandb", "--set"),
+        (
+            ["--eval", "demo", "--set", "train.keep_best=demo.top9"],
+            "train.keep_best is no score",
+            "choose from demo.top1",
+        ),
+        (["--set", "train.keep_best=demo.top1"], "train.keep_best is no score of this run", "name an evaluation"),
+    ],
+)
+def test_a_wrong_choice_is_wrong_usage(words, error, fix, tmp_path):
+    found, remedy = error_of(*SMALL, *words, "--out", tmp_path / "run", exit_code=2)
+    assert found.startswith(error)
+    assert fix in remedy
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("words", [["--method", "blip"], ["--precision", "int8"], ["--steps", "0"], ["--seed", "-1"]])
+def test_an_option_refuses_what_it_does_not_know(words):
+    result = pretrain(*SMALL, *words)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Invalid value" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "fix"),
+    [
         (["--set", "train.step=3"], "unknown key 'train.step'", "did you mean 'steps'?"),
         (["--set", "steps=3"], "--set wants section.key=value (got 'steps=3')", "--set train.ema_decay"),
         (["--config", "none.toml"], "cannot read the configuration file none.toml", "check the path"),
@@ -275,10 +358,13 @@ def test_no_data_is_an_error():
             "--set",
         ),
         (["--precision", "fp16", "--set", "train.device=cpu"], "fp16 needs a GPU (found cpu)", "--precision bf16"),
-        (["--precision", "int8"], "train.precision must be one of auto, fp32, bf16, fp16 (got 'int8')", "--set"),
         (["--batch-size", "100000"], "", "--batch-size"),
-        (["--init", "nowhere"], "no model at nowhere", "--model takes"),
-        (["--set", "train.tracker=nothing"], 'train.tracker must be one of "", tensorboard, wandb', "--set"),
+        (["--init", "nowhere"], "no model at nowhere", "--init takes"),
+        (
+            ["--set", "optim.optimizer=sgd", "--set", "optim.learning_rate_peak=none"],
+            "optim.optimizer = sgd has no",
+            "--lea",
+        ),
     ],
 )
 def test_what_cannot_work_is_an_error_with_a_way_out(words, error, fix, tmp_path):
@@ -288,7 +374,7 @@ def test_what_cannot_work_is_an_error_with_a_way_out(words, error, fix, tmp_path
 
 
 def test_a_run_that_could_not_start_does_not_block_its_folder(tmp_path):
-    error_of(*SMALL, "--arch", "vit-b-32", "--out", tmp_path / "run")
+    error_of(*SMALL, "--init", "nowhere", "--out", tmp_path / "run")
     assert pretrain(*SMALL, "--out", tmp_path / "run").exit_code == 0
 
 

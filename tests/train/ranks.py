@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch.distributed as dist
 
 from declip_cli.distributed import average_gradients
 from declip_cli.model.batch_norm import FullBatchNorm, use_full_batch_norm
+from declip_cli.process_group import joined
 from declip_cli.train.grad_cache import forward_backward
 from tests.golden_files import golden_batch, golden_method, load_golden
 
@@ -69,10 +71,10 @@ def run_batch_norm(folder):
 def fail_on_rank_one():
     from declip_cli.errors import TrainError
 
-    if os.environ["RANK"] == "1":
-        raise TrainError("the second process cannot go on", remedy="mend it")
-    dist.init_process_group("gloo")
-    dist.barrier()
+    with joined(has_gpu=False, tell=lambda message: sys.stderr.write(f"{message}\n")):
+        if os.environ["RANK"] == "1":
+            raise TrainError("the second process cannot go on", remedy="mend it")
+        dist.barrier()
 
 
 def wait_for_the_end(folder):

@@ -8,10 +8,9 @@ import time
 import pytest
 import torch
 
-from declip_cli.errors import TrainError
 from declip_cli.model.interop import rename_original
 from declip_cli.process_group import is_launched
-from declip_cli.train.launch import join_slurm, start_processes
+from declip_cli.train.launch import RankFailed, join_slurm, start_processes
 from tests.golden_files import golden_case, golden_cases, load_golden
 from tests.train.ranks import batch_norm_step, fail_on_rank_one, run, run_batch_norm, step, wait_for_the_end
 
@@ -80,9 +79,14 @@ def test_batch_norm_over_two_ranks_equals_the_library_on_the_whole_batch(two_ran
     torch.testing.assert_close(halves[1]["var"], whole["var"])
 
 
-def test_a_failing_rank_stops_the_run_with_its_own_error():
-    with pytest.raises(TrainError, match=r"the second process cannot go on \(process 1 of 2\)"):
+def test_a_failing_rank_ends_all_of_them_and_rank_0_says_why(capfd):
+    began = time.monotonic()
+    with pytest.raises(RankFailed):
         start_processes(fail_on_rank_one, (), num_processes=2)
+    assert time.monotonic() - began < 60
+    told = capfd.readouterr().err.splitlines()
+    expected = ["error: process 1 of 2 has failed: the second process cannot go on", "  fix: mend it"]
+    assert [line for line in told if line in expected] == expected
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -112,4 +116,4 @@ def test_a_step_of_slurm_is_joined_and_a_job_script_is_not(variables, is_joined,
     assert is_launched() == is_joined
     if is_joined:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
-        assert [environment[name] for name in names] == ["3", "4", "1", "2", "32345"]
+        assert [environment[name] for name in names] == ["3", "4", "1", "2", "26845"]

@@ -160,9 +160,9 @@ def test_settings_that_were_edited_are_refused_and_the_error_says_what_to_do(run
 
 
 def test_two_processes_do_not_write_to_one_folder(run_dir):
-    with run_dir.locked():
-        with pytest.raises(TrainError, match="another process is training in"), RunDir(run_dir.path).locked():
-            pass
+    refused = pytest.raises(TrainError, match="another process is training in")
+    with run_dir.locked(), refused, RunDir(run_dir.path).locked():
+        pass
     with run_dir.locked():
         pass
 
