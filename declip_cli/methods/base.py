@@ -161,7 +161,7 @@ class Method(nn.Module, ABC):
 
     def project_texts(self, states: Tensor, tokens: Tensor) -> Tensor:
         """Map token states into the shared embedding, not normalized, (B, T, L, E) → (B, T, D)."""
-        features = self.encoder.text.read_off(states.flatten(0, 1), tokens.flatten(0, 1))  # (B·T, E)
+        features = self.encoder.text.pool_at_end(states.flatten(0, 1), tokens.flatten(0, 1))  # (B·T, E)
         embeds: Tensor = self.encoder.text.project(features).unflatten(0, states.shape[:2])
         return embeds
 

@@ -99,7 +99,7 @@ class DualEncoder(nn.Module):
         Returns:
             Not normalized, (B, D).
         """
-        return self.text.project(self.text.read_off(self.text(tokens), tokens))
+        return self.text.project(self.text.pool_at_end(self.text(tokens), tokens))
 
     def encode_image_tokens(self, images: Tensor) -> Tensor:
         """Embed each patch for token-wise comparison, (B, S, S, 3) → (B, P, Q), not normalized."""

@@ -63,7 +63,7 @@ class TextTransformer(nn.Module):
         out: Tensor = self.ln_final(self.transformer(states))
         return out
 
-    def read_off(self, states: Tensor, tokens: Tensor) -> Tensor:
+    def pool_at_end(self, states: Tensor, tokens: Tensor) -> Tensor:
         """Take the state at each text's first end-of-text token, (B, L, E) and (B, L) → (B, E)."""
         ends = (tokens == END_ID).int().argmax(1)
         return states[torch.arange(len(tokens), device=tokens.device), ends]
