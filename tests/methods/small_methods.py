@@ -60,16 +60,16 @@ def build(name, *, seed=0, **options):
     return method
 
 
-def draw(num=5, *, seed=0):
-    """Draw every field of `Embeddings` at random: V = T = 2, D = 8, E = 24, P = 4, L = 7, Q = 6."""
+def draw(num=4, *, seed=0):
+    """Draw every field of `Embeddings` at random: V = T = 2, D = 8, E = 24, P = 3, L = 7, Q = 6."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.arange(num) % 6 + 2
-    counts = torch.arange(num) % 3  # some texts have no masked token
+    counts = torch.arange(num) * 2 % 5  # some texts have no masked token; halves of a batch have unequal many
     return {
         "images": torch.randn(num, 2, 8, generator=generator),
         "texts": torch.randn(num, 2, 8, generator=generator),
         "image_features": torch.randn(num, 2, 24, generator=generator),
-        "image_tokens": torch.randn(num, 4, 6, generator=generator),
+        "image_tokens": torch.randn(num, 3, 6, generator=generator),
         "text_tokens": torch.randn(num, 7, 6, generator=generator),
         "text_token_mask": torch.arange(7) < lengths[:, None],
         "mask_losses": counts * (5 + torch.rand(num, generator=generator)),
