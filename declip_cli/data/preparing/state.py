@@ -21,7 +21,7 @@ UNFINISHED = "unfinished.tar.tmp"
 """The shard in the making of each part, in the spool."""
 _PROGRESS, _MEMORY, _LOCK = "progress.json", "progress.memory", "progress.lock"
 _DIGEST = "sha256"
-_TEMPORARY = re.compile(r"\.\d+\.tmp$")
+_TEMPORARY = re.compile(r"\.[0-9a-f]+\.tmp$")
 _NOT_THE_COMMAND = ("out", "workers", "max_bad", "engine", "force")
 
 

@@ -173,9 +173,14 @@ def test_force_deletes_shards_only(tmp_path, make_picture):
     source = write_pairs(tmp_path / "in", make_picture, num=3)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    (tmp_path / "out" / "thesis.json.tmp").write_text("a draft")
+    for name in ("00000.index", "progress.json", "manifest.json"):  # as processes leave them that were killed
+        (tmp_path / "out" / f"{name}.0123456789ab.tmp").write_text("half of it")
     with pytest.raises(DataError, match="is not empty"):
         run(source, tmp_path / "out")
     run(source, tmp_path / "out", force=True)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"00000.tar", "00000.index", "manifest.json", "thesis.txt", "thesis.json.tmp"}
     assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
 
 
