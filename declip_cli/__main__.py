@@ -44,6 +44,8 @@ def main() -> None:
     # Threads that wait actively stall each other as soon as something else needs a core; OpenMP reads this once,
     # when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # When a rank is killed, the others' torch prints C++ stack traces; what has happened is said in words.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     app()
 
 

@@ -207,7 +207,7 @@ def _plan(request: "Request") -> dict[str, Any]:
     from declip_cli.train.estimate import estimate_memory
     from declip_cli.train.run import plan
 
-    run, _ = plan(request, num_processes=launch.wanted_processes(request.asked.train))
+    run, _ = plan(request, num_processes=launch.wanted_processes(request.asked.train), say=note)
     settled = run.to_json()
     return {"run": settled["run"] | {"samples": run.config.train.samples}, "memory_mib": estimate_memory(run)} | {
         "config": settled["config"]

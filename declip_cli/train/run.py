@@ -45,12 +45,13 @@ class Request:
     """Replace a run that is there already."""
 
 
-def plan(request: Request, *, num_processes: int) -> tuple[ResolvedRun, SampleStore]:
+def plan(request: Request, *, num_processes: int, say: Say) -> tuple[ResolvedRun, SampleStore]:
     """Resolve a run that is not to be started.
 
     Args:
         request: what was asked.
         num_processes: how many there would be.
+        say: for notes.
 
     Returns:
         The run and its pairs.
@@ -60,7 +61,7 @@ def plan(request: Request, *, num_processes: int) -> tuple[ResolvedRun, SampleSt
     """
     before = RunDir(request.path).read_run() if request.is_resumed else None
     config = kept_settings(request.asked, before) if before else request.asked
-    samples = _open(config)
+    samples = _open(config, say)
     machine = find_machine(config, num_processes=num_processes)
     run = resolve(request.asked, data=_facts(samples), machine=machine, before=before)
     return run, samples
@@ -100,7 +101,7 @@ def _pretrain(
 ) -> Iterator[StepReport]:
     before, state = _before(request, run_dir, held)
     config = kept_settings(request.asked, before) if before else request.asked
-    samples = _open(config)
+    samples = _open(config, say)
     run = resolve(
         request.asked,
         data=_facts(samples),
@@ -147,11 +148,11 @@ def _before(request: Request, run_dir: RunDir, held: ExitStack) -> tuple[Resolve
     return before, load_same_state(run_dir) if has_state else None
 
 
-def _open(config: RunConfig) -> SampleStore:
+def _open(config: RunConfig, say: Say) -> SampleStore:
     require(
         bool(config.data.path), "no data to train on", remedy="--data shards/ (made by declip prepare), or --data demo"
     )
-    return open_samples(config.data.path, part=config.data.part or "", cache_dir=config.data.cache_dir or "")
+    return open_samples(config.data.path, part=config.data.part, cache_dir=config.data.cache_dir, say=say)
 
 
 def _facts(samples: SampleStore) -> DataFacts:
