@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import json
 import math
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -11,6 +10,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from declip_cli.errors import ChoiceError, ConfigError
+from declip_cli.files import parse_json
 
 T = TypeVar("T")
 
@@ -54,11 +54,11 @@ def read_settings(path: Path) -> dict[str, Any]:
     if path.suffix != ".json":
         return read_toml(path)
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))["config"]
+        settings = parse_json(path.read_bytes())["config"]
         if not isinstance(settings, dict):
             raise TypeError("config is no object")
         return settings
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"cannot read the settings in {path}: {error}", remedy="--config takes a TOML file or a run's config.json"
         ) from error

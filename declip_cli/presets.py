@@ -10,7 +10,7 @@ PRESETS: dict[bool, dict[str, dict[str, Any]]] = {
     False: {
         "method": {
             "nn_symmetric": True,
-            "nn_exclude_own": False,
+            "nn_exclude_own": True,
             "queue_start": "empty",
             "queue_scope": "global",
             "mlm_mean": "global",

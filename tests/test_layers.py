@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "config_checks": {"errors"},
     "config": {"config_checks"},
     "presets": {"config"},
-    "config_files": {"errors", "config"},
+    "config_files": {"errors", "files", "config"},
     "recipes": {"errors", "assets", "config_files"},
     "batch": set(),
     "distributed": set(),

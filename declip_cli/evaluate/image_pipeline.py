@@ -16,6 +16,7 @@ from declip_cli.data.preparing.engines import num_cores
 from declip_cli.distributed import world_size
 from declip_cli.errors import DataError
 from declip_cli.evaluate.feature_cache import content_key, load_features, store_features
+from declip_cli.files import parse_json
 from declip_cli.model.checkpoint import PretrainedModel
 from declip_cli.model.precision import Precision, resolve_precision
 
@@ -164,7 +165,7 @@ class ImageJob:
         if block.found is not None:
             tensors, notes = block.found
             self._tell(block.start + block.size, num_all)
-            causes = {int(number): cause for number, cause in json.loads(notes["causes"]).items()}
+            causes = {int(number): cause for number, cause in parse_json(notes["causes"]).items()}
             return Rows(block.start, tensors["features"], tensors["kept"].tolist(), causes)
         rows = self._encode_views(block, num_all)
         if self.use_cache:

@@ -1,6 +1,5 @@
 """Class names × prompt templates → one vector per class, or one matrix for token-wise models."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +14,7 @@ from declip_cli.errors import EvaluateError
 from declip_cli.evaluate.feature_cache import content_key, load_features, store_features
 from declip_cli.evaluate.features import FeatureOptions, length_sorted_batches, text_features
 from declip_cli.evaluate.shares import Part, encode_shares, take
+from declip_cli.files import parse_json
 from declip_cli.model.checkpoint import PretrainedModel
 from declip_cli.model.precision import autocast, resolve_precision
 
@@ -109,7 +109,7 @@ def _fill(template: str, name: str) -> str:
 
 def _own_texts(class_names: Sequence[str], path: Path) -> Prompts:
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise EvaluateError(
             f"cannot read prompts from {path}: {error}",

@@ -1,7 +1,6 @@
 """Names of architectures and their dimensions."""
 
 import difflib
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -136,13 +135,3 @@ def describe_architecture(architecture: Architecture) -> dict[str, Any]:
     """Write dimensions as plain values, so that a model can be opened whatever its name means later."""
     vision = {"kind": "vit" if isinstance(architecture.vision, VitDims) else "resnet"} | asdict(architecture.vision)
     return asdict(architecture) | {"vision": vision}
-
-
-def restore_architecture(values: Mapping[str, Any]) -> Architecture:
-    """Read what `describe_architecture` wrote."""
-    vision = dict(values["vision"])
-    kind = vision.pop("kind")
-    if kind == "resnet":
-        vision["num_blocks"] = tuple(vision["num_blocks"])
-    dims = VitDims(**vision) if kind == "vit" else ResNetDims(**vision)
-    return Architecture(**{**values, "vision": dims, "text": TextDims(**values["text"])})

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from declip_cli import __version__
 from declip_cli.errors import ConfigError, TrainError
-from declip_cli.files import check_folder, existing_folder, new_folder, write_text
+from declip_cli.files import check_folder, existing_folder, new_folder, parse_json, write_text
 from declip_cli.resolve import ResolvedRun, resolved_from_json
 
 CONFIG_FILE = "config.json"
@@ -138,13 +138,13 @@ class RunDir:
         first: Exception | None = None
         for path in (self.path / CONFIG_FILE, *(state / CONFIG_FILE for state in reversed(self._states()))):
             try:
-                content = json.loads(path.read_text(encoding="utf-8"))
+                content = parse_json(path.read_bytes())
                 if content["format"] != _FORMAT:
                     raise ValueError(f"format {content['format']}, this declip reads {_FORMAT}")
                 run = resolved_from_json(content)
                 if run.digest != content["run"]["digest"]:
                     raise ValueError("it was changed after it was written: pass changes as options instead")
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
                 first = first or error
                 continue
             if first is not None:
@@ -173,9 +173,9 @@ class RunDir:
         kept, num_damaged = [], 0
         for line in path.read_bytes().split(b"\n")[:-1]:  # what follows the last line end was cut off by a kill
             try:
-                if json.loads(line)["step"] <= step:
+                if parse_json(line)["step"] <= step:
                     kept.append(line + b"\n")
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except (ValueError, KeyError, TypeError):
                 num_damaged += 1
         if num_damaged:
             self.say(f"note: {num_damaged} damaged lines of {path} are dropped")
@@ -243,7 +243,7 @@ class RunDir:
         for folder in reversed(states):
             try:
                 state = _read_state(folder)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
                 damage.append(f"the saved state {folder} is damaged ({error})")
                 continue
             for words in damage:
@@ -266,9 +266,9 @@ class RunDir:
     def read_best(self, key: str) -> float | None:
         """Read the best score so far; None where there is none, or one of another kind."""
         try:
-            content = json.loads((self.path / _BEST_FILE).read_text(encoding="utf-8"))
+            content = parse_json((self.path / _BEST_FILE).read_bytes())
             return float(content["score"]) if content["key"] == key else None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
 
     def write_best(self, *, key: str, score: float, step: int) -> None:
@@ -283,7 +283,7 @@ def _step_of(path: Path) -> int:
 
 def _read_state(folder: Path) -> SavedState:
     check_folder(folder)
-    content = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
+    content = parse_json((folder / _STATE_FILE).read_bytes())
     tensors = {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
     return SavedState(step=content["step"], tensors=tensors, values=content["values"])
 
