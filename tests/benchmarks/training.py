@@ -19,8 +19,9 @@ from declip_cli.batch import Batch
 from declip_cli.config import MethodConfig, ModelConfig, RunConfig, TrainConfig
 from declip_cli.methods.base import Method
 from declip_cli.methods.registry import METHODS, build_method
-from declip_cli.train.big_batch import forward_backward
-from declip_cli.train.optim import build_optimizers, clamp_logit_scales
+from declip_cli.resolve import DataFacts, Machine, resolve
+from declip_cli.train.grad_cache import forward_backward
+from declip_cli.train.optim import build_optimizers, clamp_logit_scales, clip_gradients, step_where
 
 PEERS = {"vit-b32": "ViT-B-32-quickgelu", "vit-b16": "ViT-B-16-quickgelu", "rn50": "RN50-quickgelu"}
 TEXT_LENGTHS = (16, 8)
@@ -56,7 +57,13 @@ def autocast(precision: str, device: torch.device):
 
 def our_step(arch: str, method_name: str, options: argparse.Namespace, device: torch.device):
     """Build one whole training step: views to updated weights and queue."""
-    config = RunConfig(model=ModelConfig(arch=arch), method=MethodConfig(name=method_name), train=TrainConfig(steps=1))
+    train = TrainConfig(steps=1, batch_size=options.batch_size)
+    asked = RunConfig(model=ModelConfig(arch=arch), method=MethodConfig(name=method_name), train=train)
+    machine = Machine(
+        world_size=1, device=device.type, precision=options.precision, cores=1, threads=1, workers=0
+    )  # of which only the precision counts here
+    data = DataFacts(num_pairs=options.batch_size, fingerprint="")
+    config = resolve(asked, data=data, machine=machine).config
     method = build_method(config.model, config.method).to(device).train()
     if options.compile:
         method.encoder.visual.compile()
@@ -71,11 +78,12 @@ def our_step(arch: str, method_name: str, options: argparse.Namespace, device: t
             micro_batch_size=options.micro_batch_size,
             autocast=autocast(options.precision, device),
         )
+        is_good = clip_gradients(method.parameters(), 1.0).isfinite()
+        step_where(optimizers, is_good)
         for optimizer in optimizers:
-            optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         clamp_logit_scales(method, (0.0, 4.6052))
-        method.remember(result.embeddings)
+        method.update_queue(result.embeddings, is_good)
 
     return step
 
