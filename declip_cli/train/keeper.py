@@ -51,8 +51,8 @@ class Keeper:
         return bool(minutes) and time.monotonic() - self._last_save >= 60 * (minutes or 0)
 
     def problem(self) -> str:
-        """Say which weight is no number any more; such a state is not worth keeping."""
-        name = broken_weights(self._training.method)
+        """Say which weight is no number any more, on any rank; such a state is not worth keeping."""
+        name = next((name for name in from_all(broken_weights(self._training.method)) if name), "")
         return f"a weight is no longer a number after step {self._training.step} ({name})" if name else ""
 
     def save(self) -> None:

@@ -134,7 +134,7 @@ def _signals_passed_on() -> Iterator[tuple[list[ProcessContext], list[int]]]:
         for process in ranks[0].processes if ranks else []:
             process.terminate()
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield ranks, asked
     finally:

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import platform
 import re
@@ -123,11 +124,8 @@ class RunDir:
 
     def write_run(self, run: ResolvedRun) -> None:
         """Write what the run does, with the versions of the libraries in use."""
-        versions = {name: metadata.version(name) for name in _LIBRARIES}
-        versions |= {"declip": __version__, "python": platform.python_version()}
-        content = {"format": _FORMAT} | run.to_json() | {"versions": versions}
         with full_disk_explained(self.path):
-            write_text(self.path / CONFIG_FILE, json.dumps(content, indent=2, allow_nan=False) + "\n")
+            write_text(self.path / CONFIG_FILE, _run_to_text(run))
 
     def read_run(self) -> ResolvedRun:
         """Read what the run does; from its newest state where the file beside the states is damaged.
@@ -142,7 +140,7 @@ class RunDir:
                 if content["format"] != _FORMAT:
                     raise ValueError(f"format {content['format']}, this declip reads {_FORMAT}")
                 run = resolved_from_json(content)
-                if run.digest != content["run"]["digest"]:
+                if _digest_of_run(content) != content["sha256"]:
                     raise ValueError("it was changed after it was written: pass changes as options instead")
             except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
                 first = first or error
@@ -201,7 +199,7 @@ class RunDir:
                 save_file(on_cpu, new / f"{name}.safetensors")
             content = {"step": state.step, "values": state.values}
             (new / _STATE_FILE).write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
-            (new / CONFIG_FILE).write_text(json.dumps({"format": _FORMAT} | run.to_json()), encoding="utf-8")
+            (new / CONFIG_FILE).write_text(_run_to_text(run), encoding="utf-8")
         for other in self._states()[:-keep]:
             shutil.rmtree(other, ignore_errors=True)
 
@@ -275,6 +273,19 @@ class RunDir:
         """Write down which score the model in `best/` has."""
         with full_disk_explained(self.path):
             write_text(self.path / _BEST_FILE, json.dumps({"key": key, "score": score, "step": step}) + "\n")
+
+
+def _run_to_text(run: ResolvedRun) -> str:
+    versions = {name: metadata.version(name) for name in _LIBRARIES}
+    versions |= {"declip": __version__, "python": platform.python_version()}
+    content = {"format": _FORMAT} | run.to_json() | {"versions": versions}
+    return json.dumps(content | {"sha256": _digest_of_run(content)}, indent=2, allow_nan=False) + "\n"
+
+
+def _digest_of_run(content: Mapping[str, Any]) -> str:
+    """Return the sha256 of a run's settings and facts, whatever the layout of the file."""
+    settled = json.dumps([content[key] for key in ("asked", "config", "run")], sort_keys=True)
+    return hashlib.sha256(settled.encode()).hexdigest()
 
 
 def _step_of(path: Path) -> int:
