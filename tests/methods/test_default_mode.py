@@ -1,6 +1,7 @@
 """The objectives that users train, term by term and switch by switch, against loops written from the papers."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from declip_cli.batch import Batch, Embeddings
 from declip_cli.config import Views
 from declip_cli.methods.registry import METHODS
 from declip_cli.model.text_transformer import END_ID
+from declip_cli.train.grad_cache import forward_backward
 from declip_cli.train.launch import start_processes
 from tests.methods import reference_loops as loops
 from tests.methods.small_methods import (
@@ -283,6 +285,23 @@ def test_the_objective_through_the_towers_equals_the_loops(name, options):
     total_of(name, terms, {}).backward()
     expected = dict(method.named_parameters())
     assert_same_gradients(gradients, expected)
+
+
+def test_micro_batches_leave_out_own_captions_too():
+    values, gradients = {}, {}
+    for is_excluded, size in ((True, 0), (True, 2), (False, 0)):
+        method = build("declip", nn_exclude_own=is_excluded)
+        batch = batch_of(method)
+        with torch.no_grad():
+            method.update_queue(method.embed(batch), GOOD)
+        result = forward_backward(method, batch, micro_batch_size=size, autocast=nullcontext)
+        assert result.embeddings.numbers.tolist() == batch.numbers.tolist()
+        values[is_excluded, size] = result.terms.terms["nn"].item()
+        gradients[is_excluded, size] = {key: p.grad for key, p in method.named_parameters() if p.grad is not None}
+    assert values[True, 2] == pytest.approx(values[True, 0], rel=1e-5)
+    assert values[False, 0] != pytest.approx(values[True, 0], rel=1e-2)
+    for key, whole in gradients[True, 0].items():
+        assert (gradients[True, 2][key] - whole).norm() < 2e-4 * whole.norm() + 1e-5, key
 
 
 @pytest.mark.parametrize(
