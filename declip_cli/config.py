@@ -66,7 +66,7 @@ class AugmentConfig:
     blur_sigma_max_px: float = 2.0
     flip_probability: float = 0.5
     """Horizontal flips of `augmented` views; `plain` views are never flipped."""
-    text_operations: tuple[str, ...] = ("synonym", "swap", "delete")
+    text_operations: tuple[Literal["synonym", "swap", "delete"], ...] = ("synonym", "swap", "delete")
     """What an `augmented` text draws from, evenly (P/model/declip.py:203-212); empty leaves the text alone."""
     deletion_probability: float = 0.1
     """Chance of each word to go, in `delete`."""
@@ -94,12 +94,6 @@ class AugmentConfig:
             "augment.blur_sigma_min_px must not exceed blur_sigma_max_px "
             f"(got {self.blur_sigma_min_px}, {self.blur_sigma_max_px})",
             remedy="--set augment.blur_sigma_min_px=0.1",
-        )
-        unknown = set(self.text_operations) - {"synonym", "swap", "delete"}
-        require(
-            not unknown,
-            f"augment.text_operations has unknown names {sorted(unknown)}",
-            remedy="choose from synonym, swap, delete",
         )
 
 
@@ -197,6 +191,9 @@ class OptimConfig:
     """Steps up to the peak; None: 2,500 (original), or a tenth of the run where that is less."""
     warmup_samples: int | None = None
     """The same in pairs seen; overrides `warmup_steps`. What a resolved run keeps."""
+    warmup_in_full: bool | None = None
+    """With a time limit, let nothing but its length end the warm-up; else a tenth of the time does. None: where the
+    length was asked for."""
     weight_decay: float = 0.1
     text_weight_decay: float | None = None
     """Decay of the text tower; None: the same as the rest."""
@@ -216,7 +213,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.learning_rate_peak is not None:
             require(
-                self.learning_rate_peak > 0,
+                0 < self.learning_rate_peak < math.inf,
                 f"--learning-rate must be positive (got {self.learning_rate_peak})",
                 remedy="--learning-rate 1e-3",
             )
@@ -303,8 +300,14 @@ class TrainConfig:
     """Processes to start; None: one per GPU, else 1. Ignored under a launcher that already set the ranks."""
 
     def __post_init__(self) -> None:
-        at_least_0: tuple[str, ...] = ("epochs", "time_limit_s", "checkpoint_every_minutes", "max_rollbacks")
-        require_at_least(0, "train", {key: getattr(self, key) for key in at_least_0})
+        require_at_least(0, "train", {"max_rollbacks": self.max_rollbacks})
+        for key in ("epochs", "time_limit_s", "checkpoint_every_minutes"):
+            value = getattr(self, key)
+            require(
+                value is None or 0 < value < math.inf,
+                f"train.{key} must be positive (got {value})",
+                remedy=f"--set train.{key}=none, or a number above 0",
+            )
         at_least_1: tuple[str, ...] = ("steps", "samples", "micro_batch_size", "threads", "processes", "keep_states")
         at_least_1 += ("checkpoint_every_steps", "eval_every_steps", "log_every_steps", "max_bad_steps")
         require_at_least(1, "train", {key: getattr(self, key) for key in at_least_1})

@@ -116,12 +116,16 @@ def check_folder(folder: Path) -> None:
         ValueError: a file is not what was written, or the list of digests is damaged.
     """
     lines = (folder / SUMS_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+    listed = {line.partition("  ")[2] for line in lines}
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - {SUMS_FILE}
     for line in lines:
         digest, gap, name = line.partition("  ")
         if len(digest) != 64 or not gap or not name or Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"{SUMS_FILE} is damaged")
         if digest_of(folder / name) != digest:
             raise ValueError(f"{name} is not what was written: its sha256 differs from {SUMS_FILE}")
+    if more := sorted(there - listed):
+        raise ValueError(f"{more[0]} is not listed in {SUMS_FILE}")
     if not lines:
         raise ValueError(f"{SUMS_FILE} is empty")
 

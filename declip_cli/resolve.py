@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from declip_cli.config import OptimConfig, RunConfig, TrainConfig
+from declip_cli.config import MethodConfig, OptimConfig, RunConfig, TrainConfig
 from declip_cli.config_checks import require
 from declip_cli.config_files import build_config, merge_into, parse_assignments, read_settings, to_plain
 from declip_cli.errors import ConfigError
@@ -24,7 +24,7 @@ _PEAK_AT_4096 = 1e-3
 _WARMUP_STEPS = 2500
 _DEPENDENT = {
     ("optim", "learning_rate_peak"): (("optim", "learning_rate_start"),),
-    ("optim", "warmup_steps"): (("optim", "warmup_samples"),),
+    ("optim", "warmup_steps"): (("optim", "warmup_samples"), ("optim", "warmup_in_full")),
     ("train", "steps"): (("train", "samples"),),
     ("train", "epochs"): (("train", "samples"),),
     ("model", "arch"): (("model", "image_side_px"), ("model", "context_length"), ("model", "embed_dim")),
@@ -143,16 +143,20 @@ def resolve_run(
         ConfigError: a name, key, type or value cannot be used.
     """
     given = {section: {k: v for k, v in values.items() if v is not None} for section, values in options.items()}
-    from_file = read_settings(file) if file is not None else {}
-    said: dict[str, Any] = {}
-    for part in (from_file, given, parse_assignments(assignments)):
-        _overlay(said, part)
+    words = parse_assignments(assignments)
     is_demo = given.get("data", {}).get("path") == ["demo"]
     if recipe is None and file is None and before is None and is_demo:
         recipe = "declip-demo"
     settings = to_plain(before) if before is not None else load_recipe(recipe) if recipe is not None else {}
-    notes = _leave_out_other_method(settings, said, whose=f"recipe {recipe}" if recipe else "the run so far")
-    _overlay(settings, said)
+    whose = f"recipe {recipe}" if recipe is not None else "the run so far"
+    notes: list[str] = []
+    said: dict[str, Any] = {}
+    for part, name in ((read_settings(file) if file is not None else {}, str(file)), (given, ""), (words, "")):
+        notes += _leave_out_other_method(settings, part, whose=whose)
+        _overlay(settings, part)
+        if file is None or name != str(file) or file.suffix != ".json":  # that one says everything
+            _overlay(said, part)
+        whose = name if "method" in part and name else whose
     config = build_config(RunConfig, settings)
     return config, notes + list(_ignored(said, config))
 
@@ -170,7 +174,7 @@ def _leave_out_other_method(settings: dict[str, Any], said: Mapping[str, Any], *
     """Drop from settings of another method what the chosen one has not, and the loss weights."""
     method = settings.get("method", {})
     chosen = said.get("method", {}).get("name") if isinstance(said.get("method", {}), Mapping) else None
-    if chosen is None or chosen == method.get("name", chosen) or chosen not in METHODS:
+    if not method or chosen in (None, method.get("name", MethodConfig().name)) or chosen not in METHODS:
         return []
     for key in [key for key in method if key == "weights" or key not in METHODS[chosen].options]:
         del method[key]
@@ -271,6 +275,11 @@ def _length(config: RunConfig, global_batch: int, data: DataFacts, *, step: int,
     if train.samples is not None:
         return train.samples
     if train.steps is not None:
+        require(
+            train.steps > step or step == 0,
+            f"--steps must be more than the {step} that the run has taken (got {train.steps})",
+            remedy=f"--steps {2 * step}",
+        )
         return samples_seen + (train.steps - step) * global_batch
     steps_per_epoch = data.num_pairs // global_batch
     if steps_per_epoch == 0:
@@ -292,6 +301,7 @@ def _settle_optim(config: RunConfig, *, samples: int, global_batch: int, schedul
         )
         peak = _PEAK_AT_4096 * math.sqrt(global_batch / 4096)
     warmup = optim.warmup_samples
+    is_asked = warmup is not None or optim.warmup_steps is not None
     if warmup is None and optim.warmup_steps is not None:
         warmup = optim.warmup_steps * schedule_batch
     if warmup is None:
@@ -309,6 +319,7 @@ def _settle_optim(config: RunConfig, *, samples: int, global_batch: int, schedul
         learning_rate_peak=peak,
         learning_rate_start=peak / 10 if optim.learning_rate_start is None else optim.learning_rate_start,
         warmup_samples=warmup,
+        warmup_in_full=is_asked if optim.warmup_in_full is None else optim.warmup_in_full,
         warmup_steps=None,
     )
 

@@ -1,7 +1,9 @@
 """`declip pretrain`: from options to a run, from reports to a progress line."""
 
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
 
@@ -136,8 +138,8 @@ def pretrain(
         new_only = {"--out": out, "--force": force, "--recipe": recipe}
         if resume is not None:
             _refuse([option for option, is_given in new_only.items() if is_given])
-        request = _request(options, recipe, config, assignments or [], out=out, resume=resume, force=force)
-        report = _plan(request) if dry_run else _start(request)
+        request = partial(_request, options, recipe, config, assignments or [], out=out, resume=resume, force=force)
+        report = _plan(request()) if dry_run else _start(request)
         if report:
             emit(report, as_json=as_json)
         if report.get("stopped"):
@@ -179,12 +181,10 @@ def _request(
     from declip_cli.model.checkpoint import runs_root
     from declip_cli.process_group import is_launched
     from declip_cli.resolve import resolve_run
-    from declip_cli.train import launch
     from declip_cli.train.run import Request
     from declip_cli.train.run_dir import RunDir, default_run_dir
 
-    launch.join_slurm()
-    before = RunDir(resume, say=_note_once).read_run().asked if resume is not None else None
+    before = RunDir(resume).read_run().asked if resume is not None else None
     asked, notes = resolve_run(recipe, file, options, assignments, before=before)
     find_architecture(asked.model)  # a wrong name is told before anything else happens
     if asked.train.processes and is_launched():
@@ -207,34 +207,40 @@ def _plan(request: "Request") -> dict[str, Any]:
     from declip_cli.train.estimate import estimate_memory
     from declip_cli.train.run import plan
 
-    run, _ = plan(request, num_processes=launch.wanted_processes(request.asked.train), say=note)
+    run, total_steps = plan(request, num_processes=launch.wanted_processes(request.asked.train), say=note)
     settled = run.to_json()
-    return {"run": settled["run"] | {"samples": run.config.train.samples}, "memory_mib": estimate_memory(run)} | {
-        "config": settled["config"]
-    }
+    facts = settled["run"] | {"samples": run.config.train.samples, "total_steps": total_steps}
+    return {"run": facts, "memory_mib": estimate_memory(run), "config": settled["config"]}
 
 
-def _start(request: "Request") -> dict[str, Any]:
+def _start(make_request: "Callable[[], Request]") -> dict[str, Any]:
     """Run here or in several processes; return what the first of them has to print."""
     from declip_cli.process_group import is_launched
     from declip_cli.train import launch
 
-    num_processes = 1 if is_launched() else launch.wanted_processes(request.asked.train)
+    launch.join_slurm()
+    if is_launched():
+        return _work(make_request)
+    request = make_request()
+    num_processes = launch.wanted_processes(request.asked.train)
     try:
         if num_processes == 1:
-            return _work(request)
+            return _work(lambda: request)
         return launch.start_processes(_rank, (request,), num_processes=num_processes)
     except launch.RankFailed as failure:
-        raise typer.Exit(1) from failure
+        raise typer.Exit(failure.exit_code) from failure
     except KeyboardInterrupt:
-        _note_once(f"stopped at once; go on from the last saved state: declip pretrain --resume {request.path}")
+        note(f"stopped at once; go on from the last saved state: declip pretrain --resume {request.path}")
         raise
 
 
 def _rank(request: "Request") -> dict[str, Any]:
     """Be one of several processes, which tells its own errors."""
-    with user_errors():
-        return _work(request)
+    try:
+        with user_errors():
+            return _work(lambda: request)
+    except typer.Exit as end:
+        sys.exit(end.exit_code)
 
 
 def _check_best(path: str | None, known: tuple[str, ...]) -> None:
@@ -248,24 +254,30 @@ def _check_best(path: str | None, known: tuple[str, ...]) -> None:
         )
 
 
-def _work(request: "Request") -> dict[str, Any]:
-    """Train in this process and return the result to print; empty on ranks other than 0."""
+def _work(make_request: "Callable[[], Request]") -> dict[str, Any]:
+    """Train in this process and return the result to print; empty on ranks other than 0.
+
+    Ranks join before anything can fail on one of them alone.
+    """
+    import torch
+
     from declip_cli.cli.progress import RunProgress
     from declip_cli.distributed import rank
     from declip_cli.evaluate.during_training import find_score, make_evaluator
     from declip_cli.process_group import from_first, joined
-    from declip_cli.train.build import count_cores, find_device
+    from declip_cli.train.build import count_cores
     from declip_cli.train.run import Request
     from declip_cli.train.run import pretrain as run
 
-    train = request.asked.train
-    has_gpu = find_device(train).type == "cuda"
-    with joined(has_gpu=has_gpu, tell=note):
+    with joined(has_gpu=torch.cuda.is_available(), tell=note):
+        request = make_request()
+        train = request.asked.train
         # Each process would name a new folder by its own clock.
         path = from_first(lambda: request.path)
         request = Request(asked=request.asked, path=path, is_resumed=request.is_resumed, force=request.force)
         evaluator = make_evaluator(train.eval, threads=train.threads or count_cores()) if train.eval else None
-        _check_best(train.keep_best, evaluator.score_paths if evaluator is not None else ())
+        if rank() == 0:
+            _check_best(train.keep_best, evaluator.score_paths if evaluator is not None else ())
         report = None
         with RunProgress(request) as progress:
             for report in run(request, evaluate=evaluator, find_score=find_score, say=note):
@@ -281,7 +293,7 @@ def _work(request: "Request") -> dict[str, Any]:
             "steps": report.step,
             "samples_seen": report.samples_seen,
             "seconds": report.seconds,
-            "samples_per_second": report.samples_seen / max(report.seconds, 1e-9),
+            "samples_per_second": report.samples_seen / max(report.step_seconds, 1e-9),
             "losses": progress.last_losses,
             "evaluations": report.evaluations,
             "stopped": report.was_stopped,

@@ -1,5 +1,6 @@
 """How a run looks while it goes and when it ends, on stderr."""
 
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,8 @@ class RunProgress:
         self._is_demo = request.asked.data.path == ("demo",)
         self.last_losses: dict[str, float] = {}
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-        self._bar = Progress(*columns, TimeRemainingColumn(), console=stderr, disable=not stderr.is_terminal)
+        is_hidden = not stderr.is_terminal or os.environ.get("RANK", "0") != "0"
+        self._bar = Progress(*columns, TimeRemainingColumn(), console=stderr, disable=is_hidden)
         self._task = self._bar.add_task("training", total=None)
 
     def __enter__(self) -> "RunProgress":

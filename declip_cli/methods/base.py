@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from declip_cli.batch import Batch, Embeddings, LossTerms
 from declip_cli.config import MethodConfig, Views
 from declip_cli.config_checks import require
+from declip_cli.errors import ChoiceError
 from declip_cli.losses import masked_cross_entropy
 from declip_cli.methods.terms import PAIRS, contrastive_pairs
 from declip_cli.model.clip import DualEncoder, unit
@@ -50,11 +51,11 @@ class Method(nn.Module, ABC):
         config = settle_method(config)
         names = ", ".join(self.default_weights)
         unknown = sorted(set(config.weights) - set(self.default_weights))
-        require(
-            not unknown,
-            f"method {config.name} has no loss term {', '.join(unknown)}",
-            remedy=f"its terms are {names}: --set method.weights.NAME=NUMBER",
-        )
+        if unknown:
+            raise ChoiceError(
+                f"method {config.name} has no loss term {', '.join(unknown)}",
+                remedy=f"its terms are {names}: --set method.weights.NAME=NUMBER",
+            )
         self.encoder = encoder
         self.config = config
         self.weights = self.default_weights | config.weights

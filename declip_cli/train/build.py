@@ -45,6 +45,8 @@ class Training:
     """Since the run began, interruptions left out."""
     startup_seconds: float = 0.0
     """Of these, up to the end of a session's first step: compiling, filling the loader."""
+    step_seconds: float = 0.0
+    """Of these, spent in steps: evaluations and savings left out."""
     num_rollbacks: int = 0
     bad_steps: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))
     """Broken batches in all, and in a row up to now; on the device, int64, (2,)."""
@@ -151,11 +153,12 @@ def build_training(run: ResolvedRun, samples: SampleStore, *, path: Path, is_res
         DeclipError: data, model or options cannot be used.
     """
     config = run.config
-    torch.set_num_threads(run.machine.threads)
     # TF32 is what float32 meant in the original's PyTorch; other devices have none.
     torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = config.train.tf32
+    os.environ.setdefault("OMP_NUM_THREADS", str(run.machine.threads))  # else Accelerate chooses on CPUs, and warns
     accelerator = _build_accelerator(run, path)
+    torch.set_num_threads(run.machine.threads)
     torch.manual_seed(config.train.seed)
     method = build_method(config.model, config.method)
     with torch.no_grad():

@@ -33,6 +33,7 @@ def capture_state(training: Training) -> SavedState:
         "samples_seen": training.samples_seen,
         "seconds": training.seconds,
         "startup_seconds": training.startup_seconds,
+        "step_seconds": training.step_seconds,
         "num_rollbacks": training.num_rollbacks,
         "bad_steps": training.bad_steps.tolist(),
         "stream": training.stream.state(),
@@ -68,7 +69,8 @@ def restore_state(training: Training, state: SavedState) -> list[str]:
     notes += _restore_queues(training, state)
     device, values = training.accelerator.device, state.values
     if training.average is not None:
-        weights = state.tensors.get("average", training.method.encoder.state_dict())  # switched on only now
+        # What the saved average lacks, because it or the method is new, starts from the weights as they are now.
+        weights = training.method.encoder.state_dict() | state.tensors.get("average", {})
         training.average.restore(weights, values.get("average_updates", 0))
     if training.accelerator.scaler is not None and "scaler" in values:
         training.accelerator.scaler.load_state_dict(values["scaler"])
@@ -78,6 +80,7 @@ def restore_state(training: Training, state: SavedState) -> list[str]:
     training.stream.restore(values["stream"])
     training.step, training.samples_seen = state.step, values["samples_seen"]
     training.seconds, training.startup_seconds = values["seconds"], values["startup_seconds"]
+    training.step_seconds = values["step_seconds"]
     training.num_rollbacks = values["num_rollbacks"]
     training.bad_steps.copy_(torch.tensor(values["bad_steps"]))
     return notes
@@ -141,8 +144,11 @@ def _restore_optimizers(training: Training, saved: dict[str, Tensor], trained: l
             found = moments.pop(name, {})
             if set(found) == kinds and all(key == "step" or v.shape == parameter.shape for key, v in found.items()):
                 state[index] = found
-            elif found or name not in trained:  # else it never had a gradient
-                anew.append(name)
+            else:
+                if not is_adamw:  # a group of which only some have a momentum cannot take a step
+                    state[index] = {"momentum_buffer": torch.zeros_like(parameter)}
+                if found or name not in trained:  # else it never had a gradient
+                    anew.append(name)
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     notes = [f"the moments of {_count(anew)} start anew"] if anew else []
     return notes + ([f"the moments of {_count(sorted(moments))}, not trained now, are dropped"] if moments else [])

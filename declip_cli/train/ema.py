@@ -38,8 +38,8 @@ class WeightAverage:
     def restore(self, state: dict[str, Tensor], num_updates: int) -> None:
         """Go on from a saved average."""
         self.num_updates = num_updates
-        for name, value in state.items():
-            self.state[name].copy_(value)
+        for name, value in self.state.items():
+            value.copy_(state[name])
 
     def averaged(self, encoder: DualEncoder) -> DualEncoder:
         """Make a copy of the encoder that has the average for weights."""

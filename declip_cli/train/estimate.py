@@ -12,6 +12,8 @@ from declip_cli.methods.registry import build_method
 from declip_cli.model.text_transformer import END_ID
 from declip_cli.resolve import ResolvedRun
 
+_SIMILARITIES_AT_ONCE = 3
+"""Copies of a chunk of token similarities that are alive together."""
 _LOGITS_AT_ONCE = 2
 """Copies of a matrix of logits that a cross-entropy keeps: the logits and their softmax."""
 
@@ -40,8 +42,9 @@ def estimate_memory(run: ResolvedRun) -> dict[str, float]:
     per_pair, embedded = (four[0] - two[0]) / 2, (four[1] - two[1]) / 2
     cast_weights = two[0] - 2 * per_pair
     size = min(config.train.micro_batch_size or config.train.batch_size, config.train.batch_size)
-    num_matrices = 2 * config.method.pairs if config.method.name in ("declip", "defilip") else 2
-    logits = num_matrices * _LOGITS_AT_ONCE * config.train.batch_size * run.global_batch * 4
+    logits = _num_logit_matrices(method) * _LOGITS_AT_ONCE * config.train.batch_size * run.global_batch * 4
+    if method.is_active("filip"):
+        logits += _SIMILARITIES_AT_ONCE * 4 * 2**25  # `losses.token_wise_similarity` works in chunks of so many
     cached = 2 * embedded * config.train.batch_size if size < config.train.batch_size else 0
     sizes = {
         "weights": num_bytes,
@@ -51,6 +54,15 @@ def estimate_memory(run: ResolvedRun) -> dict[str, float]:
     }
     mebibytes = {name: round(value / 2**20, 1) for name, value in sizes.items()}
     return mebibytes | {"total": round(sum(mebibytes.values()), 1)}
+
+
+def _num_logit_matrices(method: Method) -> int:
+    """Count the matrices of pairs against all pairs that the objective compares."""
+    views, config = method.views, method.config
+    num_pairs = config.pairs if config.name in ("declip", "defilip") else 1
+    neighbours = len(views.images) * len(views.texts) * (2 if config.nn_symmetric else 1)
+    terms = {"clip": 2 * num_pairs, "nn": neighbours, "simclr": 4, "filip": 2}
+    return sum(count for term, count in terms.items() if method.is_active(term))
 
 
 def _kept_for_backward(method: Method, run: ResolvedRun, num_pairs: int) -> tuple[int, int]:

@@ -32,6 +32,7 @@ class Vitals:
     logit_scale_max: float
     num_bad_steps: int
     """Since the last report."""
+    context_length: int
     num_cut_captions: int
     num_texts: int
 
@@ -62,9 +63,18 @@ def advice(vitals: Vitals, *, workers: int, cores: int, side_px: int) -> Iterato
         yield "starved", f"waiting for data {vitals.wait_share:.0%} of the time with {workers} loader threads: {way}"
     if vitals.num_texts and vitals.num_cut_captions > 0.1 * vitals.num_texts:
         share = vitals.num_cut_captions / vitals.num_texts
-        yield "cut", f"{share:.0%} of the captions are longer than the model reads: --set model.context_length=77"
+        way = "start with --set model.context_length=77" if vitals.context_length < 77 else "put what matters first"
+        yield (
+            "cut",
+            f"{share:.0%} of the captions are longer than the {vitals.context_length} tokens that are read: {way}",
+        )
     if not vitals.is_warm:
         return
+    yield from _collapse(vitals)
+
+
+def _collapse(vitals: Vitals) -> Iterator[tuple[str, str]]:
+    """Say when nothing is learned, or no more."""
     for kind, spread in vitals.spread.items():
         if spread < _COLLAPSED_SPREAD:
             yield (

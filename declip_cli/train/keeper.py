@@ -1,11 +1,12 @@
 """What happens beside the steps: states, snapshots, evaluations, and the way back to a good state."""
 
+import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from declip_cli.distributed import rank
+from declip_cli.distributed import copy_from_main, rank, world_size
 from declip_cli.errors import TrainError
 from declip_cli.model.checkpoint import PretrainedModel, default_resize_px, save_model
 from declip_cli.model.clip import DualEncoder
@@ -82,6 +83,10 @@ class Keeper:
         training = self._training
         with self._meter.paused():
             encoder, config = self._encoder(), training.config
+            if world_size() > 1 and config.method.batch_norm == "rank":
+                # Ranks have statistics of their own; all score the model that rank 0 saves.
+                encoder = copy.deepcopy(encoder)
+                copy_from_main(encoder.buffers())
             architecture = encoder.architecture
             model = PretrainedModel(
                 encoder=encoder.eval(),

@@ -25,7 +25,16 @@ T = TypeVar("T")
 
 
 class RankFailed(Exception):
-    """A rank has ended with an error, which it has told itself."""
+    """A rank has ended with an error, which it has told itself.
+
+    Args:
+        message: what torch says of it.
+        exit_code: of that rank.
+    """
+
+    def __init__(self, message: str, *, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def join_slurm() -> None:
@@ -110,7 +119,8 @@ def start_processes(work: Callable[..., T], arguments: tuple[Any, ...], *, num_p
         except (ProcessRaisedException, ProcessExitedException) as failure:
             if asked:
                 raise KeyboardInterrupt from failure
-            raise RankFailed(str(failure)) from failure
+            code = failure.exit_code if isinstance(failure, ProcessExitedException) else 1
+            raise RankFailed(str(failure), exit_code=max(1, code)) from failure
     if results.empty():
         raise KeyboardInterrupt
     result: T = results.get()

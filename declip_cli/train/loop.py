@@ -62,12 +62,9 @@ def take_step(training: Training, rate: float) -> StepOutcome:
         scaler.unscale_(optimizer)
     norm = clip_gradients(method.parameters(), training.clip_norm)
     is_good = norm.isfinite()
-    if scaler is None:
-        step_where(training.optimizers, is_good)
-    else:
-        for optimizer in training.optimizers:
-            scaler.step(optimizer)
-        scaler.update()
+    step_where(training.optimizers, is_good)
+    if scaler is not None:
+        scaler.update()  # from what unscale_ found
     for optimizer in training.optimizers:
         optimizer.zero_grad(set_to_none=True)
     for value, old in zip(statistics, before, strict=True):
@@ -78,7 +75,9 @@ def take_step(training: Training, rate: float) -> StepOutcome:
         training.average.update(method.encoder)
     training.step += 1
     training.samples_seen += len(batch) * world_size()
-    is_bad = ~is_good if scaler is None else ~result.terms.total.isfinite()
+    is_bad = ~is_good
+    if scaler is not None:  # a gradient may overflow until the scale has found its place
+        is_bad &= ~result.terms.total.isfinite() | (scaler.scale(torch.ones_like(norm)) < 1)
     return StepOutcome(
         terms=result.terms, embeddings=result.embeddings, gradient_norm=norm, is_good=is_good, is_bad=is_bad
     )
@@ -125,7 +124,7 @@ def train(
             keeper.go_back(problem)
             decision = _decide(training, meter, keeper, wants_stop=should_stop())
         elif not decision.is_over:
-            if decision.must_save:
+            if decision.must_save or must_evaluate:  # a scheduler may end the run while it is scored
                 keeper.save()
             scores = keeper.scores() if must_evaluate else {}
             if scores or must_report:
@@ -146,7 +145,7 @@ def _decide(training: Training, meter: Meter, keeper: Keeper, *, wants_stop: boo
     is_due = keeper.is_due() or _is_due(training, "checkpoint_every_steps")
     limit, started = training.config.train.time_limit_s, training.startup_seconds
     spent = (meter.seconds() - started) / max(1e-9, limit - started) if limit else 0.0
-    flags = torch.tensor([wants_stop, is_due, round(spent * _SHARE_UNITS)], dtype=torch.int64)
+    flags = torch.tensor([wants_stop, is_due, round(min(1.0, spent) * _SHARE_UNITS)], dtype=torch.int64)
     if world_size() > 1:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)  # on the CPU: no device waits
     stop, save, units = flags.tolist()

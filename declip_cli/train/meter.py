@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ class StepReport:
     seconds: float
     """Since the run began, interruptions left out."""
     seconds_left: float
+    step_seconds: float
+    """Of `seconds`, those spent in steps."""
     samples_per_second: float
     """Since the last report, evaluations and savings left out."""
     wait_share: float
@@ -135,6 +138,7 @@ class Meter:
         flags = self._training.bad_steps.cpu()
         if world_size() > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+            self._training.bad_steps.copy_(flags)
         in_a_row = int(flags[1])
         if in_a_row < self._training.config.train.max_bad_steps:
             return ""
@@ -157,21 +161,21 @@ class Meter:
         training = self._training
         self._wait_for_device()  # else the device's backlog would be in nobody's interval
         elapsed = max(1e-9, time.monotonic() - self._last_time - self._paused)
-        training.seconds = self.seconds()
-        scaler = training.accelerator.scaler
+        training.seconds, scaler = self.seconds(), training.accelerator.scaler
+        training.step_seconds += elapsed
         spreads = {}
         if self._last is not None:
             spreads = {"image": float(spread(self._last.images[:, 0])), "text": float(spread(self._last.texts[:, 0]))}
         wait_share = min(1.0, (training.stream.wait_seconds - self._last_wait) / elapsed)
         losses = self._losses()
-        logit_scale = float(training.method.logit_scale_in_use().detach().exp())
-        num_bad = int(training.bad_steps[0])
+        logit_scale, num_bad = float(training.method.logit_scale_in_use().detach().exp()), int(training.bad_steps[0])
         report = StepReport(
             step=training.step,
             total_steps=training.total_steps,
             samples_seen=training.samples_seen,
             seconds=training.seconds,
             seconds_left=training.seconds / share - training.seconds,
+            step_seconds=training.step_seconds,
             samples_per_second=(training.samples_seen - self._last_samples) / elapsed,
             wait_share=wait_share,
             learning_rate=rate,
@@ -228,6 +232,7 @@ class Meter:
             logit_scale=logit_scale,
             logit_scale_max=math.exp(training.logit_scale_bounds[1]),
             num_bad_steps=num_bad - self._num_bad_before,
+            context_length=config.model.context_length or 0,
             num_cut_captions=training.stream.num_cut_captions,
             num_texts=training.samples_seen // world_size() * len(training.method.views.texts),
         )
@@ -247,5 +252,9 @@ class Meter:
 def _peak_memory_mib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    try:  # getrusage would count what the process was before exec
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(float(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -20,8 +20,8 @@ _NORMS = (nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, FullBa
 class Schedule:
     """The learning rate by pairs seen: linear up to the peak, then half a cosine.
 
-    Counted in pairs, so that another batch or another number of processes changes nothing. With a time limit the
-    slower of the two decides: the run ends when the time is up, whatever share of its pairs it has seen.
+    Counted in pairs, so that another batch or another number of processes changes nothing. With a time limit, pairs
+    or time decide, whichever is nearer to its end.
 
     Source: the original's Cosine scheduler; values in its YFCC15M recipe: step 1 1e-4, 1,250 5.498e-4, 2,500 1e-3.
     """
@@ -71,7 +71,7 @@ class Schedule:
 
 def schedule_of(run: ResolvedRun) -> Schedule:
     """Lay out the learning rate of a run."""
-    optim, asked = run.config.optim, run.asked.optim
+    optim = run.config.optim
     return Schedule(
         start=settled(optim.learning_rate_start),
         peak=settled(optim.learning_rate_peak),
@@ -79,7 +79,7 @@ def schedule_of(run: ResolvedRun) -> Schedule:
         first=run.schedule_batch,
         warmup=settled(optim.warmup_samples),
         total=settled(run.config.train.samples),
-        is_warmup_asked=asked.warmup_steps is not None or asked.warmup_samples is not None,
+        is_warmup_asked=settled(optim.warmup_in_full),
     )
 
 

@@ -45,7 +45,7 @@ class Request:
     """Replace a run that is there already."""
 
 
-def plan(request: Request, *, num_processes: int, say: Say) -> tuple[ResolvedRun, SampleStore]:
+def plan(request: Request, *, num_processes: int, say: Say) -> tuple[ResolvedRun, int]:
     """Resolve a run that is not to be started.
 
     Args:
@@ -54,17 +54,22 @@ def plan(request: Request, *, num_processes: int, say: Say) -> tuple[ResolvedRun
         say: for notes.
 
     Returns:
-        The run and its pairs.
+        The run and its steps, those taken already included.
 
     Raises:
         DeclipError: the run could not be started.
     """
-    before = RunDir(request.path).read_run() if request.is_resumed else None
+    run_dir = RunDir(request.path, say)
+    before = run_dir.read_run() if request.is_resumed else None
+    state = run_dir.load_state() if request.is_resumed and run_dir.has_state() else None
     config = kept_settings(request.asked, before) if before else request.asked
     samples = _open(config, say)
     machine = find_machine(config, num_processes=num_processes)
-    run = resolve(request.asked, data=_facts(samples), machine=machine, before=before)
-    return run, samples
+    step, samples_seen = (state.step, state.values["samples_seen"]) if state else (0, 0)
+    run = resolve(
+        request.asked, data=_facts(samples), machine=machine, before=before, step=step, samples_seen=samples_seen
+    )
+    return run, run.total_steps(step=step, samples_seen=samples_seen)
 
 
 def pretrain(
@@ -114,9 +119,9 @@ def _pretrain(
         training = build_training(run, samples, path=request.path, is_resumed=state is not None)
     lines = restore_state(training, state) if state else []
     if rank() == 0:
-        lines = _open_folder(request, run_dir, run, before, training.step) + [f"note: {line}" for line in lines]
         if before is None:
             held.enter_context(run_dir.locked())
+        lines = _open_folder(request, run_dir, run, before, training.step) + [f"note: {line}" for line in lines]
         for line in [f"run folder: {request.path}", *_describe(training), *lines]:
             say(line)
             run_dir.append_log(line)
@@ -145,6 +150,8 @@ def _before(request: Request, run_dir: RunDir, held: ExitStack) -> tuple[Resolve
             f"process {rank()} sees no state in {request.path}, process 0 does",
             remedy="put the run folder on a file system that all machines share",
         )
+    if not has_state:
+        run_dir.say(f"note: {request.path} has no saved state: the run starts at step 0")
     return before, load_same_state(run_dir) if has_state else None
 
 
@@ -164,7 +171,8 @@ def _open_folder(
 ) -> list[str]:
     """Make the folder of a new run, or write down what differs in one that goes on, once it has proved to fit."""
     if before is None:
-        run_dir.create(run, force=request.force)
+        run_dir.claim(force=request.force)
+        run_dir.write_run(run)
         return []
     run_dir.forget_metrics_after(step)
     run_dir.write_run(run)
@@ -215,7 +223,7 @@ def _record(report: StepReport, training: Training, run_dir: RunDir) -> None:
     if rank() != 0:
         return
     record = asdict(report)
-    for name in ("is_last", "was_stopped", "seconds_left", "advice"):
+    for name in ("is_last", "was_stopped", "seconds_left", "step_seconds", "advice"):
         del record[name]
     run_dir.append_metrics(_finite(record))
     run_dir.append_log(f"step {report.step}/{report.total_steps} {_flat(report.losses)}")

@@ -70,32 +70,32 @@ class RunDir:
         self.best_path = path / "best"
         self.say = say
 
-    def create(self, run: ResolvedRun, *, force: bool) -> None:
-        """Make a new run folder.
+    def claim(self, *, force: bool) -> None:
+        """Make the folder of a new run empty; call it with the folder locked.
 
         Args:
-            run: written with the versions of the libraries.
             force: replace a run that is already there.
 
         Raises:
-            TrainError: the folder exists and is not empty.
+            TrainError: the folder holds files.
         """
-        if self.path.exists() and not self._is_empty():
-            if not force:
-                raise TrainError(
-                    f"the run folder {self.path} already holds files",
-                    remedy=f"go on with it: declip pretrain --resume {self.path}; or choose another --out, or --force",
-                )
-            if not (self.path / CONFIG_FILE).is_file():
-                raise TrainError(
-                    f"{self.path} holds files but is no run folder, so --force does not delete it",
-                    remedy="choose another --out",
-                )
-            for path in self.path.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        with full_disk_explained(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-        self.write_run(run)
+        if self._is_empty():
+            return
+        if not force:
+            raise TrainError(
+                f"the run folder {self.path} already holds files",
+                remedy=f"go on with it: declip pretrain --resume {self.path}; or choose another --out, or --force",
+            )
+        if not (self.path / CONFIG_FILE).is_file():
+            raise TrainError(
+                f"{self.path} holds files but is no run folder, so --force does not delete it",
+                remedy="choose another --out",
+            )
+        for path in self.path.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != _LOCK_FILE:  # it is held
+                path.unlink()
 
     def _is_empty(self) -> bool:
         """Tell whether nothing is lost by starting here: no files, or only those of a run that could not start."""
@@ -103,12 +103,13 @@ class RunDir:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes from writing to the folder, until the block or this process ends.
+        """Make the folder if need be and keep other processes from writing to it, until the block or this process ends.
 
         Raises:
             TrainError: another process writes to it.
         """
         with full_disk_explained(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / _LOCK_FILE).open("a")
         with file:
             try:
@@ -249,7 +250,7 @@ class RunDir:
             return state
         raise TrainError(
             "; ".join(damage) or f"{self.path} has no saved state to resume from",
-            remedy="start it again with --force; states are saved every train.checkpoint_every_minutes",
+            remedy=f"start again in another folder: declip pretrain --config {self.path / CONFIG_FILE} --out …",
         )
 
     def _state_path(self, step: int) -> Path:

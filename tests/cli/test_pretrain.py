@@ -194,6 +194,22 @@ def test_an_option_that_changes_nothing_is_named(tmp_path):
     assert config["method"]["pairs"] == 4  # the recipe's is DeCLIP's
 
 
+def test_a_file_for_another_method_lends_what_both_have(tmp_path):
+    (tmp_path / "run.toml").write_text("[method]\nweights = { nn = 0.3 }\nlabel_smoothing = 0.2\nqueue_size = 7\n")
+    words = ["--config", tmp_path / "run.toml", "--data", "demo", "--arch", "vit-tiny32", "--method", "clip"]
+    result = pretrain(*words, "--dry-run", "--json")
+    assert result.exit_code == 0, result.stderr
+    method = json.loads(result.stdout)["config"]["method"]
+    assert (method["weights"], method["label_smoothing"], method["queue_size"]) == ({"clip": 1.0}, 0.2, 65536)
+
+
+def test_a_dry_run_of_a_run_that_goes_on_counts_from_where_it_stands(done):
+    _, out = done
+    result = pretrain("--resume", out, "--steps", "7", "--batch-size", "16", "--dry-run", "--json")
+    run = json.loads(result.stdout)["run"]
+    assert (run["samples"], run["total_steps"]) == (24 + 4 * 16, 7)
+
+
 @pytest.mark.parametrize("way", ["option", "assignment", "file"])
 def test_a_method_can_be_named_in_three_ways_that_are_one(way, tmp_path):
     (tmp_path / "run.toml").write_text('[method]\nname = "slip"\n')
@@ -317,6 +333,11 @@ def test_no_data_is_an_error():
             "train.precision must be one of auto, fp32, bf16, fp16 (got 'int8')",
             "--set",
         ),
+        (
+            ["--set", "method.weights.mlmm=1"],
+            "method declip has no loss term mlmm",
+            "its terms are clip, simsiam, mlm, nn",
+        ),
         (["--set", "train.tracker=nothing"], "train.tracker must be one of tensorboard, wandb", "--set"),
         (
             ["--set", "train.eval=['demo']", "--set", "train.keep_best=demo.top9"],
@@ -347,11 +368,6 @@ def test_an_option_refuses_what_it_does_not_know(words):
         (["--set", "steps=3"], "--set wants section.key=value (got 'steps=3')", "--set train.ema_decay"),
         (["--config", "none.toml"], "cannot read the configuration file none.toml", "check the path"),
         (["--batch-size", "1"], "--batch-size must be at least 2", "--batch-size 256"),
-        (
-            ["--set", "method.weights.mlmm=1"],
-            "method declip has no loss term mlmm",
-            "its terms are clip, simsiam, mlm, nn",
-        ),
         (
             ["--set", "optim.warmup_steps=3"],
             "optim.warmup_steps must be less than the steps of the run (got 3, 3)",

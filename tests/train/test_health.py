@@ -16,6 +16,7 @@ WELL = {
     "logit_scale": 20.0,
     "logit_scale_max": 100.0,
     "num_bad_steps": 0,
+    "context_length": 32,
     "num_cut_captions": 5,
     "num_texts": 1000,
 }
@@ -34,7 +35,8 @@ def test_a_run_that_does_well_is_told_nothing():
     [
         ({"wait_share": 0.4, "workers": 2}, "starved", ["40%", "2 loader threads", "--set data.workers=8"]),
         ({"wait_share": 0.4}, "starved", ["8 loader threads", "prepare with --image-side-px 256"]),
-        ({"num_cut_captions": 300}, "cut", ["30% of the captions", "model.context_length"]),
+        ({"num_cut_captions": 300}, "cut", ["30% of the captions", "the 32 tokens", "--set model.context_length=77"]),
+        ({"num_cut_captions": 300, "context_length": 77}, "cut", ["the 77 tokens", "put what matters first"]),
         ({"spread": {"image": 0.001, "text": 0.4}}, "collapsed image", ["spread 0.001", "--learning-rate"]),
         ({"spread": {"image": 0.4, "text": 0.0}}, "collapsed text", ["text features", "--batch-size"]),
         ({"contrastive_loss": 5.54}, "chance", ["5.540", "5.545", "--learning-rate"]),

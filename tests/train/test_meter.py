@@ -43,6 +43,7 @@ def training():
         samples_seen=0,
         seconds=0.0,
         startup_seconds=0.0,
+        step_seconds=0.0,
         bad_steps=torch.zeros(2, dtype=torch.int64),
     )
 
@@ -91,7 +92,7 @@ def test_evaluating_and_saving_are_no_training(training, clock):
         clock.time += 100.0
     found = report(meter)
     assert (found.samples_per_second, found.wait_share) == (pytest.approx(16 / 2), pytest.approx(0.5))
-    assert found.seconds == pytest.approx(103.0)
+    assert (found.seconds, found.step_seconds) == (pytest.approx(103.0), pytest.approx(3.0))
 
 
 def test_losses_and_norms_are_those_of_the_good_steps(training, clock):

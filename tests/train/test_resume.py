@@ -256,6 +256,7 @@ CHANGES = {
     ),
     "train.ema_decay": ({"train": {"ema_decay": 0.9}}, None),
     "train.micro_batch_size": ({"train": {"micro_batch_size": 4}}, None),
+    "train.ema_decay and the method": ({"train": {"ema_decay": 0.9}, "method": {"name": "filip"}}, r"starts? anew"),
     "train.seed": ({"train": {"seed": 1}}, DataError),
 }
 
@@ -392,6 +393,44 @@ def test_without_a_state_a_broken_run_ends(tmp_path, monkeypatch):
     with pytest.raises(TrainError, match="2 batches in a row had a broken gradient, up to step 4"):
         run(small_config(train={"max_bad_steps": 2}), tmp_path / "run")
     assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"method": {"name": "filip"}, "train": {"ema_decay": 0.9}}, {"method": {"name": "declip"}}),
+        ({"method": {"name": "clip"}, "train": {"ema_decay": 0.9}}, {"method": {"name": "defilip"}}),
+        (
+            {"optim": {"optimizer": "sgd", "learning_rate_peak": 0.01}, "train": {"freeze": ["image"]}},
+            {"train": {"freeze": []}},
+        ),
+    ],
+)
+def test_a_state_that_lacks_some_of_what_is_trained_now_is_no_hindrance(first, second, tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        run(small_config(**first), path)
+    reports = run(small_config(**merged(first, second)), path, is_resumed=True)
+    assert reports[-1].step == 10
+    assert all(value.isfinite().all() for value in state_of(path).values() if value.is_floating_point())
+
+
+def test_a_run_whose_states_are_gone_says_that_it_starts_over(tmp_path):
+    config, notes = small_config(train={"steps": 2}, optim={"warmup_steps": 0}), []
+    run(config, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "state")
+    run(config, tmp_path / "run", is_resumed=True, notes=notes)
+    assert f"note: {tmp_path / 'run'} has no saved state: the run starts at step 0" in notes
+
+
+def test_a_time_limit_that_is_over_ends_a_resumed_run_at_once(tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        run(small_config(), path)
+    reports = run(small_config(train={"time_limit_s": 1e-6}), path, is_resumed=True)
+    assert (reports[-1].step, reports[-1].was_stopped) == (4, False)
 
 
 def test_a_time_limit_ends_the_run_with_its_schedule(tmp_path, monkeypatch):

@@ -19,10 +19,16 @@ def state(step):
     return SavedState(step=step, tensors={"method": {"w": torch.full((3,), float(step))}}, values={"epoch": step})
 
 
+def create(run_dir, run, *, force=False):
+    with run_dir.locked():
+        run_dir.claim(force=force)
+        run_dir.write_run(run)
+
+
 @pytest.fixture
 def run_dir(tmp_path):
     made = RunDir(tmp_path / "run")
-    made.create(RUN, force=False)
+    create(made, RUN)
     made.said = []
     made.say = made.said.append
     return made
@@ -46,11 +52,11 @@ def test_a_run_is_named_by_method_architecture_and_time(tmp_path):
 def test_a_folder_with_files_is_not_overwritten(run_dir):
     run_dir.append_log("started")
     with pytest.raises(TrainError, match="already holds files") as caught:
-        run_dir.create(OTHER, force=False)
+        create(run_dir, OTHER)
     assert f"--resume {run_dir.path}" in caught.value.remedy
     assert "--force" in caught.value.remedy
     save(run_dir, 3)
-    run_dir.create(OTHER, force=True)
+    create(run_dir, OTHER, force=True)
     assert not run_dir.has_state()
     assert run_dir.read_run() == OTHER
 
@@ -58,17 +64,17 @@ def test_a_folder_with_files_is_not_overwritten(run_dir):
 def test_force_does_not_delete_a_folder_that_is_no_run(tmp_path):
     (tmp_path / "photo.jpg").write_bytes(b"dear")
     with pytest.raises(TrainError, match="is no run folder, so --force does not delete it"):
-        RunDir(tmp_path).create(OTHER, force=True)
+        create(RunDir(tmp_path), OTHER, force=True)
     assert (tmp_path / "photo.jpg").read_bytes() == b"dear"
 
 
 def test_the_folder_of_a_run_that_could_not_start_can_be_used_again(run_dir):
-    run_dir.create(OTHER, force=False)
+    create(run_dir, OTHER)
     assert run_dir.read_run() == OTHER
 
 
 def test_an_empty_folder_can_be_used(tmp_path):
-    RunDir(tmp_path).create(OTHER, force=False)
+    create(RunDir(tmp_path), OTHER)
     assert RunDir(tmp_path).read_run() == OTHER
 
 
@@ -102,7 +108,7 @@ def test_a_state_that_was_not_written_whole_is_not_taken(run_dir):
 def test_without_a_state_the_error_says_how_to_start_over(run_dir):
     with pytest.raises(TrainError, match="has no saved state to resume from") as caught:
         run_dir.load_state()
-    assert "--force" in caught.value.remedy
+    assert "--config" in caught.value.remedy
 
 
 FILES = ("method.safetensors", "state.json", "config.json", "SHA256SUMS")
@@ -132,13 +138,21 @@ def test_a_damaged_state_falls_back_to_the_one_before_and_says_so(run_dir, name,
     assert said.endswith("; going on from step-000000005 instead")
 
 
+def test_a_list_of_digests_that_was_cut_at_a_line_vouches_for_nothing(run_dir):
+    save(run_dir, 5, 12)
+    sums = run_dir.path / "state" / "step-000000012" / "SHA256SUMS"
+    sums.write_bytes(sums.read_bytes().split(b"\n")[0] + b"\n")
+    assert run_dir.load_state().step == 5
+    assert "is not listed in SHA256SUMS" in run_dir.said[0]
+
+
 def test_if_all_states_are_damaged_the_error_names_them(run_dir):
     save(run_dir, 5, 12)
     for step in ("step-000000005", "step-000000012"):
         flip(run_dir.path / "state" / step / "method.safetensors")
     with pytest.raises(TrainError, match="step-000000012 is damaged .*step-000000005 is damaged") as caught:
         run_dir.load_state()
-    assert "--force" in caught.value.remedy
+    assert "--config" in caught.value.remedy
 
 
 @pytest.mark.parametrize("damage", [cut, flip, lambda path: path.unlink()])
@@ -163,6 +177,11 @@ def test_two_processes_do_not_write_to_one_folder(run_dir):
     refused = pytest.raises(TrainError, match="another process is training in")
     with run_dir.locked(), refused, RunDir(run_dir.path).locked():
         pass
+    with run_dir.locked():
+        run_dir.claim(force=True)  # even then the folder stays this process's
+        with refused, RunDir(run_dir.path).locked():
+            pass
+        run_dir.write_run(RUN)
     with run_dir.locked():
         pass
 
@@ -197,7 +216,7 @@ def test_a_full_disk_is_explained_and_the_last_whole_state_stays(run_dir, monkey
 def test_a_folder_that_cannot_be_written_is_explained(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(TrainError, match="cannot write to"):
-        RunDir(tmp_path / "file" / "run").create(OTHER, force=False)
+        create(RunDir(tmp_path / "file" / "run"), OTHER)
 
 
 def test_free_space_is_looked_at_before_a_state_is_written(run_dir, monkeypatch):
