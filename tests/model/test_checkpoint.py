@@ -18,7 +18,7 @@ from declip_cli.model import interop
 from declip_cli.model.architectures import Architecture, ResNetDims, TextDims, VitDims, find_architecture
 from declip_cli.model.checkpoint import find_newest_run, load_model, save_model
 from declip_cli.model.clip import IMAGE_MEAN, DualEncoder
-from tests.golden_files import golden_batch, golden_state, load_golden
+from tests.golden_files import golden_batch, golden_cases, golden_state, load_golden
 
 VIT = ModelConfig(arch="vit-tiny32", embed_dim=10, context_length=9)
 RESNET = ModelConfig(arch="rn-tiny64", embed_dim=10, context_length=9)
@@ -178,11 +178,10 @@ def with_recorded_heads(monkeypatch, architecture):
 
 
 @pytest.mark.parametrize(
-    ("method", "arch"),
-    [*((method, "vit") for method in ("clip", "slip", "filip", "declip", "defilip")), ("clip", "rn"), ("declip", "rn")],
+    "name", golden_cases(world=1, methods=("clip", "slip", "filip", "declip", "defilip")), ids=lambda name: name
 )
-def test_a_checkpoint_of_the_original_gives_the_recorded_features(tmp_path, monkeypatch, method, arch):
-    golden = load_golden(f"{method}_{arch}_seed1_world1")
+def test_a_checkpoint_of_the_original_gives_the_recorded_features(tmp_path, monkeypatch, name):
+    golden, (method, arch, *_) = load_golden(name), name.split("_")
     vision = VitDims(patch_side_px=8, width=64, num_layers=2, num_heads=2)
     if arch == "rn":
         vision = ResNetDims(num_blocks=(1, 1, 1, 1), width=16, num_heads=4)
@@ -402,7 +401,7 @@ def facts_of(model):
     encoder = model.encoder
     state = {**encoder.state_dict(), "mean": encoder.pixel_mean, "std": encoder.pixel_std}
     rest = {field.name: getattr(model, field.name) for field in dataclasses.fields(model) if field.name != "encoder"}
-    return {name: value.tolist() for name, value in state.items()}, encoder.architecture, rest
+    return {name: value.numpy().tobytes() for name, value in state.items()}, encoder.architecture, rest
 
 
 @pytest.mark.parametrize("is_sealed", [False, True], ids=["found out by the digest", "found out by the parsers"])
