@@ -227,13 +227,15 @@ def _start_from(method: Method, config: RunConfig) -> None:
     theirs, ours = start.encoder.state_dict(), method.encoder.state_dict()
     wrong = [name for name, value in ours.items() if name in theirs and theirs[name].shape != value.shape]
     missing = [name for name in ours if name not in theirs and not name.startswith("token_wise.")]
+    mine, other = method.encoder.architecture, start.encoder.architecture
     kinds: dict[str, tuple[Any, Any]] = {
-        "the activation (model.quick_gelu)": (
-            method.encoder.architecture.quick_gelu,
-            start.encoder.architecture.quick_gelu,
-        )
+        "the activation (model.quick_gelu)": (mine.quick_gelu, other.quick_gelu),
+        "the number of attention heads": (
+            (mine.vision.num_heads, mine.text.num_heads),
+            (other.vision.num_heads, other.text.num_heads),
+        ),
     }
-    differing = wrong + missing + [name for name, (mine, other) in kinds.items() if mine != other]
+    differing = wrong + missing + [kind for kind, (one, another) in kinds.items() if one != another]
     if differing:
         raise TrainError(
             f"--init {config.train.init} does not fit --arch {config.model.arch}: {differing[0]} differs",
@@ -241,6 +243,8 @@ def _start_from(method: Method, config: RunConfig) -> None:
             "that it was trained with",
         )
     method.encoder.load_state_dict(ours | {name: theirs[name] for name in ours if name in theirs})
+    method.encoder.pixel_mean.copy_(start.encoder.pixel_mean)
+    method.encoder.pixel_std.copy_(start.encoder.pixel_std)
 
 
 def _freeze(method: Method, config: RunConfig) -> None:

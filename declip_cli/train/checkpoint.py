@@ -37,6 +37,7 @@ def capture_state(training: Training) -> SavedState:
         "num_rollbacks": training.num_rollbacks,
         "bad_steps": training.bad_steps.tolist(),
         "stream": training.stream.state(),
+        "pixels": [training.method.encoder.pixel_mean.tolist(), training.method.encoder.pixel_std.tolist()],
         "world_size": world_size(),
         "trained": _trained_names(training),
     }
@@ -74,6 +75,9 @@ def restore_state(training: Training, state: SavedState) -> list[str]:
         training.average.restore(weights, values.get("average_updates", 0))
     if training.accelerator.scaler is not None and "scaler" in values:
         training.accelerator.scaler.load_state_dict(values["scaler"])
+    mean, deviation = values["pixels"]  # of the model that the run started from
+    training.method.encoder.pixel_mean.copy_(torch.tensor(mean))
+    training.method.encoder.pixel_std.copy_(torch.tensor(deviation))
     torch.set_rng_state(state.tensors["random"]["cpu"])
     if "cuda" in state.tensors["random"] and device.type == "cuda":
         torch.cuda.set_rng_state(state.tensors["random"]["cuda"])

@@ -4,8 +4,11 @@ import socket
 import pytest
 import torch
 
-from declip_cli.config import TrainConfig
+from declip_cli.config import ModelConfig, TrainConfig
 from declip_cli.errors import TrainError
+from declip_cli.model.architectures import find_architecture
+from declip_cli.model.checkpoint import load_model, save_model
+from declip_cli.model.clip import DualEncoder
 from declip_cli.train import build, launch, loop
 from declip_cli.train.build import count_cores, find_machine
 from tests.train.small_runs import metrics, run, small_config
@@ -115,6 +118,17 @@ def test_the_logit_scale_that_is_trained_starts_where_it_is_told_and_is_the_one_
     scales = [record["logit_scale"] for record in metrics(tmp_path / "run")]
     assert scales[0] == pytest.approx(torch.tensor(1.5).exp().item(), rel=0.01)
     assert len(set(scales)) >= 3  # the last step's rate is 0
+
+
+def test_pixels_are_normalised_as_the_model_to_start_from_did_after_resuming_too(tmp_path):
+    encoder = DualEncoder(find_architecture(ModelConfig(arch="test")))
+    encoder.pixel_mean.fill_(1 / 3)
+    save_model(encoder, tmp_path / "model", config=ModelConfig(arch="test"), method="clip")
+    config = small_config(train={"init": str(tmp_path / "model"), "steps": 4}, optim={"warmup_steps": 0})
+    run(config, tmp_path / "run")
+    longer = small_config(train={"init": str(tmp_path / "model"), "steps": 6}, optim={"warmup_steps": 0})
+    run(longer, tmp_path / "run", is_resumed=True)
+    assert torch.equal(load_model(tmp_path / "run").encoder.pixel_mean, encoder.pixel_mean)
 
 
 def test_a_model_with_another_activation_is_no_start(tmp_path):
