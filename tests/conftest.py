@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,13 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("DECLIP_CACHE", "DECLIP_RUNS"):
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
     monkeypatch.delenv("DECLIP_DATA", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _interruptible() -> None:
+    """Let Ctrl-C be Ctrl-C: a shell that starts the tests in the background has it ignored."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def random_model(*, token_wise_dim: int = 0, seed: int = 0) -> PretrainedModel:
