@@ -14,11 +14,11 @@ from declip_cli.errors import DeclipError, TrainError
 from declip_cli.train import loop
 from declip_cli.train.run_dir import RunDir
 from tests.faults.corruption import read_everything, tried
-from tests.faults.harness import METHODS, WAYS, Case, final_state, killed_until_done, start, undisturbed, wait
+from tests.faults.harness import WAYS, Case, final_state, killed_until_done, start, undisturbed, wait
 from tests.train.small_runs import run, small_config
 
-# Each method once, each way at least once.
-CASES = [Case(method, way) for method, way in zip(METHODS, (*WAYS, *WAYS), strict=False)]
+# Each way once; the long form has every method in each.
+CASES = [Case(method, way) for method, way in zip(("defilip", "slip", "declip"), WAYS, strict=True)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.method}, {case.way}")
@@ -50,7 +50,7 @@ def test_damaged_files_are_noticed_and_passed_over(tmp_path):
     run(
         small_config(method={"name": "declip", "queue_size": 40}, train={"steps": 4, "checkpoint_every_steps": 2}), path
     )
-    assert tried(path, random.Random(0), number=12) == {"traceback": 0, "unnoticed": 0, "other values": 0}
+    assert tried(path, random.Random(0), number=6) == {"traceback": 0, "unnoticed": 0, "other values": 0}
     assert read_everything(path) is not None
 
 

@@ -46,7 +46,7 @@ def open_on_ranks(root, num_ranks):
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_processes_that_open_tars_together_index_each_once(tmp_path, num_ranks):
-    trials = 6
+    trials = 3
     for trial in range(trials):
         for shard in range(12):
             write_shard(tmp_path / f"trial-{trial}" / f"{shard:05d}.tar", 20)
