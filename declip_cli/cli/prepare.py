@@ -11,11 +11,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from declip_cli.cli.console import emit, note, stderr, user_errors
 from declip_cli.cli.options import Force, Json
 from declip_cli.config_files import build_config
-from declip_cli.data.preparing.config import PrepareConfig, SourceKind
+from declip_cli.data.prepare.config import PrepareConfig, SourceKind
 from declip_cli.errors import ConfigError
 
 if TYPE_CHECKING:
-    from declip_cli.data.preparing.pipeline import PrepareReport
+    from declip_cli.data.prepare.pipeline import PrepareReport
 
 _DEFAULTS = PrepareConfig(source="", out="")
 _CLEAN = _DEFAULTS.clean
@@ -135,7 +135,7 @@ def _fractions(words: list[str]) -> dict[str, float]:
 
 
 def _run(config: PrepareConfig) -> "PrepareReport":
-    from declip_cli.data.preparing.pipeline import prepare as prepare_shards
+    from declip_cli.data.prepare.pipeline import prepare as prepare_shards
 
     reports = prepare_shards(config)
     with _interrupts() as is_stopped, _progress() as show:

@@ -6,13 +6,13 @@ from functools import partial
 from pathlib import Path
 
 from declip_cli.data.benchmarks.base import Picture, read_file, read_lines, resolve_data_root
-from declip_cli.data.preparing.sources.coco import read_json
-from declip_cli.data.preparing.sources.folder import CAPTIONS_FILE, find_lists, read_folder, read_lists
-from declip_cli.data.preparing.sources.locate import locate_pictures
-from declip_cli.data.preparing.sources.records import FileRecord, Record
 from declip_cli.data.samples import SampleStore
 from declip_cli.data.shards import storage
 from declip_cli.data.shards.tar_samples import clean_captions
+from declip_cli.data.sources.coco import read_json
+from declip_cli.data.sources.folder import CAPTIONS_FILE, find_lists, read_folder, read_lists
+from declip_cli.data.sources.locate import locate_pictures
+from declip_cli.data.sources.records import FileRecord, Record
 from declip_cli.data.stores import open_samples
 from declip_cli.errors import DataError, EvaluateError
 

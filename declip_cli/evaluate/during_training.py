@@ -10,8 +10,8 @@ import torch
 from declip_cli.data.benchmarks import ClassificationSet, available_splits, open_classification
 from declip_cli.data.benchmarks.folders import class_folders
 from declip_cli.data.benchmarks.known import KNOWN
-from declip_cli.data.preparing.sources.folder import CAPTIONS_FILE
 from declip_cli.data.retrieval_sets import KNOWN_RETRIEVAL, RetrievalSet, has_shards, open_retrieval
+from declip_cli.data.sources.folder import CAPTIONS_FILE
 from declip_cli.errors import EvaluateError
 from declip_cli.evaluate.features import FeatureOptions
 from declip_cli.evaluate.ranking import Ranks

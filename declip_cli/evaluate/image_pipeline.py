@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from declip_cli.data.image_views import evaluation_view
-from declip_cli.data.preparing.engines import num_cores
+from declip_cli.data.prepare.engines import num_cores
 from declip_cli.distributed import world_size
 from declip_cli.errors import DataError
 from declip_cli.evaluate.feature_cache import content_key, load_features, store_features

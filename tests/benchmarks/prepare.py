@@ -20,13 +20,13 @@ from pathlib import Path
 
 from lines import compare, report
 
-from declip_cli.data.preparing.clean import caption_problem
-from declip_cli.data.preparing.config import CleanConfig, PrepareConfig
-from declip_cli.data.preparing.pictures import shrink_picture
-from declip_cli.data.preparing.pipeline import prepare
-from declip_cli.data.preparing.seen import Looks, Seen
-from declip_cli.data.preparing.sources.find import open_source
-from declip_cli.data.preparing.stages import Pair
+from declip_cli.data.prepare.clean import caption_problem
+from declip_cli.data.prepare.config import CleanConfig, PrepareConfig
+from declip_cli.data.prepare.pictures import shrink_picture
+from declip_cli.data.prepare.pipeline import prepare
+from declip_cli.data.prepare.seen import Looks, Seen
+from declip_cli.data.prepare.stages import Pair
+from declip_cli.data.sources.find import open_source
 
 SIDE_PX, QUALITY = 256, 95
 SIZES = ((500, 375), (1024, 768), (1600, 1200))

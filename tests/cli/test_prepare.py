@@ -10,8 +10,8 @@ import typer
 from typer.testing import CliRunner
 
 from declip_cli.cli.prepare import prepare
-from declip_cli.data.preparing.config import PrepareConfig
-from declip_cli.data.preparing.pipeline import prepare as prepare_shards
+from declip_cli.data.prepare.config import PrepareConfig
+from declip_cli.data.prepare.pipeline import prepare as prepare_shards
 from declip_cli.data.stores import open_samples
 
 app = typer.Typer()

@@ -8,9 +8,9 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from declip_cli.data.preparing.config import CleanConfig
-from declip_cli.data.preparing.hashes import HashCounter, hash64
-from declip_cli.data.preparing.stages import LeftOut, Pair
+from declip_cli.data.prepare.config import CleanConfig
+from declip_cli.data.prepare.hashes import HashCounter, hash64
+from declip_cli.data.prepare.stages import LeftOut, Pair
 
 DUPLICATE_KEY, EXACT, NEAR = "duplicate key", "duplicate picture", "near-duplicate picture"
 REPEATED, EXCLUDED = "repeated caption", "excluded picture"

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 
 from declip_cli.data.decode import Pixels
-from declip_cli.data.preparing.config import CleanConfig
+from declip_cli.data.prepare.config import CleanConfig
 
 SHORT, LONG, SCRIPT = "caption too short", "caption too long", "other script"
 SMALL, ASPECT = "picture too small", "aspect ratio"

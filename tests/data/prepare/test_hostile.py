@@ -7,8 +7,8 @@ import tarfile
 import pytest
 
 from declip_cli.data.picture_lists import list_pictures
-from declip_cli.data.preparing.config import PrepareConfig
-from declip_cli.data.preparing.pipeline import prepare
+from declip_cli.data.prepare.config import PrepareConfig
+from declip_cli.data.prepare.pipeline import prepare
 from declip_cli.data.retrieval_sets import open_retrieval
 from declip_cli.errors import DataError
 from declip_cli.files import parse_json

@@ -6,10 +6,10 @@ from PIL import Image
 
 from declip_cli.data.decode import decode_image
 from declip_cli.data.demo import demo_records
-from declip_cli.data.preparing.clean import caption_problem, perceptual_hash, picture_problem
-from declip_cli.data.preparing.config import CleanConfig
-from declip_cli.data.preparing.seen import Looks, Seen
-from declip_cli.data.preparing.stages import LeftOut, Pair
+from declip_cli.data.prepare.clean import caption_problem, perceptual_hash, picture_problem
+from declip_cli.data.prepare.config import CleanConfig
+from declip_cli.data.prepare.seen import Looks, Seen
+from declip_cli.data.prepare.stages import LeftOut, Pair
 from declip_cli.errors import ConfigError
 
 

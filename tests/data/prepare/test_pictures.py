@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from declip_cli.data.preparing.pictures import decode_for_looks, shrink_picture, shrink_pixels
+from declip_cli.data.prepare.pictures import decode_for_looks, shrink_picture, shrink_pixels
 from declip_cli.errors import DataError
 
 

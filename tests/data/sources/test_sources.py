@@ -11,8 +11,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from declip_cli.data.preparing.config import PrepareConfig
-from declip_cli.data.preparing.pipeline import prepare
+from declip_cli.data.prepare.config import PrepareConfig
+from declip_cli.data.prepare.pipeline import prepare
 from declip_cli.data.stores import open_samples
 from declip_cli.errors import ConfigError, DataError
 

@@ -8,8 +8,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from declip_cli.data.preparing.stages import Pair
-from declip_cli.data.preparing.state import UNFINISHED
+from declip_cli.data.prepare.stages import Pair
+from declip_cli.data.prepare.state import UNFINISHED
 from declip_cli.data.shards import storage
 from declip_cli.data.shards.index import ShardIndex, encode_index, index_path
 from declip_cli.data.shards.tar_format import TarWriter

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from declip_cli.data.preparing.config import CleanConfig, PrepareConfig
-from declip_cli.data.preparing.pipeline import prepare
-from declip_cli.data.preparing.state import OutFolder
+from declip_cli.data.prepare.config import CleanConfig, PrepareConfig
+from declip_cli.data.prepare.pipeline import prepare
+from declip_cli.data.prepare.state import OutFolder
 from declip_cli.data.shards import storage
 from declip_cli.data.shards.tar_format import TarWriter
 from declip_cli.data.stores import open_samples
@@ -188,7 +188,7 @@ def test_force_deletes_shards_only(tmp_path, make_picture):
 def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, make_picture, monkeypatch, num_before_stop):
     source = write_pairs(tmp_path / "in", make_picture, num=50)
     (source / "7.jpg").write_bytes(b"")
-    monkeypatch.setattr("declip_cli.data.preparing.pipeline._REPORT_EVERY_S", -1.0)
+    monkeypatch.setattr("declip_cli.data.prepare.pipeline._REPORT_EVERY_S", -1.0)
     options = {"shard_samples": 9, "split": {"val": 0.3}}
     run(source, tmp_path / "whole", **options)
     config = PrepareConfig(source=str(source), out=str(tmp_path / "out"), workers=1, **options)
@@ -207,7 +207,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, make_picture, monkeyp
 def test_a_killed_run_goes_on_from_what_it_last_saved(tmp_path, make_picture, monkeypatch):
     source = write_pairs(tmp_path / "in", make_picture, num=20)
     run(source, tmp_path / "whole", shard_samples=8)
-    monkeypatch.setattr("declip_cli.data.preparing.pipeline._REPORT_EVERY_S", -1.0)
+    monkeypatch.setattr("declip_cli.data.prepare.pipeline._REPORT_EVERY_S", -1.0)
     config = PrepareConfig(source=str(source), out=str(tmp_path / "out"), workers=1, shard_samples=8)
     for report in prepare(config):
         if report.num_read == 13:
@@ -220,7 +220,7 @@ def test_a_killed_run_goes_on_from_what_it_last_saved(tmp_path, make_picture, mo
 def test_a_run_killed_between_two_files_goes_on_too(tmp_path, make_picture, monkeypatch):
     source = write_pairs(tmp_path / "in", make_picture, num=20)
     run(source, tmp_path / "whole", shard_samples=8)
-    monkeypatch.setattr("declip_cli.data.preparing.pipeline._REPORT_EVERY_S", -1.0)
+    monkeypatch.setattr("declip_cli.data.prepare.pipeline._REPORT_EVERY_S", -1.0)
     out = tmp_path / "out"
     reports = prepare(PrepareConfig(source=str(source), out=str(out), workers=1, shard_samples=8))
     for report in reports:
@@ -234,7 +234,7 @@ def test_a_run_killed_between_two_files_goes_on_too(tmp_path, make_picture, monk
 
 def test_an_unfinished_shard_that_is_lost_is_an_error(tmp_path, make_picture, monkeypatch):
     source = write_pairs(tmp_path / "in", make_picture, num=20)
-    monkeypatch.setattr("declip_cli.data.preparing.pipeline._REPORT_EVERY_S", -1.0)
+    monkeypatch.setattr("declip_cli.data.prepare.pipeline._REPORT_EVERY_S", -1.0)
     out = tmp_path / "out"
     for damage in ("is missing", "is damaged"):
         reports = prepare(PrepareConfig(source=str(source), out=str(out), workers=1, force=True))
@@ -254,7 +254,7 @@ def test_an_unfinished_shard_that_is_lost_is_an_error(tmp_path, make_picture, mo
 @pytest.mark.parametrize("name", ["progress.json", "progress.memory", "unfinished.tar.tmp"])
 def test_a_changed_byte_in_what_an_interrupted_run_left_is_noticed(tmp_path, make_picture, monkeypatch, name):
     source, out = write_pairs(tmp_path / "in", make_picture, num=20), tmp_path / "out"
-    monkeypatch.setattr("declip_cli.data.preparing.pipeline._REPORT_EVERY_S", -1.0)
+    monkeypatch.setattr("declip_cli.data.prepare.pipeline._REPORT_EVERY_S", -1.0)
     reports = prepare(PrepareConfig(source=str(source), out=str(out), workers=1))
     next(report for report in reports if report.num_read == 13)
     reports.close()
@@ -317,7 +317,7 @@ def test_a_full_disk_names_what_it_left_behind_and_the_run_goes_on_to_the_same_b
     with monkeypatch.context() as patch:
         patch.setattr(TarWriter, "add", add_until_full)
         patch.setattr(storage, "write_whole", write_until_full)
-        patch.setattr("declip_cli.data.preparing.pipeline._SAVE_EVERY_S", -1.0)
+        patch.setattr("declip_cli.data.prepare.pipeline._SAVE_EVERY_S", -1.0)
         with pytest.raises(DataError, match="the disk is full: cannot write") as caught:
             run(source, tmp_path / "out", shard_samples=8)
     assert f"are in {tmp_path / 'out' / 'unfinished.tar.tmp'}" in caught.value.message
@@ -438,7 +438,7 @@ def test_a_stopped_run_remembers_what_it_has_seen(tmp_path, make_picture, monkey
     source = write_pairs(tmp_path / "in", make_picture, num=40)
     for number in range(20, 40):
         (source / f"{number}.jpg").write_bytes(make_picture(number - 20))
-    monkeypatch.setattr("declip_cli.data.preparing.pipeline._REPORT_EVERY_S", -1.0)
+    monkeypatch.setattr("declip_cli.data.prepare.pipeline._REPORT_EVERY_S", -1.0)
     options = {"shard_samples": 7, "clean": CleanConfig(duplicates="near")}
     run(source, tmp_path / "whole", **options)
     reports = prepare(PrepareConfig(source=str(source), out=str(tmp_path / "out"), **options))
@@ -472,7 +472,7 @@ def test_sources_and_output_may_be_urls(tmp_path, make_picture):
 
 def test_an_interrupted_run_to_a_url_goes_on(tmp_path, make_picture, monkeypatch):
     source = write_pairs(tmp_path / "in", make_picture, num=40)
-    monkeypatch.setattr("declip_cli.data.preparing.pipeline._REPORT_EVERY_S", -1.0)
+    monkeypatch.setattr("declip_cli.data.prepare.pipeline._REPORT_EVERY_S", -1.0)
     reports = prepare(PrepareConfig(source=str(source), out="memory://resumed", shard_samples=9))
     for report in reports:
         if report.num_read >= 25:
@@ -539,7 +539,7 @@ def test_unusual_pictures_are_handled_or_counted(tmp_path, make_picture):
 
 def test_two_runs_do_not_write_to_one_folder_at_once(tmp_path, make_picture, monkeypatch):
     source = write_pairs(tmp_path / "in", make_picture, num=40)
-    monkeypatch.setattr("declip_cli.data.preparing.pipeline._REPORT_EVERY_S", -1.0)
+    monkeypatch.setattr("declip_cli.data.prepare.pipeline._REPORT_EVERY_S", -1.0)
     first = prepare(PrepareConfig(source=str(source), out=str(tmp_path / "out"), workers=1))
     for report in first:
         if report.num_read == 5:
@@ -553,7 +553,7 @@ def test_two_runs_do_not_write_to_one_folder_at_once(tmp_path, make_picture, mon
 
 
 def test_forcing_a_run_onto_one_that_works_deletes_nothing(tmp_path, make_picture, monkeypatch):
-    monkeypatch.setattr("declip_cli.data.preparing.pipeline._REPORT_EVERY_S", -1.0)
+    monkeypatch.setattr("declip_cli.data.prepare.pipeline._REPORT_EVERY_S", -1.0)
     source, out = write_pairs(tmp_path / "in", make_picture, num=20), tmp_path / "out"
     reports = prepare(PrepareConfig(source=str(source), out=str(out), workers=1, shard_samples=8))
     next(report for report in reports if report.num_read == 13)

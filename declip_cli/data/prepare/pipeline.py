@@ -9,18 +9,18 @@ from typing import Any
 
 import cv2
 
-from declip_cli.data.preparing.config import PrepareConfig
-from declip_cli.data.preparing.engines import run_in_threads, run_on_ray
-from declip_cli.data.preparing.exclude import look_at
-from declip_cli.data.preparing.hashes import hash64
-from declip_cli.data.preparing.seen import Seen
-from declip_cli.data.preparing.shard_writer import PartWriter
-from declip_cli.data.preparing.sources.find import open_source
-from declip_cli.data.preparing.sources.records import Source
-from declip_cli.data.preparing.stages import LeftOut, Pair, finish_records
-from declip_cli.data.preparing.state import OutFolder
+from declip_cli.data.prepare.config import PrepareConfig
+from declip_cli.data.prepare.engines import run_in_threads, run_on_ray
+from declip_cli.data.prepare.exclude import look_at
+from declip_cli.data.prepare.hashes import hash64
+from declip_cli.data.prepare.seen import Seen
+from declip_cli.data.prepare.shard_writer import PartWriter
+from declip_cli.data.prepare.stages import LeftOut, Pair, finish_records
+from declip_cli.data.prepare.state import OutFolder
 from declip_cli.data.shards import storage
 from declip_cli.data.shards.store import merge_skipped
+from declip_cli.data.sources.find import open_source
+from declip_cli.data.sources.records import Source
 from declip_cli.errors import DataError
 
 _REPORT_EVERY_S = 0.2

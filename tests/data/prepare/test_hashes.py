@@ -3,7 +3,7 @@ from collections import Counter
 
 import numpy as np
 
-from declip_cli.data.preparing.hashes import HashCounter, hash64
+from declip_cli.data.prepare.hashes import HashCounter, hash64
 
 
 def test_counts_are_those_of_a_dictionary_through_several_growths():

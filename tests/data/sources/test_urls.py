@@ -5,10 +5,10 @@ import threading
 
 import pytest
 
-from declip_cli.data.preparing.config import PrepareConfig
-from declip_cli.data.preparing.pipeline import prepare
-from declip_cli.data.preparing.sources import urls
-from declip_cli.data.preparing.sources.urls import name_failure
+from declip_cli.data.prepare.config import PrepareConfig
+from declip_cli.data.prepare.pipeline import prepare
+from declip_cli.data.sources import urls
+from declip_cli.data.sources.urls import name_failure
 from declip_cli.data.stores import open_samples
 from declip_cli.errors import DataError
 
@@ -110,8 +110,8 @@ def test_an_interrupted_download_goes_on_at_its_piece(tmp_path, make_picture, mo
     (tmp_path / "picture.jpg").write_bytes(make_picture(0))
     monkeypatch.setattr(urls, "_DOWNLOADER", (str(tmp_path / "fake.py"),))
     monkeypatch.setattr(urls, "URLS_PER_PIECE", 2)
-    monkeypatch.setattr("declip_cli.data.preparing.pipeline._REPORT_EVERY_S", -1.0)
-    monkeypatch.setattr("declip_cli.data.preparing.engines._RECORDS_PER_TASK", 1)
+    monkeypatch.setattr("declip_cli.data.prepare.pipeline._REPORT_EVERY_S", -1.0)
+    monkeypatch.setattr("declip_cli.data.prepare.engines._RECORDS_PER_TASK", 1)
     text = "".join(f"http://x/{n}\tpicture {n}\n" for n in range(14))
     (tmp_path / "Train_GCC-training.tsv").write_text(text)  # without a header, as published
     options = {"source": str(tmp_path / "Train_GCC-training.tsv"), "out": str(tmp_path / "out"), "workers": 1}

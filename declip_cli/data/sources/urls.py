@@ -12,19 +12,19 @@ from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
-from declip_cli.data.preparing.config import PrepareConfig
-from declip_cli.data.preparing.sources import table
-from declip_cli.data.preparing.sources.records import BadRecord, BytesRecord, Record
-from declip_cli.data.preparing.state import spool_of
+from declip_cli.data.prepare.config import PrepareConfig
+from declip_cli.data.prepare.state import spool_of
 from declip_cli.data.shards import storage
 from declip_cli.data.shards.tar_format import read_members
 from declip_cli.data.shards.tar_samples import is_unicode
+from declip_cli.data.sources import table
+from declip_cli.data.sources.records import BadRecord, BytesRecord, Record
 from declip_cli.errors import DataError
 
 URLS_PER_PIECE = 20_000
 """Bounds the disk taken by originals: two pieces of them, about 10 GB with photographs of 250 kB."""
 _URLS_PER_SHARD = 1_000  # a power of ten, so that img2dataset's keys are the row numbers
-_DOWNLOADER = ("-m", "declip_cli.data.preparing.sources.img2dataset_process")
+_DOWNLOADER = ("-m", "declip_cli.data.sources.img2dataset_process")
 _TIMEOUT_S = 10
 _RETRIES = 1
 _THREADS = 64

@@ -3,15 +3,15 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from declip_cli.data.preparing.clean import perceptual_hash
-from declip_cli.data.preparing.engines import run_in_threads
-from declip_cli.data.preparing.pictures import decode_for_looks
-from declip_cli.data.preparing.seen import Looks
-from declip_cli.data.preparing.sources.records import read_picture
+from declip_cli.data.prepare.clean import perceptual_hash
+from declip_cli.data.prepare.engines import run_in_threads
+from declip_cli.data.prepare.pictures import decode_for_looks
+from declip_cli.data.prepare.seen import Looks
 from declip_cli.data.samples import SampleStore
 from declip_cli.data.shards import storage
 from declip_cli.data.shards.store import open_shards
 from declip_cli.data.shards.tar_samples import PICTURE_EXTENSIONS
+from declip_cli.data.sources.records import read_picture
 from declip_cli.errors import DataError
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from declip_cli import __version__
-from declip_cli.data.preparing.config import PrepareConfig
+from declip_cli.data.prepare.config import PrepareConfig
 from declip_cli.data.shards import storage
 from declip_cli.data.shards.store import MANIFEST, default_cache_dir
 from declip_cli.errors import DataError

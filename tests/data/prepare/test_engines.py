@@ -4,9 +4,9 @@ from functools import partial
 
 import pytest
 
-from declip_cli.data.preparing.config import PrepareConfig
-from declip_cli.data.preparing.engines import run_in_threads, run_on_ray
-from declip_cli.data.preparing.pipeline import prepare
+from declip_cli.data.prepare.config import PrepareConfig
+from declip_cli.data.prepare.engines import run_in_threads, run_on_ray
+from declip_cli.data.prepare.pipeline import prepare
 from declip_cli.errors import DataError
 
 

@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterator
 from itertools import groupby
 
-from declip_cli.data.preparing.sources.locate import locate_pictures
-from declip_cli.data.preparing.sources.records import BadRecord, Record, file_record
 from declip_cli.data.shards import storage
+from declip_cli.data.sources.locate import locate_pictures
+from declip_cli.data.sources.records import BadRecord, Record, file_record
 
 _LINE = re.compile(rb"([^\t#]+)#\w+\t(.*)")
 

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from declip_cli.data.preparing.clean import caption_problem, perceptual_hash, picture_problem
-from declip_cli.data.preparing.config import PrepareConfig
-from declip_cli.data.preparing.hashes import hash64
-from declip_cli.data.preparing.pictures import shrink_picture
-from declip_cli.data.preparing.sources.records import BadRecord, Record
+from declip_cli.data.prepare.clean import caption_problem, perceptual_hash, picture_problem
+from declip_cli.data.prepare.config import PrepareConfig
+from declip_cli.data.prepare.hashes import hash64
+from declip_cli.data.prepare.pictures import shrink_picture
+from declip_cli.data.sources.records import BadRecord, Record
 from declip_cli.errors import DataError
 
 

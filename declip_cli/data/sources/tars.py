@@ -5,9 +5,9 @@ import os
 from collections.abc import Iterator
 from typing import BinaryIO, cast
 
-from declip_cli.data.preparing.sources.records import BadRecord, GroupRecord, Record
 from declip_cli.data.shards import storage
 from declip_cli.data.shards.tar_samples import read_groups
+from declip_cli.data.sources.records import BadRecord, GroupRecord, Record
 
 TAR_EXTENSIONS = (".tar", ".tar.gz", ".tgz")
 

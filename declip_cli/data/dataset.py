@@ -1,0 +1,122 @@
+"""What every data set is to the rest of the program: examples by number, and what was skipped on the way."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Pixels: TypeAlias = NDArray[np.uint8]
+"""RGB, upright, (height, width, 3)."""
+Metric: TypeAlias = Literal["accuracy", "mean_per_class"]
+UNREAD = "unreadable"
+"""Cause of an example that the disk or the network did not give this time; it may be sound and is asked for again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One image with what is known about it; nothing decoded that was not, nothing drawn."""
+
+    key: str
+    """Unique in its data set; what messages name. A path where the image is a file."""
+    image: bytes | Pixels
+    """The encoded file, or pixels where the data set holds nothing else."""
+    captions: tuple[str, ...] = ()
+    label: int = -1
+    """The number of its class, -1 if it has none."""
+
+
+class Skips(dict[str, tuple[int, str]]):
+    """What could not be used: cause → (count, key of the first)."""
+
+    def add(self, cause: str, key: str, *, count: int = 1) -> None:
+        """Count one more under a cause."""
+        before, first = self.get(cause, (0, key))
+        self[cause] = (before + count, first)
+
+    def add_all(self, more: Mapping[str, tuple[int, str]]) -> None:
+        """Add the counts of another, keeping the first key of each cause."""
+        for cause, (count, first) in more.items():
+            self.add(cause, first, count=count)
+
+    @property
+    def num(self) -> int:
+        """How many were skipped in all."""
+        return sum(count for count, _ in self.values())
+
+    def to_json(self) -> dict[str, dict[str, int | str]]:
+        """Return cause → `count`, `first`, as reports hold it."""
+        return {cause: {"count": count, "first": first} for cause, (count, first) in self.items()}
+
+    def __str__(self) -> str:
+        return "; ".join(f"{cause}: {count}, first {first}" for cause, (count, first) in self.items())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Classes:
+    """The classes of a data set for classification, and how papers score it."""
+
+    names: tuple[str, ...]
+    """C names as they appear in a prompt; the label is the position."""
+    templates: tuple[str, ...] = ()
+    """The set's own prompts, with {} where the class name goes."""
+    metric: Metric = "accuracy"
+
+
+class Dataset(ABC):
+    """Examples in a fixed order, read by number from several threads at once.
+
+    Keys, captions and labels are had without reading an image.
+    """
+
+    name: str = ""
+    """As the user typed it."""
+    split: str = ""
+    """Empty where the data are not divided."""
+    note: str = ""
+    """What a reader of a score should know, such as a split of our own."""
+    classes: Classes | None = None
+    """None where the examples have no labels."""
+    labels: Sequence[int] = ()
+    """The class of each example, N numbers in [0, C); empty without classes."""
+    fold_size: int = 0
+    """Images per fold, where retrieval is also scored in folds; else 0."""
+    skipped: Skips
+    """What is in the files but in no example."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Sha256 that changes when the examples or their order change."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, number: int) -> Example:
+        """Read one example with its image.
+
+        Args:
+            number: from 0 to `len(self) - 1`.
+
+        Returns:
+            The example.
+
+        Raises:
+            DataError: it cannot be read; `.cause` says why in a few words, `UNREAD` if that may pass.
+            IndexError: there is no such number.
+        """
+
+    @abstractmethod
+    def key(self, number: int) -> str:
+        """Return the key of one example without reading its image; errors as of `read`."""
+
+    def captions(self, number: int) -> tuple[str, ...]:
+        """Return the captions of one example without reading its image; errors as of `read`."""
+        return ()
+
+    def stamp(self, number: int) -> str:
+        """Return what changes when an image may have changed, and is had without reading it; empty if unknown."""
+        return f"{self.fingerprint}:{number}"
