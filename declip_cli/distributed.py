@@ -3,6 +3,7 @@
 Every rank minimises its own loss over its rows of the full batch, and `average_gradients` takes the mean over the
 ranks. Backward of a gather or a sum over ranks therefore adds the gradients of all ranks: what each rank ends with
 is the gradient of the mean of all ranks' losses, which is the full-batch gradient (open_clip issues 616 and 894).
+torch.distributed.nn.functional has the same gather and sum, deprecated in favour of functions without a public name.
 """
 
 from collections.abc import Iterable
@@ -108,15 +109,17 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     flags = torch.tensor([p.grad is not None for p in trained], dtype=torch.int32)
     dist.all_reduce(flags)  # on the CPU: no device waits
     bucket: list[Tensor] = []
+    num_elements = 0
     for parameter, flag in zip(trained, flags.tolist(), strict=True):
         if not flag:
             continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         bucket.append(parameter.grad)
-        if sum(g.numel() for g in bucket) >= _BUCKET_ELEMENTS:
+        num_elements += parameter.numel()
+        if num_elements >= _BUCKET_ELEMENTS:
             _average(bucket)
-            bucket = []
+            bucket, num_elements = [], 0
     if bucket:
         _average(bucket)
 

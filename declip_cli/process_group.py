@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 def is_launched() -> bool:
-    """Tell whether a launcher (accelerate launch, torchrun, srun) has already given this process its rank."""
+    """Tell whether a launcher (accelerate launch, torchrun) has already given this process its rank."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "declip_cli"
 FLOOR_0 = {"errors", "files", "config_checks", "config", "presets", "config_files", "batch"}
-FLOOR_0 |= {"assets", "distributed", "process_group", "recipes"}
+FLOOR_0 |= {"assets", "cores", "distributed", "process_group", "recipes"}
 MAY_IMPORT = {
     # floor 0: what everybody may know
     "errors": set(),
     "assets": {"errors"},
+    "cores": set(),
     "files": set(),
     "config_checks": {"errors"},
     "config": {"config_checks"},

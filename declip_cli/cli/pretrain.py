@@ -218,7 +218,6 @@ def _start(make_request: "Callable[[], Request]") -> dict[str, Any]:
     from declip_cli.process_group import is_launched
     from declip_cli.train import launch
 
-    launch.join_slurm()
     if is_launched():
         return _work(make_request)
     request = make_request()

@@ -11,8 +11,8 @@ from typing import Self, TypeAlias
 import torch
 from torch import Tensor
 
+from declip_cli.cores import own_cores
 from declip_cli.data.image_views import evaluation_view
-from declip_cli.data.prepare.engines import num_cores
 from declip_cli.distributed import world_size
 from declip_cli.errors import DataError
 from declip_cli.evaluate.feature_cache import content_key, load_features, store_features
@@ -113,7 +113,7 @@ class ImageJob:
         self.encode = encode
         self.options = options
         self.device = next(model.encoder.parameters()).device
-        self.pool = ThreadPoolExecutor(options.threads or num_cores())
+        self.pool = ThreadPoolExecutor(options.threads or len(own_cores()))
         precision = resolve_precision(options.precision, self.device)
         self.use_cache = options.caches(model)
         view = f"{model.image_side_px} {model.resize_px} {model.interpolation}"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from declip_cli.config import RunConfig, TrainConfig
 from declip_cli.config_checks import require
+from declip_cli.cores import own_cores
 from declip_cli.data.samples import SampleStore
 from declip_cli.data.stream import StreamConfig, TrainStream
 from declip_cli.distributed import copy_from_main, rank, world_size
@@ -131,7 +132,7 @@ def count_cores(num_local: int = 1) -> int:
     Args:
         num_local: processes that will be started here; ignored where ranks can be asked.
     """
-    mine = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    mine = own_cores()
     if world_size() > 1:
         num_local = from_all((socket.gethostname(), mine)).count((socket.gethostname(), mine))
     return max(1, len(mine) // num_local)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -61,10 +62,13 @@ def commands(launcher, words, num_ranks):
         return [
             ([word for word in command if word not in ("--cpu",)] + [SCRIPT, *words], {"ACCELERATE_USE_CPU": "true"})
         ]
-    step = {"SLURM_STEP_NUM_TASKS": str(num_ranks), "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0"}
-    step |= {"SLURM_STEP_TASKS_PER_NODE": str(num_ranks), "MASTER_ADDR": "127.0.0.1"}
-    ranks = range(num_ranks)
-    return [([python, SCRIPT, *words], step | {"SLURM_PROCID": str(r), "SLURM_LOCALID": str(r)}) for r in ranks]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # As srun starts it: one torchrun on each node, here of one rank each.
+    torchrun = [python, "-m", "torch.distributed.run", "--nnodes", str(num_ranks), "--nproc-per-node", "1"]
+    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "7", SCRIPT, *words]
+    return [(torchrun, {"SLURM_STEP_NUM_TASKS": str(num_ranks)})] * num_ranks
 
 
 def time_to_end(launcher, fault, *, num_ranks=2, timeout_s=150.0):

@@ -8,9 +8,10 @@ import time
 import pytest
 import torch
 
+from declip_cli.config import TrainConfig
+from declip_cli.errors import TrainError
 from declip_cli.model.interop import rename_original
-from declip_cli.process_group import is_launched
-from declip_cli.train.launch import RankFailed, join_slurm, start_processes
+from declip_cli.train.launch import RankFailed, start_processes, wanted_processes
 from tests.golden_files import golden_case, golden_cases, load_golden
 from tests.train.ranks import batch_norm_step, fail_on_rank_one, run, run_batch_norm, step, wait_for_the_end
 
@@ -101,19 +102,10 @@ def test_being_asked_to_stop_is_passed_on_to_every_rank(number, tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@pytest.mark.parametrize(
-    ("variables", "is_joined"),
-    [
-        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, False),  # a job script, outside any step
-        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, False),
-        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}, True),
-    ],
-)
-def test_a_step_of_slurm_is_joined_and_a_job_script_is_not(variables, is_joined, monkeypatch):
-    environment = {"SLURM_LOCALID": "1", "SLURM_JOB_ID": "12345", "MASTER_ADDR": "node1", **variables}
-    monkeypatch.setattr(os, "environ", environment)
-    join_slurm()
-    assert is_launched() == is_joined
-    if is_joined:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
-        assert [environment[name] for name in names] == ["3", "4", "1", "2", "26845"]
+def test_tasks_of_srun_without_ranks_are_told_to_use_torchrun(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(TrainError, match="srun has started 4 tasks without ranks") as caught:
+        wanted_processes(TrainConfig())
+    assert "torchrun" in caught.value.remedy
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert wanted_processes(TrainConfig(device="cpu")) == 1

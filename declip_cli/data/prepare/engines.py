@@ -8,17 +8,13 @@ from importlib import import_module
 from itertools import islice
 from typing import Any, TypeVar
 
+from declip_cli.cores import own_cores
 from declip_cli.errors import DataError
 
 T = TypeVar("T")
 R = TypeVar("R")
 _RECORDS_PER_TASK = 16
 _TASKS_AHEAD = 4
-
-
-def num_cores() -> int:
-    """Count the cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_in_threads(
@@ -34,7 +30,7 @@ def run_in_threads(
     Yields:
         One result per item, in order.
     """
-    workers = workers or num_cores()
+    workers = workers or len(own_cores())
     waiting: deque[Future[list[R]]] = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="prepare") as pool:
         try:
@@ -75,7 +71,7 @@ def run_on_ray(
     is_ours = not ray.is_initialized()
     if is_ours:
         address = os.environ.get("RAY_ADDRESS")
-        local: dict[str, Any] = {} if address else {"num_cpus": workers or num_cores(), "include_dashboard": False}
+        local: dict[str, Any] = {} if address else {"num_cpus": workers or len(own_cores()), "include_dashboard": False}
         ray.init(address=address, log_to_driver=False, logging_level="error", **local)
     try:
         workers = workers or int(ray.cluster_resources().get("CPU", 1))
