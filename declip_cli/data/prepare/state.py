@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,40 +21,25 @@ from declip_cli.files import parse_json
 
 UNFINISHED = "unfinished.tar.tmp"
 """The shard in the making of each part, in the spool."""
-_PROGRESS, _MEMORY, _LOCK = "progress.json", "progress.memory", "progress.lock"
+_PROGRESS, _MEMORY, _LOCK, _DOWNLOAD = "progress.json", "progress.memory", "progress.lock", "download"
+_OURS = re.compile(r"(\d+\.(tar|index)|manifest\.json|progress\.(json|memory)|unfinished\.tar)(\.([0-9a-f]+\.)?tmp)?")
+"""What `prepare` writes, also while it writes it."""
 _DIGEST = "sha256"
-_TEMPORARY = re.compile(r"\.[0-9a-f]+\.tmp$")
 _NOT_THE_COMMAND = ("out", "workers", "max_bad", "engine", "force")
-
-
-def command_id(config: PrepareConfig) -> str:
-    """Identify what is prepared and how, apart from where to, how fast and how leniently.
-
-    Args:
-        config: of the run.
-
-    Returns:
-        A hash that is the same for the same command.
-    """
-    facts = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_THE_COMMAND}
-    if not storage.is_remote(config.source):
-        facts["source"] = os.path.abspath(config.source)
-    return _digest_of(facts)
+_START_ANEW = "run the command again with --force to start anew"
 
 
 def spool_of(out: str) -> str:
-    """Name the local folder for unfinished things: the output folder itself, or one in the cache.
-
-    Args:
-        out: local path or URL of the output folder.
-
-    Returns:
-        A local path.
-    """
+    """Name the local folder for unfinished things: the output folder itself, or for a URL one in the cache."""
     if not storage.is_remote(out):
         return out.rstrip("/") or "/"
     name = hashlib.sha256(out.rstrip("/").encode()).hexdigest()[:24]
     return os.path.join(default_cache_dir(), "prepare", name)
+
+
+def download_folder(out: str) -> str:
+    """Name the local folder for what is downloaded on the way to an output folder."""
+    return os.path.join(spool_of(out), _DOWNLOAD)
 
 
 class OutFolder:
@@ -67,7 +54,7 @@ class OutFolder:
 
     def __init__(self, config: PrepareConfig) -> None:
         self.path = config.out.rstrip("/") or "/"
-        self._command = command_id(config)
+        self._command = _command_id(config)
         self.spool = spool_of(self.path)
         self.progress: dict[str, Any] = {}
         """State of an interrupted run of the same command; empty for a new one."""
@@ -75,84 +62,84 @@ class OutFolder:
         """Of a finished run of the same command; empty for any other."""
         self._parts_to_clear: set[str] = set()
         self._memory_digest = hashlib.sha256()
-        self._look(config.force)
-
-    def lock(self) -> None:
-        """Keep other runs out of this folder until the process ends or `unlock` is called; clear it if forced to.
-
-        Raises:
-            DataError: another run is at work here, or the disk cannot be written.
-        """
-        path = os.path.join(self.spool, _LOCK)
-        is_ours = False
-        while not is_ours:
-            storage.make_folder(self.spool)
-            with storage.disk_errors(path):
-                self._lock = open(path, "ab")  # noqa: SIM115  (the lock lasts as long as it is open)
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # The run before may have deleted the file since it was opened; then others lock another one.
-                is_ours = os.path.samestat(os.fstat(self._lock.fileno()), os.stat(path))
-            except BlockingIOError as error:
-                self._lock.close()
-                raise DataError(
-                    f"another declip prepare is writing to {self.path}",
-                    remedy="wait for it, or choose another --out",
-                ) from error
-            except FileNotFoundError:
-                self._lock.close()
-        self._clear(self._parts_to_clear)
-
-    def unlock(self) -> None:
-        """Let other runs in, and delete the folder if nothing came of the run."""
-        storage.remove_file(os.path.join(self.spool, _LOCK))
-        self._lock.close()
-        with contextlib.suppress(OSError):
-            os.rmdir(self.spool)
-
-    def _look(self, force: bool) -> None:
-        manifest = self._json(storage.join(self.path, MANIFEST))
-        progress = self._json(os.path.join(self.spool, _PROGRESS))
-        if force:
+        manifest, progress = _read(storage.join(self.path, MANIFEST)), _read(self._at(_PROGRESS))
+        if config.force:
             self._parts_to_clear = {"", *manifest.get("parts", {}), *progress.get("parts", {})}
         elif manifest.get("command") == self._command:
             self.manifest = manifest
         elif progress.get("command") == self._command:
             self.progress = progress
         elif manifest or progress or self._has_files():
-            state = "holds the result of another command" if manifest else "is not empty"
-            state = "holds an interrupted run of another command" if progress and not manifest else state
+            state = "holds an interrupted run of another command" if progress else "is not empty"
             raise DataError(
-                f"the output folder {self.path} {state}",
+                f"the output folder {self.path} {'holds the result of another command' if manifest else state}",
                 remedy="choose another --out, or --force to replace the shards in it",
             )
 
-    def _json(self, path: str) -> dict[str, Any]:
-        if not storage.is_file(path):
-            return {}
-        try:
-            value = parse_json(storage.read_bytes(path))
-        except ValueError:
-            return {"command": "damaged"}
-        is_whole = isinstance(value, dict) and value.pop(_DIGEST, None) in (None, _digest_of(value))
-        return value if is_whole else {"command": "damaged"}
+    def _at(self, name: str) -> str:
+        return os.path.join(self.spool, name)
 
     def _has_files(self) -> bool:
         if storage.is_file(self.path):
             raise DataError(f"the output {self.path} is a file", remedy="name a folder with --out")
         return storage.is_folder(self.path) and any(name != _LOCK for name in storage.walk(self.path))
 
-    def _clear(self, parts: set[str]) -> None:
-        """Delete what `prepare` writes, and nothing else."""
-        for part in parts:
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs out of this folder; clear it first if forced to, delete it if nothing came of the run.
+
+        Raises:
+            DataError: another run is at work here, or the disk cannot be written; a full disk's names what is left.
+        """
+        lock = self._lock()
+        try:
+            self._clear()
+            yield
+        except DataError as error:
+            left = sorted(map(str, Path(self.spool).rglob(UNFINISHED)))
+            if error.cause != storage.DISK_FULL or not left:
+                raise
+            size_mb = sum(map(os.path.getsize, left)) / 1e6
+            raise DataError(
+                f"{error.message}; the pairs since the last whole shard, {size_mb:,.1f} MB, are in {', '.join(left)}",
+                remedy="free some space and run the same command again to go on; to give up, delete that file",
+                cause=error.cause,
+            ) from error
+        finally:
+            storage.remove_file(self._at(_LOCK))
+            os.close(lock)
+            with contextlib.suppress(OSError):
+                os.rmdir(self.spool)
+
+    def _lock(self) -> int:
+        path = self._at(_LOCK)
+        while True:
+            storage.make_folder(self.spool)
+            with storage.disk_errors(path):
+                lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The run before may have deleted the file since it was opened; then others lock another one.
+                if os.path.samestat(os.fstat(lock), os.stat(path)):
+                    return lock
+            except BlockingIOError as error:
+                os.close(lock)
+                raise DataError(
+                    f"another declip prepare is writing to {self.path}", remedy="wait for it, or choose another --out"
+                ) from error
+            except FileNotFoundError:
+                pass
+            os.close(lock)
+
+    def _clear(self) -> None:
+        """Delete what `prepare` has written, and nothing else."""
+        if self._parts_to_clear:
+            shutil.rmtree(self._at(_DOWNLOAD), ignore_errors=True)
+        for part in self._parts_to_clear:
             for folder in dict.fromkeys((self.part_path(part), self.part_spool(part))):
                 names = storage.names_in(folder) if storage.is_folder(folder) else []
-                for name in filter(_is_ours, names):
+                for name in filter(_OURS.fullmatch, names):
                     storage.remove_file(storage.join(folder, name))
-
-    def unfinished_files(self) -> list[str]:
-        """List the shards in the making, one per part, which take up space until the run goes on."""
-        return sorted(map(str, Path(self.spool).rglob(UNFINISHED)))
 
     def save_progress(self, facts: dict[str, Any], memory: bytes) -> None:
         """Write down how far the run is.
@@ -165,15 +152,14 @@ class OutFolder:
             DataError: the disk is full or cannot be written.
         """
         storage.make_folder(self.spool)
-        path = os.path.join(self.spool, _MEMORY)
-        with storage.disk_errors(path), open(path, "ab") as file:
+        with storage.disk_errors(self._at(_MEMORY)), open(self._at(_MEMORY), "ab") as file:
             file.write(memory)
             memory_bytes = file.tell()
         self._memory_digest.update(memory)
         memory_facts = {"memory_bytes": memory_bytes, "memory_sha256": self._memory_digest.hexdigest()}
         progress = {"command": self._command} | memory_facts | facts
         text = json.dumps({_DIGEST: _digest_of(progress)} | progress)
-        storage.write_whole(os.path.join(self.spool, _PROGRESS), text.encode())
+        storage.write_whole(self._at(_PROGRESS), text.encode())
 
     def load_memory(self) -> bytes:
         """Read the hashes seen before the interruption, cutting off those after the last saved progress.
@@ -181,15 +167,14 @@ class OutFolder:
         Raises:
             DataError: they are not what was saved.
         """
-        path = os.path.join(self.spool, _MEMORY)
-        data = b""
+        path, data = self._at(_MEMORY), b""
         if os.path.exists(path):
             with storage.disk_errors(path), open(path, "r+b") as file:
                 file.truncate(self.progress["memory_bytes"])
                 data = file.read()
         self._memory_digest.update(data)
         if self._memory_digest.hexdigest() != self.progress.get("memory_sha256"):
-            raise DataError(f"{path} is damaged", remedy="run the command again with --force to start anew")
+            raise DataError(f"{path} is damaged", remedy=_START_ANEW)
         return data
 
     def finish(self, manifests: dict[str, dict[str, Any]]) -> None:
@@ -210,9 +195,10 @@ class OutFolder:
         self.forget_progress()
 
     def forget_progress(self) -> None:
-        """Delete the resume state; errors as of `finish`."""
+        """Delete the resume state and what was downloaded; errors as of `finish`."""
         for name in (_PROGRESS, _MEMORY):
-            storage.remove_file(os.path.join(self.spool, name))
+            storage.remove_file(self._at(name))
+        shutil.rmtree(self._at(_DOWNLOAD), ignore_errors=True)
 
     def part_path(self, part: str) -> str:
         """Name the folder of one part of the data; the training part lies in the output folder itself."""
@@ -223,12 +209,25 @@ class OutFolder:
         return os.path.join(self.spool, part) if part else self.spool
 
 
+def _read(path: str) -> dict[str, Any]:
+    """Read a manifest or progress file; a damaged one is of no command."""
+    if not storage.is_file(path):
+        return {}
+    try:
+        value = parse_json(storage.read_bytes(path))
+    except ValueError:
+        return {"command": "damaged"}
+    is_whole = isinstance(value, dict) and value.pop(_DIGEST, None) in (None, _digest_of(value))
+    return value if is_whole else {"command": "damaged"}
+
+
+def _command_id(config: PrepareConfig) -> str:
+    """Identify what is prepared and how, apart from where to, how fast and how leniently."""
+    facts = {key: value for key, value in dataclasses.asdict(config).items() if key not in _NOT_THE_COMMAND}
+    if not storage.is_remote(config.source):
+        facts["source"] = os.path.abspath(config.source)
+    return _digest_of(facts)
+
+
 def _digest_of(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _is_ours(name: str) -> bool:
-    name = _TEMPORARY.sub("", name)  # of a process killed while it wrote
-    stem, _, extension = name.partition(".")
-    is_shard = stem.isdigit() and extension in ("tar", "index")
-    return is_shard or name in (MANIFEST, f"{MANIFEST}.tmp", _PROGRESS, _MEMORY, UNFINISHED)

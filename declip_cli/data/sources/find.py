@@ -125,10 +125,7 @@ def _open_yfcc15m(paths: list[str], config: PrepareConfig) -> Source:
 
 
 def _open_urls(paths: list[str], config: PrepareConfig) -> Source:
-    path = paths[0]
-    urls.check_list(path, config)
-    total = _num_lines(path)
-    return Source("urls", lambda start: urls.read_urls(path, config, start=start), total, is_download=True)
+    return Source("urls", skip_first(urls.read_urls(paths[0], config)), _num_lines(paths[0]), is_download=True)
 
 
 _OPENERS = {

@@ -1,22 +1,30 @@
 """Run img2dataset in a process of its own, because it writes to stdout and takes over signals."""
 
 import json
+import os
 import signal
 import sys
-from pathlib import Path
+import threading
+import time
 
 if __name__ in ("__main__", "__mp_main__"):
-    # The archive writer of img2dataset imports torch if it is there, without need: five seconds in each of
-    # the three or more processes that img2dataset starts.
+    # Its archive writer imports torch if it is there, without need: seconds in each of its processes.
     sys.modules["torch"] = None  # type: ignore[assignment]
 
 
+def _end_with(parent: int) -> None:
+    """End all processes of the download when the one that asked for it was killed: its next run starts another."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
 def main() -> None:
-    """Download what the settings file named on the command line says."""
+    """Download what the settings on the command line say."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     import img2dataset
 
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
-    img2dataset.download(**json.loads(Path(sys.argv[1]).read_text()))
+    img2dataset.download(**json.loads(sys.argv[1]))
 
 
 if __name__ == "__main__":

@@ -567,22 +567,20 @@ def test_forcing_a_run_onto_one_that_works_deletes_nothing(tmp_path, make_pictur
 
 def test_a_lock_that_the_run_before_deletes_meanwhile_is_taken_anew(tmp_path, monkeypatch):
     config = PrepareConfig(source=str(tmp_path), out=str(tmp_path / "out"))
-    first, second, third = (OutFolder(config) for _ in range(3))
-    first.lock()
+    first, second, third = (OutFolder(config).locked() for _ in range(3))
+    first.__enter__()
     flock = fcntl.flock
 
     def late(file, how):
         monkeypatch.setattr(fcntl, "flock", flock)
-        first.unlock()  # after the second has opened the file, before it locks it
+        first.__exit__(None, None, None)  # after the second has opened the file, before it locks it
         flock(file, how)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    second.lock()
-    with pytest.raises(DataError, match="another declip prepare is writing to"):
-        third.lock()
-    second.unlock()
-    third.lock()
-    third.unlock()
+    with second, pytest.raises(DataError, match="another declip prepare is writing to"):
+        third.__enter__()
+    with OutFolder(config).locked():
+        pass
     assert not (tmp_path / "out").exists()
 
 

@@ -55,8 +55,8 @@ def address(server, name):
     sys.version_info >= (3, 13), reason="img2dataset, which the extra `download` brings, needs Python before 3.13"
 )
 def test_a_list_of_urls_is_downloaded_and_failures_are_counted_by_cause(tmp_path, server, make_picture, monkeypatch):
-    monkeypatch.setattr(urls, "_TIMEOUT_S", 1)
-    monkeypatch.setattr(urls, "_RETRIES", 0)
+    monkeypatch.setitem(urls._SETTINGS, "timeout", 1)
+    monkeypatch.setitem(urls._SETTINGS, "retries", 0)
     names = ["good0.jpg", "slow.jpg", "good1.jpg", "broken.jpg", "missing.jpg", "good2.jpg"]
     rows = [{"url": address(server, name), "caption": name, "more": ["and", name]} for name in names]
     rows += [{"url": "ftp:nonsense", "caption": "x", "more": []}, {"url": None, "caption": "x", "more": []}]
@@ -79,8 +79,8 @@ def test_a_list_of_urls_is_downloaded_and_failures_are_counted_by_cause(tmp_path
         "missing URL": (1, "row 8"),
     }
     store = open_samples([str(tmp_path / "out")])
-    captions = [store.read(number).captions for number in range(3)]
-    assert captions == [(f"good{n}.jpg", "and", f"good{n}.jpg") for n in range(3)]
+    captions = {store.read(number).captions for number in range(3)}
+    assert captions == {(f"good{n}.jpg", "and", f"good{n}.jpg") for n in range(3)}
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "00000.index",
         "00000.tar",
@@ -89,45 +89,66 @@ def test_a_list_of_urls_is_downloaded_and_failures_are_counted_by_cause(tmp_path
 
 
 _DOWNLOADER_WITHOUT_NETWORK = """
-import io, json, sys, tarfile
+import io, json, sys, tarfile, time
 from pathlib import Path
-settings = json.loads(Path(sys.argv[1]).read_text())
-folder = Path(settings["output_folder"])
-folder.mkdir(exist_ok=True)
-picture = Path(sys.argv[0]).with_name("picture.jpg").read_bytes()
-with tarfile.open(folder / "00000.tar", "w") as tar:
-    for number, line in reversed(list(enumerate(open(settings["url_list"])))):
-        with Path(sys.argv[0]).with_name("asked").open("a") as asked:
-            asked.write(json.loads(line)["url"] + " ")
-        info = tarfile.TarInfo(f"0000{number:04d}.jpg")
-        info.size = len(picture)
-        tar.addfile(info, io.BytesIO(picture))
+import pyarrow.parquet
+settings, here = json.loads(sys.argv[1]), Path(sys.argv[0]).parent
+out = Path(settings["output_folder"])
+out.mkdir(exist_ok=True)
+rows = pyarrow.parquet.read_table(settings["url_list"]).to_pylist()
+for number in range(len(rows) // 2):
+    if (out / f"{number:05d}_stats.json").exists():
+        continue
+    if number == 3 and (here / "fault").exists():
+        if (here / "fault").read_text() == "hang":
+            time.sleep(60)
+        sys.exit("the network is gone")
+    rows_of_shard = rows[2 * number : 2 * number + 2]
+    with tarfile.open(out / f"{number:05d}.tar", "w") as tar:
+        for row, url in enumerate(rows_of_shard):
+            with (here / "asked").open("a") as asked:
+                asked.write(url["url"] + " ")
+            url |= {"key": f"{number}{row}", "status": "success", "error_message": None}
+            for extension, data in (("jpg", (here / "picture.jpg").read_bytes()), ("json", json.dumps(url).encode())):
+                info = tarfile.TarInfo(f"{url['key']}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows_of_shard), out / f"{number:05d}.parquet")
+    (out / f"{number:05d}_stats.json").touch()
 """
 
 
-def test_an_interrupted_download_goes_on_at_its_piece(tmp_path, make_picture, monkeypatch):
+@pytest.mark.parametrize("fault", ["hang", "end"])
+def test_an_interrupted_download_goes_on_at_its_shard(tmp_path, make_picture, monkeypatch, fault):
     (tmp_path / "fake.py").write_text(_DOWNLOADER_WITHOUT_NETWORK)
     (tmp_path / "picture.jpg").write_bytes(make_picture(0))
+    (tmp_path / "fault").write_text(fault)
     monkeypatch.setattr(urls, "_DOWNLOADER", (str(tmp_path / "fake.py"),))
-    monkeypatch.setattr(urls, "URLS_PER_PIECE", 2)
+    monkeypatch.setattr(urls, "_URLS_PER_SHARD", 2)
+    monkeypatch.setattr(urls, "_POLL_S", 0.01)
     monkeypatch.setattr("declip_cli.data.prepare.pipeline._REPORT_EVERY_S", -1.0)
     monkeypatch.setattr("declip_cli.data.prepare.engines._RECORDS_PER_TASK", 1)
     text = "".join(f"http://x/{n}\tpicture {n}\n" for n in range(14))
     (tmp_path / "Train_GCC-training.tsv").write_text(text)  # without a header, as published
     options = {"source": str(tmp_path / "Train_GCC-training.tsv"), "out": str(tmp_path / "out"), "workers": 1}
     reports = prepare(PrepareConfig(**options))
-    for report in reports:
-        if report.num_read == 3:
-            reports.close()
+    if fault == "hang":
+        next(report for report in reports if report.num_read == 2)
+        reports.close()
+    else:
+        with pytest.raises(DataError, match="img2dataset stopped with exit code 1: the network is gone") as caught:
+            list(reports)
+        assert caught.value.remedy.endswith("the same command goes on")
+    assert (tmp_path / "asked").read_text().split() == [f"http://x/{n}" for n in range(6)]
     (tmp_path / "asked").unlink()
+    (tmp_path / "fault").unlink()
     *_, report = prepare(PrepareConfig(**options))
     assert report.was_resumed
     assert (report.num_read, report.num_pairs) == (14, 14)
-    asked = (tmp_path / "asked").read_text().split()
-    assert {f"http://x/{n}" for n in range(8, 14)} <= set(asked)
-    assert not {"http://x/0", "http://x/1"} & set(asked)
+    assert (tmp_path / "asked").read_text().split() == [f"http://x/{n}" for n in range(6, 14)]
     store = open_samples([str(tmp_path / "out")])
     assert [store.read(n).captions for n in range(14)] == [(f"picture {n}",) for n in range(14)]
+    assert not (tmp_path / "out" / "download").exists()
 
 
 def test_without_img2dataset_the_package_to_install_is_named(tmp_path, monkeypatch):
