@@ -4,9 +4,9 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import typer
 from rich.console import Console
@@ -94,35 +94,47 @@ def user_errors() -> Iterator[None]:
         raise typer.Exit(130) from interrupt
 
 
+class Progress(Protocol):
+    """Shows how far something is."""
+
+    def __call__(self, done: int, total: int, words: str = "", /) -> None:
+        """Tell how many are done, how many there are (0 where unknown), and what else is worth knowing."""
+
+
 @contextmanager
-def progress_of(label: str) -> Iterator[Callable[[int, int], None]]:
+def progress_of(label: str) -> Iterator[Progress]:
     """Show how far something is: a bar on a terminal, a line every 10 seconds otherwise.
 
     Args:
         label: what is being done.
 
     Yields:
-        A function to be told how many are done and how many there are.
+        A function to be told.
     """
     if not stderr.is_terminal:
         yield _plain_progress(label)
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr, transient=True) as bar:
-        task = bar.add_task(plain(label), total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    with Bar(*columns, TextColumn("{task.fields[words]}", markup=False), console=stderr, transient=True) as bar:
+        task = bar.add_task(plain(label), total=None, words="")
+
+        def show(done: int, total: int, words: str = "") -> None:
+            bar.update(task, completed=done, total=total or None, words=words)
+
+        yield show
 
 
-def _plain_progress(label: str) -> Callable[[int, int], None]:
+def _plain_progress(label: str) -> Progress:
     last = time.monotonic()
 
-    def tell(done: int, total: int) -> None:
+    def tell(done: int, total: int, words: str = "") -> None:
         nonlocal last
         now = time.monotonic()
         if now - last >= _PLAIN_PROGRESS_S:
             last = now
-            note(f"{label}: {done} of {total}")
+            note(f"{label}: {done}" + (f" of {total}" if total else "") + (f": {words}" if words else ""))
 
     return tell

@@ -3,15 +3,15 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from declip_cli.cli.console import emit, note, stderr, user_errors
+from declip_cli.cli.console import emit, note, progress_of, user_errors
 from declip_cli.cli.options import Force, Json
 from declip_cli.config_files import build_config
-from declip_cli.data.prepare.config import PrepareConfig, SourceKind
+from declip_cli.data.prepare.config import CleanConfig, PrepareConfig, SourceKind
 from declip_cli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ _DEFAULTS = PrepareConfig(source="", out="")
 _CLEAN = _DEFAULTS.clean
 _CLEANING = "Cleaning: pairs left out although they can be read"
 _KINDS = ", ".join(filter(None, get_args(SourceKind)))
-_PLAIN_LINE_EVERY_S = 10.0
 
 
 def prepare(
@@ -29,8 +28,8 @@ def prepare(
     out: Annotated[str, typer.Option("--out", help="Folder (or fsspec URL) for the shards.")],
     kind: Annotated[str, typer.Option(help=f"What SOURCE is, if looking is not enough: {_KINDS}.")] = "",
     image_column: Annotated[str, typer.Option(help="Column of a table that holds pictures.")] = "",
-    caption_column: Annotated[
-        list[str], typer.Option(help="Column that holds captions; may be repeated, all are kept.")
+    caption_columns: Annotated[
+        list[str], typer.Option("--caption-column", help="Column that holds captions; may be repeated, all are kept.")
     ] = [],  # noqa: B006  (Typer copies it)
     images: Annotated[str, typer.Option(help="Folder that the file names of a list start from.")] = "",
     image_side_px: Annotated[
@@ -48,9 +47,9 @@ def prepare(
     max_caption_chars: Annotated[
         int, typer.Option(help="Leave longer captions out; 0 is no limit.", rich_help_panel=_CLEANING)
     ] = _CLEAN.max_caption_chars,
-    script: Annotated[
+    scripts: Annotated[
         list[str],
-        typer.Option(help="Keep captions in this script, such as latin.", rich_help_panel=_CLEANING),
+        typer.Option("--script", help="Keep captions in this script, such as latin.", rich_help_panel=_CLEANING),
     ] = [],  # noqa: B006
     max_caption_repeats: Annotated[
         int, typer.Option(help="Pairs that may share a caption; 0 is no limit.", rich_help_panel=_CLEANING)
@@ -89,44 +88,22 @@ def prepare(
 
     Example: `declip prepare photos/ --out shards/ --split val=0.01`
     """
+    given = locals()
+    del given["as_json"]
     with user_errors():
-        config = build_config(
-            PrepareConfig,
-            {
-                "source": source,
-                "out": out,
-                "kind": kind,
-                "image_column": image_column,
-                "caption_columns": caption_column,
-                "images": images,
-                "image_side_px": image_side_px,
-                "quality": quality,
-                "shard_samples": shard_samples,
-                "split": _fractions(split),
-                "workers": workers,
-                "max_bad": max_bad,
-                "engine": engine,
-                "force": force,
-                "clean": {
-                    "min_caption_chars": min_caption_chars,
-                    "max_caption_chars": max_caption_chars,
-                    "scripts": script,
-                    "max_caption_repeats": max_caption_repeats,
-                    "min_side_px": min_side_px,
-                    "max_aspect": max_aspect,
-                    "duplicates": duplicates,
-                    "exclude": exclude,
-                },
-            },
-            where="prepare",
-        )
-        emit(_run(config).to_json(), as_json=as_json)
+        emit(_run(_config(given)).to_json(), as_json=as_json)
+
+
+def _config(given: dict[str, Any]) -> PrepareConfig:
+    """Sort the options, which are named as the settings are."""
+    clean = {setting.name: given.pop(setting.name) for setting in fields(CleanConfig) if setting.name in given}
+    return build_config(PrepareConfig, given | {"split": _fractions(given["split"]), "clean": clean}, where="prepare")
 
 
 def _fractions(words: list[str]) -> dict[str, float]:
     parts = {}
     for word in words:
-        name, equals, fraction = word.partition("=")
+        name, _, fraction = word.partition("=")
         try:
             parts[name] = float(fraction)
         except ValueError as error:
@@ -138,11 +115,13 @@ def _run(config: PrepareConfig) -> "PrepareReport":
     from declip_cli.data.prepare.pipeline import prepare as prepare_shards
 
     reports = prepare_shards(config)
-    with _interrupts() as is_stopped, _progress() as show:
+    with _interrupts() as is_stopped, progress_of("prepare") as show:
         for report in reports:
             if report.kind == "urls" and not report.num_read:
-                note("downloading; pictures come in pieces, after a few minutes each")
-            show(report)
+                note("downloading; images come a thousand at a time, the first after a minute or so")
+            rate = report.num_read / report.seconds if report.seconds else 0.0
+            words = f"{report.num_pairs:,} pairs, {report.skipped.num:,} skipped, {rate:,.0f}/s"
+            show(report.num_read, report.total, words)
             if is_stopped():
                 reports.close()
                 note(f"stopped at {report.num_read:,} of the records; run the same command again to go on")
@@ -169,29 +148,3 @@ def _interrupts() -> Iterator[Any]:
         yield lambda: bool(stops)
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """Show reports as a bar on a terminal, else as a plain line now and then."""
-    columns = (TextColumn("prepare"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, TextColumn("{task.fields[words]}"), console=stderr, disable=not stderr.is_terminal)
-    shown_s = 0.0
-    with bar:
-        task = bar.add_task("prepare", total=None, words="")
-
-        def show(report: "PrepareReport") -> None:
-            nonlocal shown_s
-            words = _words(report)
-            bar.update(task, completed=report.num_read, total=report.total or None, words=words)
-            if not stderr.is_terminal and report.seconds - shown_s >= _PLAIN_LINE_EVERY_S:
-                shown_s = report.seconds
-                note(f"read {report.num_read:,}: {words}")
-
-        yield show
-
-
-def _words(report: "PrepareReport") -> str:
-    rate = report.num_read / report.seconds if report.seconds else 0.0
-    skipped = sum(count for count, _ in report.skipped.values())
-    return f"{report.num_pairs:,} pairs, {skipped:,} skipped, {rate:,.0f}/s"

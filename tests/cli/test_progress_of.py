@@ -14,9 +14,10 @@ def test_a_log_gets_a_line_every_ten_seconds(monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setattr(console, "stderr", Console(file=written, soft_wrap=True, highlight=False))
     monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
     with console.progress_of("cifar10") as tell:
-        for done in (128, 256, 384, 512):
+        for done in (128, 256, 384):
             tell(done, 10000)
-    assert written.getvalue() == "cifar10: 256 of 10000\ncifar10: 512 of 10000\n"
+        tell(512, 0, "2 skipped")
+    assert written.getvalue() == "cifar10: 256 of 10000\ncifar10: 512: 2 skipped\n"
     assert capsys.readouterr().out == ""
 
 
