@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from declip_cli.data.decode import Pixels
+from declip_cli.data.dataset import Pixels
 
 ColourName: TypeAlias = Literal["brightness", "contrast", "saturation", "hue"]
 

@@ -1,50 +1,45 @@
-"""Encoded pictures into upright RGB pixels; whatever cannot be shown faithfully is refused with a cause."""
+"""Encoded images into upright RGB pixels; whatever cannot be shown faithfully is refused with a cause."""
 
 import io
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from declip_cli.data.dataset import Pixels
 from declip_cli.errors import DataError
-
-Pixels = NDArray[np.uint8]
 
 MAX_PIXELS = 89_478_485
 """Pillow's own limit against decompression bombs: a quarter of a GiB of RGB."""
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF")
-_START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-_WITHOUT_LENGTH = frozenset((0x01, *range(0xD0, 0xD8)))
+_ORIENTATION = 0x0112
 _REDUCED = {
     1: cv2.IMREAD_COLOR_RGB,
     2: cv2.IMREAD_REDUCED_GRAYSCALE_2 | cv2.IMREAD_COLOR_RGB,
     4: cv2.IMREAD_REDUCED_GRAYSCALE_4 | cv2.IMREAD_COLOR_RGB,
     8: cv2.IMREAD_REDUCED_GRAYSCALE_8 | cv2.IMREAD_COLOR_RGB,
 }
-_UPRIGHT = {
-    2: lambda pixels: pixels[:, ::-1],
-    3: lambda pixels: pixels[::-1, ::-1],
-    4: lambda pixels: pixels[::-1],
-    5: lambda pixels: pixels.transpose(1, 0, 2),
-    6: lambda pixels: pixels.transpose(1, 0, 2)[:, ::-1],
-    7: lambda pixels: pixels.transpose(1, 0, 2)[::-1, ::-1],
-    8: lambda pixels: pixels.transpose(1, 0, 2)[::-1],
-}
 
 
-@dataclass(frozen=True, slots=True)
-class JpegFrame:
-    """What a JPEG file says about itself before it is decoded."""
+class ImageHeader(NamedTuple):
+    """What an image file says about itself before it is decoded."""
 
     width: int
-    """Of the upright picture, in pixels."""
+    """Of the upright image, in pixels."""
     height: int
-    channels: int
-    orientation: int
-    """EXIF orientation, 1 to 8; 1 is upright as stored."""
+    is_plain_jpeg: bool
+    """A grey or RGB JPEG, which `decode_jpeg` decodes fast, if asked at a fraction of its size."""
+    is_upright: bool
+    """Whether pixels are stored as they are shown."""
+
+
+def largest_reduction(side_px: int, wanted_px: int) -> int:
+    """Return the largest of 1, 2, 4 and 8 by which a side can be divided and still be as long as wanted."""
+    return next((factor for factor in (8, 4, 2) if side_px >= factor * wanted_px), 1)
 
 
 def bad_picture(cause: str, detail: str) -> DataError:
@@ -65,14 +60,14 @@ def bad_picture(cause: str, detail: str) -> DataError:
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Pixels:
-    """Decode a picture as a person would see it.
+    """Decode an image as a person would see it.
 
     Rotated as its EXIF data say, transparency laid over white, 16 bits cut to 8, CMYK and palettes turned
     into RGB, of an animation the first frame. Colour profiles are ignored, as in torchvision.
 
     Args:
-        data: an encoded picture (JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, JPEG 2000, AVIF).
-        max_pixels: larger pictures are refused before memory is taken for them.
+        data: an encoded image (JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, JPEG 2000, AVIF).
+        max_pixels: larger images are refused before memory is taken for them.
 
     Returns:
         RGB, uint8, (height, width, 3).
@@ -81,26 +76,35 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Pixels:
         DataError: with `cause` `empty file`, `not a picture`, `truncated picture`, `damaged picture`,
             `too many pixels` or `unsupported pixels`.
     """
-    frame = read_jpeg_frame(data, max_pixels=max_pixels)
-    if is_plain_jpeg(frame):
-        return decode_jpeg(data, frame)
-    return _decode_any(data, max_pixels)
+    with _opened(data, max_pixels) as image:
+        if not _is_plain_jpeg(image):
+            image.load()
+            return np.array(_to_rgb(ImageOps.exif_transpose(image)), dtype=np.uint8)
+    return decode_jpeg(data)
 
 
-def is_plain_jpeg(frame: JpegFrame) -> bool:
-    """Tell whether `decode_jpeg` shows this picture rightly: grey or three-channel JPEG, not CMYK."""
-    return frame.channels in (1, 3)
+def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageHeader:
+    """Read size, kind and orientation of an image without decoding it; arguments and errors as of `decode_image`."""
+    with _opened(data, max_pixels) as image:
+        exif = Image.Exif()  # not `getexif`, which also reads XMP: OpenCV does not
+        try:
+            exif.load(image.info.get("exif", b""))
+            orientation = exif.get(_ORIENTATION, 1)
+        except Exception:  # nonsense in the EXIF data, which may raise anything, turns nothing
+            orientation = 1
+        width, height = image.size[::-1] if orientation in (5, 6, 7, 8) else image.size
+        return ImageHeader(width, height, _is_plain_jpeg(image), orientation == 1)
 
 
-def decode_jpeg(data: bytes, frame: JpegFrame, *, reduction: int = 1) -> Pixels:
-    """Decode a grey or three-channel JPEG, if asked at a fraction of its size, which is cheaper.
+def decode_jpeg(data: bytes, header: ImageHeader | None = None, *, reduction: int = 1) -> Pixels:
+    """Decode a plain JPEG, if asked at a fraction of its size, which is cheaper.
 
     A file with damage that libjpeg can repair is decoded; libjpeg writes its own line about it ("Corrupt JPEG data")
     to stderr, which OpenCV offers no way to stop or to notice, whatever OPENCV_LOG_LEVEL is.
 
     Args:
         data: the JPEG file.
-        frame: its header.
+        header: what was read of it, if pixels must be of that size.
         reduction: 1, 2, 4 or 8; sides are divided by this and rounded up.
 
     Returns:
@@ -109,90 +113,51 @@ def decode_jpeg(data: bytes, frame: JpegFrame, *, reduction: int = 1) -> Pixels:
     Raises:
         DataError: `truncated picture` or `damaged picture`.
     """
-    flags = _REDUCED[reduction] | cv2.IMREAD_IGNORE_ORIENTATION
     try:
-        pixels = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), flags)
+        pixels = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), _REDUCED[reduction])
     except cv2.error as error:
         raise bad_picture("damaged picture", str(error)) from error
     if pixels is None:
         has_end = data.rstrip(b"\0").endswith(b"\xff\xd9")
         cause = "damaged picture" if has_end else "truncated picture"
         raise bad_picture(cause, f"JPEG, {len(data)} bytes")
-    if frame.orientation > 1:
-        pixels = _UPRIGHT[frame.orientation](pixels)
-    return np.ascontiguousarray(pixels, dtype=np.uint8)
+    if header and pixels.shape[:2] != (-(-header.height // reduction), -(-header.width // reduction)):
+        raise bad_picture("damaged picture", f"JPEG, {header.width} x {header.height} by its header")
+    return np.asarray(pixels, dtype=np.uint8)
 
 
-def read_jpeg_frame(data: bytes, *, max_pixels: int = MAX_PIXELS) -> JpegFrame:
-    """Read size, channels and orientation from a JPEG file's header.
+def decode_smaller(data: bytes, header: ImageHeader, shorter_px: int) -> Pixels:
+    """Decode an image; a plain JPEG at the smallest size that leaves the shorter side `shorter_px` long, if it is.
 
     Args:
-        data: any file.
-        max_pixels: larger pictures are refused.
+        data: an encoded image.
+        header: what was read of it.
+        shorter_px: what is needed of the shorter side.
 
     Returns:
-        The header; with 0 channels if this is not a JPEG file or its header makes no sense.
+        RGB, upright, uint8, (H, W, 3).
 
     Raises:
-        DataError: `empty file` or `too many pixels`.
+        DataError: as of `decode_image`.
     """
+    if not header.is_plain_jpeg:
+        return decode_image(data)
+    shorter = min(header.width, header.height)
+    return decode_jpeg(data, header, reduction=largest_reduction(shorter, shorter_px))
+
+
+@contextmanager
+def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """Open an image; what goes wrong then and inside becomes an error with a cause."""
     if not data:
         raise bad_picture("empty file", "0 bytes")
-    orientation = 1
-    at = 2 if data[:2] == b"\xff\xd8" else len(data)
-    while at + 9 < len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if marker == 0xFF:
-            at += 1
-        elif marker in _WITHOUT_LENGTH:
-            at += 2
-        elif marker in _START_OF_FRAME:
-            height, width = int.from_bytes(data[at + 5 : at + 7]), int.from_bytes(data[at + 7 : at + 9])
-            _check_pixels(width, height, max_pixels)
-            if orientation > 4:
-                width, height = height, width
-            channels = data[at + 9] if data[at + 4] == 8 and width and height else 0
-            return JpegFrame(width, height, channels, orientation)
-        else:
-            length = int.from_bytes(data[at + 2 : at + 4])
-            if marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
-                orientation = _exif_orientation(data[at + 10 : at + 2 + length])
-            at += 2 + length
-    return JpegFrame(0, 0, 0, 1)
-
-
-def _exif_orientation(tiff: bytes) -> int:
-    order = {b"II": "little", b"MM": "big"}.get(tiff[:2])
-    if order is None:
-        return 1
-
-    def number(at: int, size: int) -> int:
-        return int.from_bytes(tiff[at : at + size], "little" if order == "little" else "big")
-
-    directory = number(4, 4)
-    for i in range(number(directory, 2)):
-        entry = directory + 2 + 12 * i
-        if number(entry, 2) == 0x0112:
-            orientation = number(entry + 8, 2)
-            return orientation if 1 <= orientation <= 8 else 1
-        if entry > len(tiff):
-            break
-    return 1
-
-
-def _check_pixels(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise bad_picture("too many pixels", f"{width} x {height}, at most {max_pixels}")
-
-
-def _decode_any(data: bytes, max_pixels: int) -> Pixels:
     Image.init()
     formats = [name for name in _FORMATS if name in Image.OPEN]
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:
-            _check_pixels(*image.size, max_pixels)
-            image.load()
-            return np.array(_to_rgb(ImageOps.exif_transpose(image)), dtype=np.uint8)
+            if image.width * image.height > max_pixels:
+                raise bad_picture("too many pixels", f"{image.width} x {image.height}, at most {max_pixels}")
+            yield image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise bad_picture("too many pixels", str(error)) from error
     except UnidentifiedImageError as error:
@@ -200,8 +165,12 @@ def _decode_any(data: bytes, max_pixels: int) -> Pixels:
     except DataError:
         raise
     except Exception as error:  # decoders raise anything on damaged files, even IndexError
-        cause = "truncated picture" if "truncated" in str(error) else "damaged picture"
+        cause = "truncated picture" if "truncated" in str(error).lower() else "damaged picture"
         raise bad_picture(cause, str(error) or type(error).__name__) from error
+
+
+def _is_plain_jpeg(image: Image.Image) -> bool:
+    return image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -14,19 +14,17 @@ from PIL import Image
 from declip_cli.config import AugmentConfig, ImageView
 from declip_cli.config_checks import require
 from declip_cli.data.colour import ColourName, ColourStep, Scratch, apply_fused, apply_steps, blur
+from declip_cli.data.dataset import Pixels
 from declip_cli.data.decode import (
-    JpegFrame,
-    Pixels,
+    ImageHeader,
     decode_image,
     decode_jpeg,
-    is_plain_jpeg,
-    read_jpeg_frame,
+    decode_smaller,
+    largest_reduction,
+    read_header,
 )
 
-__all__ = ["ImageViews", "Picture", "ViewDraw", "decode_image", "draw_crop", "evaluation_view"]
-
 _LOG_RATIO = math.log(4 / 3)
-_MAX_REDUCTION = 8
 _NO_PIXELS: Pixels = np.empty((0, 0, 3), dtype=np.uint8)
 
 
@@ -55,12 +53,10 @@ class ViewDraw(NamedTuple):
 class Picture:
     """A picture ready to be cropped: decoded, or a JPEG that waits for the crops to be decoded smaller."""
 
-    width: int
-    height: int
+    header: ImageHeader
     pixels: Pixels
     """RGB, uint8, (height, width, 3), or empty while not decoded."""
     data: bytes = b""
-    frame: JpegFrame = JpegFrame(0, 0, 0, 1)
 
     @property
     def is_decoded(self) -> bool:
@@ -96,11 +92,11 @@ class ImageViews:
         self._ranges = tuple((name, 0.0 if name == "hue" else 1.0, half) for name, half in halves.items() if half)
         self._jitter_probability = config.jitter_probability if self._ranges else 0.0
 
-    def draw(self, data: bytes, kinds: Sequence[ImageView], rng: random.Random, out: Pixels) -> None:
-        """Draw the views of one encoded picture.
+    def draw(self, image: bytes | Pixels, kinds: Sequence[ImageView], rng: random.Random, out: Pixels) -> None:
+        """Draw the views of one picture.
 
         Args:
-            data: the picture.
+            image: as in `open`.
             kinds: V kinds of views, in order.
             rng: decides everything; the same state gives the same pixels.
             out: filled with RGB, uint8, (V, S, S, 3), contiguous.
@@ -108,13 +104,13 @@ class ImageViews:
         Raises:
             DataError: the picture cannot be decoded.
         """
-        self.draw_from(self.open(data), kinds, rng, out)
+        self.draw_from(self.open(image), kinds, rng, out)
 
-    def open(self, data: bytes) -> Picture:
+    def open(self, image: bytes | Pixels) -> Picture:
         """Decode a picture, unless it is a JPEG so large that knowing the crops may save work.
 
         Args:
-            data: an encoded picture.
+            image: encoded, or RGB, uint8, (H, W, 3).
 
         Returns:
             The picture; views drawn from it are the same however often it is used.
@@ -122,23 +118,26 @@ class ImageViews:
         Raises:
             DataError: the picture cannot be decoded.
         """
-        frame = read_jpeg_frame(data)
-        if is_plain_jpeg(frame) and min(frame.width, frame.height) >= 2 * self._side_px:
-            return Picture(frame.width, frame.height, _NO_PIXELS, data, frame)
-        pixels = decode_image(data)
-        return Picture(pixels.shape[1], pixels.shape[0], pixels)
+        if isinstance(image, bytes):
+            header = read_header(image)
+            if header.is_plain_jpeg and min(header.width, header.height) >= 2 * self._side_px:
+                return Picture(header, _NO_PIXELS, image)
+            image = decode_smaller(image, header, self._side_px)
+        return Picture(ImageHeader(image.shape[1], image.shape[0], False, True), image)
 
     def draw_from(self, picture: Picture, kinds: Sequence[ImageView], rng: random.Random, out: Pixels) -> None:
         """Draw the views of one opened picture; see `draw`."""
         side = self._side_px
         if out.shape != (len(kinds), side, side, 3) or out.dtype != np.uint8 or not out.flags.c_contiguous:
             raise ValueError(f"views need contiguous uint8 ({len(kinds)}, {side}, {side}, 3), got {out.shape}")
-        draws = [self.decide(kind, picture.width, picture.height, rng) for kind in kinds]
+        width = picture.header.width
+        draws = [self.decide(kind, width, picture.header.height, rng) for kind in kinds]
         pixels = picture.pixels
         if not picture.is_decoded:
-            pixels = decode_jpeg(picture.data, picture.frame, reduction=self._reduction(draws))
+            shortest = min(min(draw.crop.width, draw.crop.height) for draw in draws)
+            pixels = decode_jpeg(picture.data, picture.header, reduction=largest_reduction(shortest, side))
         for draw, view in zip(draws, out, strict=True):
-            self._render(pixels, pixels.shape[1] / picture.width, draw, view)
+            self._render(pixels, pixels.shape[1] / width, draw, view)
 
     def decide(self, kind: ImageView, width: int, height: int, rng: random.Random) -> ViewDraw:
         """Draw all that is random about one view.
@@ -167,13 +166,6 @@ class ImageViews:
         if _happens(config.blur_probability, rng):
             sigma_px = rng.uniform(config.blur_sigma_min_px, config.blur_sigma_max_px)
         return ViewDraw(crop, colours, is_gray, sigma_px, _happens(config.flip_probability, rng))
-
-    def _reduction(self, draws: Sequence[ViewDraw]) -> int:
-        shortest = min(min(draw.crop.width, draw.crop.height) for draw in draws)
-        reduction = 1
-        while reduction < _MAX_REDUCTION and shortest >= 2 * reduction * self._side_px:
-            reduction *= 2
-        return reduction
 
     def _render(self, pixels: Pixels, scale: float, draw: ViewDraw, out: Pixels) -> None:
         left, top, width, height = draw.crop
@@ -231,14 +223,14 @@ def _happens(probability: float, rng: random.Random) -> bool:
     return probability > 0.0 and rng.random() < probability
 
 
-def evaluation_view(data: bytes, *, side_px: int, resize_px: int, interpolation: str = "bilinear") -> Pixels:
+def evaluation_view(image: bytes | Pixels, *, side_px: int, resize_px: int, interpolation: str = "bilinear") -> Pixels:
     """Cut the middle out of a picture, the same each time.
 
     The shorter side is resized to `resize_px` with an antialiased filter, then a square of `side_px`
     is cut from the centre: to the pixel what torchvision's Resize and CenterCrop make of a Pillow picture.
 
     Args:
-        data: an encoded picture.
+        image: encoded, or RGB, uint8, (H, W, 3).
         side_px: S, at most `resize_px`.
         resize_px: length of the shorter side before the cut.
         interpolation: `bilinear` or `bicubic`.
@@ -255,7 +247,7 @@ def evaluation_view(data: bytes, *, side_px: int, resize_px: int, interpolation:
         f"pictures resized to {resize_px} px are too small for a view of {side_px} px",
         remedy=f"resize to at least {side_px} px",
     )
-    pixels = decode_image(data)  # (H, W, 3)
+    pixels = decode_image(image) if isinstance(image, bytes) else image  # (H, W, 3)
     height, width = pixels.shape[:2]
     shorter = min(height, width)
     new_width, new_height = (int(resize_px * side / shorter) for side in (width, height))

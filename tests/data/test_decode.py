@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from declip_cli.data.decode import decode_image, decode_jpeg, read_jpeg_frame
+from declip_cli.data.decode import decode_image, decode_jpeg, decode_smaller, largest_reduction, read_header
 from declip_cli.errors import DataError
 
 
@@ -87,6 +87,7 @@ def test_exif_data_in_big_endian_order_are_understood():
 @pytest.mark.parametrize(
     "exif", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\0" * 30]
 )
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow says so, and it is
 def test_nonsense_in_the_exif_data_does_no_harm(exif):
     data = encode(photograph())
     data = data[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + data[2:]
@@ -94,21 +95,47 @@ def test_nonsense_in_the_exif_data_does_no_harm(exif):
 
 
 @pytest.mark.parametrize("reduction", [1, 2, 4, 8])
-@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_jpeg_can_be_decoded_smaller(reduction, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encode(photograph(304, 208), quality=95, exif=exif.tobytes())
-    frame = read_jpeg_frame(data)
-    pixels = decode_jpeg(data, frame, reduction=reduction)
-    assert pixels.shape == (frame.height // reduction, frame.width // reduction, 3)
-    small = Image.fromarray(decode_image(data)).resize(pixels.shape[1::-1], Image.Resampling.BOX)
-    assert mean_difference(pixels, small) < 2
+    header = read_header(data)
+    assert header == ((208, 304) if orientation <= 4 else (304, 208)) + (True, orientation == 1)
+    pixels = decode_jpeg(data, header, reduction=reduction)
+    assert pixels.shape == (header.height // reduction, header.width // reduction, 3)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert mean_difference(pixels, upright.resize(pixels.shape[1::-1], Image.Resampling.BOX)) < 2
 
 
 def test_sides_of_a_smaller_jpeg_are_rounded_up():
     data = encode(photograph(37, 53))
-    assert decode_jpeg(data, read_jpeg_frame(data), reduction=4).shape == (10, 14, 3)
+    assert decode_jpeg(data, read_header(data), reduction=4).shape == (10, 14, 3)
+
+
+def test_jpegs_are_decoded_just_large_enough():
+    sides = (10, 39, 40, 79, 80, 159, 160, 999)
+    assert [largest_reduction(side_px, 20) for side_px in sides] == [
+        1,
+        1,
+        2,
+        2,
+        4,
+        4,
+        8,
+        8,
+    ]
+    for image_format, shape in (("JPEG", (50, 75, 3)), ("PNG", (200, 300, 3))):
+        data = encode(photograph(200, 300), image_format)
+        assert decode_smaller(data, read_header(data), 50).shape == shape
+
+
+def test_an_orientation_that_only_xmp_tells_turns_no_jpeg():
+    xmp = b'http://ns.adobe.com/xap/1.0/\0<rdf:Description tiff:Orientation="6"/>'
+    data = encode(photograph())
+    data = data[:2] + b"\xff\xe1" + struct.pack(">H", len(xmp) + 2) + xmp + data[2:]
+    assert read_header(data)[:2] == (53, 37)
+    assert decode_jpeg(data, read_header(data)).shape == (37, 53, 3)
 
 
 def test_grey_jpeg_has_three_equal_channels():

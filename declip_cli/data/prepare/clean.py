@@ -6,7 +6,7 @@ from functools import lru_cache
 import cv2
 import numpy as np
 
-from declip_cli.data.decode import Pixels
+from declip_cli.data.dataset import Pixels
 from declip_cli.data.prepare.config import CleanConfig
 
 SHORT, LONG, SCRIPT = "caption too short", "caption too long", "other script"

@@ -5,15 +5,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from declip_cli.data.decode import (
-    JpegFrame,
-    Pixels,
-    bad_picture,
-    decode_image,
-    decode_jpeg,
-    is_plain_jpeg,
-    read_jpeg_frame,
-)
+from declip_cli.data.dataset import Pixels
+from declip_cli.data.decode import bad_picture, decode_smaller, read_header
 
 _HASHED_SIDE_PX = 32
 
@@ -47,16 +40,13 @@ def shrink_picture(data: bytes, *, side_px: int, quality: int) -> SmallPicture:
     Raises:
         DataError: it cannot be decoded; see `decode.decode_image`.
     """
-    frame = read_jpeg_frame(data)
-    if not is_plain_jpeg(frame):
-        pixels = decode_image(data)
+    header = read_header(data)
+    width, height, is_plain_jpeg, is_upright = header
+    if is_plain_jpeg and is_upright and min(height, width) <= side_px:
+        return SmallPicture(data, width, height, width, height, decode_smaller(data, header, _HASHED_SIDE_PX))
+    pixels = decode_smaller(data, header, side_px)
+    if not is_plain_jpeg:
         height, width = pixels.shape[:2]
-    else:
-        height, width = frame.height, frame.width
-        if min(height, width) <= side_px and frame.orientation == 1:
-            checked = decode_jpeg(data, frame, reduction=_reduction(frame, _HASHED_SIDE_PX))
-            return SmallPicture(data, width, height, width, height, checked)
-        pixels = decode_jpeg(data, frame, reduction=_reduction(frame, side_px))
     pixels = shrink_pixels(pixels, *_goal(height, width, side_px))
     encoding = [cv2.IMWRITE_JPEG_QUALITY, quality]
     is_encoded, jpeg = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), encoding)
@@ -77,15 +67,7 @@ def decode_for_looks(data: bytes) -> Pixels:
     Raises:
         DataError: as of `decode.decode_image`.
     """
-    frame = read_jpeg_frame(data)
-    if not is_plain_jpeg(frame):
-        return decode_image(data)
-    return decode_jpeg(data, frame, reduction=_reduction(frame, _HASHED_SIDE_PX))
-
-
-def _reduction(frame: JpegFrame, side_px: int) -> int:
-    """Return the largest power of two by which JPEG can be decoded smaller and still be large enough."""
-    return next((r for r in (8, 4, 2) if min(frame.height, frame.width) >= r * side_px), 1)
+    return decode_smaller(data, read_header(data), _HASHED_SIDE_PX)
 
 
 def _goal(height: int, width: int, side_px: int) -> tuple[int, int]:
