@@ -7,7 +7,7 @@ S  side of an image in pixels  E  width of a tower            H  heads
 D  width of the shared embedding                              Q  width of token-wise features
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -28,18 +28,27 @@ class Batch:
     """Ids hidden by masking in the text view of kind `masked`, -100 elsewhere, int64, (B, L)."""
     numbers: Tensor
     """Position of each pair in the data set, int64, (B,)."""
+    text_lengths: Tensor | None = None
+    """Tokens of each text without padding, int64, always on the CPU, (B, T); None where nobody counted them."""
 
     def __len__(self) -> int:
         return self.images.shape[0]
 
+    def with_text_lengths(self) -> "Batch":
+        """Count the tokens of each text, for encoding texts of similar length together; before it leaves the CPU."""
+        num_padding = (self.tokens.flip(-1) != 0).int().argmax(-1)  # (B, T); the last token is never 0
+        return replace(self, text_lengths=self.tokens.shape[-1] - num_padding)
+
     def to(self, device: torch.device) -> "Batch":
-        """Move all tensors to a device, without waiting where the memory is pinned."""
-        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        """Move all tensors but the lengths to a device, without waiting where the memory is pinned."""
+        names = [f.name for f in fields(self) if f.name != "text_lengths"]
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
     def split(self, size: int) -> list["Batch"]:
         """Cut into consecutive batches of at most `size` pairs."""
-        pieces = {f.name: getattr(self, f.name).split(size) for f in fields(self)}
-        return [Batch(**dict(zip(pieces, values, strict=True))) for values in zip(*pieces.values(), strict=True)]
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        pieces = {name: value.split(size) for name, value in values.items() if value is not None}
+        return [Batch(**dict(zip(pieces, piece, strict=True))) for piece in zip(*pieces.values(), strict=True)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

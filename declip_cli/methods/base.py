@@ -12,6 +12,7 @@ from declip_cli.config import MethodConfig, Views
 from declip_cli.config_checks import require
 from declip_cli.errors import ChoiceError
 from declip_cli.losses import masked_cross_entropy
+from declip_cli.methods.length_groups import encode_by_length
 from declip_cli.methods.terms import PAIRS, contrastive_pairs
 from declip_cli.model.clip import DualEncoder, unit
 from declip_cli.model.text_transformer import VOCABULARY_SIZE
@@ -150,11 +151,21 @@ class Method(nn.Module, ABC):
         features, patches = states.features.chunk(num_views), states.patches.chunk(num_views)
         return [ImageStates(features=f, patches=p) for f, p in zip(features, patches, strict=True)]
 
-    def encode_texts(self, tokens: Tensor) -> Tensor:
-        """Run the text tower on all views at once, (B, T, L) → token states (B, T, L, E)."""
-        states: Tensor = self.encoder.text(tokens.flatten(0, 1))  # (B·T, L, E)
-        views: Tensor = states.unflatten(0, tokens.shape[:2])
-        return views
+    def encode_texts(self, batch: Batch) -> Tensor:
+        """Run the text tower on all views at once, or on groups of similar length if padding does not matter.
+
+        Args:
+            batch: B pairs with T text views; grouped if the lengths of its texts are known.
+
+        Returns:
+            Token states, (B, T, L, E).
+        """
+        texts = batch.tokens.flatten(0, 1)  # (B·T, L)
+        if batch.text_lengths is None or self.views.pad_to_context:
+            states: Tensor = self.encoder.text(texts)
+        else:
+            states = encode_by_length(self.encoder.text, texts, batch.text_lengths.flatten())
+        return torch.unflatten(states, 0, batch.tokens.shape[:2])
 
     def project_images(self, views: list[ImageStates]) -> Tensor:
         """Map image features into the shared embedding, not normalized, → (B, V, D)."""

@@ -23,7 +23,7 @@ class Clip(Method):
         return embeddings_of(
             batch,
             images=self.project_images(self.encode_images(batch.images)),  # (B, 1, D)
-            texts=self.project_texts(self.encode_texts(batch.tokens), batch.tokens),  # (B, 1, D)
+            texts=self.project_texts(self.encode_texts(batch), batch.tokens),  # (B, 1, D)
         )
 
     def terms(self) -> dict[str, Term]:

@@ -54,7 +54,7 @@ class DeClip(Method):
     def embed(self, batch: Batch) -> Embeddings:
         """Run both towers on all views; predict the masked tokens of the first text."""
         images = self.encode_images(batch.images)
-        states = self.encode_texts(batch.tokens)  # (B, T, L, E)
+        states = self.encode_texts(batch)  # (B, T, L, E)
         losses, counts = self.mask_losses(states[:, 0], batch.mask_labels)
         return embeddings_of(
             batch,

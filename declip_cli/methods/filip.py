@@ -24,15 +24,14 @@ class Filip(TokenWise):
         )
 
     def embed(self, batch: Batch) -> Embeddings:
-        """Run both towers on the first views; map them token by token."""
-        tokens = batch.tokens[:, :1]  # (B, 1, L)
-        images = self.encode_images(batch.images[:, :1])
-        states = self.encode_texts(tokens)  # (B, 1, L, E)
+        """Run both towers once; map what they give token by token."""
+        images = self.encode_images(batch.images)
+        states = self.encode_texts(batch)  # (B, 1, L, E)
         return embeddings_of(
             batch,
             images=self.project_images(images),  # (B, 1, D)
-            texts=self.project_texts(states, tokens),  # (B, 1, D)
-            **self.token_fields(images[0], states[:, 0], tokens[:, 0]),
+            texts=self.project_texts(states, batch.tokens),  # (B, 1, D)
+            **self.token_fields(images[0], states[:, 0], batch.tokens[:, 0]),
         )
 
     def terms(self) -> dict[str, Term]:

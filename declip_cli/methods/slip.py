@@ -38,7 +38,7 @@ class Slip(Method):
         return embeddings_of(
             batch,
             images=self.project_images([plain]),  # (B, 1, D)
-            texts=self.project_texts(self.encode_texts(batch.tokens), batch.tokens),  # (B, 1, D)
+            texts=self.project_texts(self.encode_texts(batch), batch.tokens),  # (B, 1, D)
             **features,  # (B, 2, E)
         )
 

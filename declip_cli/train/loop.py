@@ -46,7 +46,7 @@ def take_step(training: Training, rate: float) -> StepOutcome:
     """
     accelerator, method = training.accelerator, training.method
     scaler = accelerator.scaler  # of float16; None otherwise
-    batch = next(training.stream).to(accelerator.device)
+    batch = next(training.stream).with_text_lengths().to(accelerator.device)
     statistics = [value for name, value in method.named_buffers() if name.endswith(("running_mean", "running_var"))]
     before = [value.clone() for value in statistics]
     result = forward_backward(

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from declip_cli.methods import length_groups
 from tests.train.small_runs import run, small_config
 
 
 @pytest.fixture(autouse=True)
 def _plain_backend(monkeypatch):
+    monkeypatch.setattr(length_groups, "_CALL_TOKENS", {"cpu": 0})  # the text tower sees groups of several lengths
     compile_in_place = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_in_place(self, backend="eager"))
     torch._dynamo.reset()
