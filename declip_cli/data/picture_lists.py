@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from declip_cli.data import storage
 from declip_cli.data.benchmarks.base import is_picture, read_file
 from declip_cli.data.demo import demo_records
 from declip_cli.data.retrieval_sets import KNOWN_RETRIEVAL, has_shards, open_retrieval, read_image
 from declip_cli.data.samples import SampleStore
-from declip_cli.data.shards import storage
 from declip_cli.data.sources.folder import find_lists, read_lists
 from declip_cli.data.sources.records import FileRecord
 from declip_cli.data.stores import open_samples

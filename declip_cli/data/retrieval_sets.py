@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from declip_cli.data import storage
 from declip_cli.data.benchmarks.base import Picture, read_file, read_lines, resolve_data_root
 from declip_cli.data.samples import SampleStore
-from declip_cli.data.shards import storage
 from declip_cli.data.shards.tar_samples import clean_captions
 from declip_cli.data.sources.coco import read_json
 from declip_cli.data.sources.folder import CAPTIONS_FILE, find_lists, read_folder, read_lists

@@ -1,6 +1,7 @@
 """Open the pairs that the user names: prepared shards, foreign tars or the demo corpus."""
 
 from collections.abc import Sequence
+from typing import cast
 
 from declip_cli.data.demo import demo_samples
 from declip_cli.data.samples import SampleStore
@@ -40,7 +41,8 @@ def open_samples(
         raise DataError("no data given", remedy="--data SHARDS, or --data demo for the pairs that come along")
     if "demo" in paths:
         return _open_demo(paths, part or "")
-    return open_shards(paths, part=part, cache_dir=cache_dir, say=say, together=together)
+    data = open_shards(paths, split=part, cache_dir=cache_dir, say=say, together=together)
+    return cast(SampleStore, data)
 
 
 def _open_demo(paths: Sequence[str], part: str) -> SampleStore:

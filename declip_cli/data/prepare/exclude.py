@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
+from declip_cli.data import storage
 from declip_cli.data.prepare.clean import perceptual_hash
 from declip_cli.data.prepare.engines import run_in_threads
 from declip_cli.data.prepare.pictures import decode_for_looks
 from declip_cli.data.prepare.seen import Looks
 from declip_cli.data.samples import SampleStore
-from declip_cli.data.shards import storage
 from declip_cli.data.shards.store import open_shards
 from declip_cli.data.shards.tar_samples import PICTURE_EXTENSIONS
 from declip_cli.data.sources.records import read_picture
@@ -54,7 +55,7 @@ def _hashes(folder: str, workers: int) -> Iterator[int]:
     if not storage.is_folder(folder):
         raise DataError(f"no such folder: {folder}", remedy="check --exclude")
     if any(name.endswith(".tar") for name in storage.names_in(folder)):
-        store = open_shards([folder])
+        store = cast(SampleStore, open_shards([folder]))
         numbers = range(len(store))
         yield from run_in_threads(lambda batch: [_sample_hash(store, n) for n in batch], numbers, workers=workers)
         return

@@ -278,5 +278,6 @@ class _Run:
             "clean": asdict(config.clean),
             "num_pairs": writer.num_pairs,
             "shards": writer.shards,
+            "index_sha256": writer.join_indexes(),
         }
         return facts | ({"part": part} if part else {})

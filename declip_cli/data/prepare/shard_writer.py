@@ -1,20 +1,63 @@
 """Pairs into numbered tar shards with their indexes; an unfinished shard can be taken up again."""
 
-import io
+import hashlib
 import json
 import os
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, BinaryIO
 
-import numpy as np
-
+from declip_cli.data import storage
 from declip_cli.data.prepare.stages import Pair
 from declip_cli.data.prepare.state import UNFINISHED
-from declip_cli.data.shards import storage
-from declip_cli.data.shards.index import ShardIndex, encode_index, index_path
-from declip_cli.data.shards.tar_format import TarWriter
-from declip_cli.data.shards.tar_samples import read_groups
+from declip_cli.data.shards.index import IndexBuilder, ShardIndex, index_groups, parse_indexes, write_indexes
+from declip_cli.data.shards.indexing import index_path
+from declip_cli.data.shards.store import JOINED
 from declip_cli.errors import DataError
+
+_THREADS = 16
+
+
+class TarWriter:
+    """Write an archive whose bytes depend on names and contents only, never on time or user.
+
+    Args:
+        file: open for reading and writing; what is in it already is kept and written behind.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self.num_bytes = 0
+        file.seek(0)
+        while block := file.read(1 << 20):
+            self._digest.update(block)
+            self.num_bytes += len(block)
+
+    @property
+    def sha256(self) -> str:
+        """Of what has been written so far, in hexadecimal."""
+        return self._digest.hexdigest()
+
+    def add(self, name: str, data: bytes) -> tuple[int, int]:
+        """Append one file; return offset and size of its content, in bytes."""
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        span = self.num_bytes + tarfile.BLOCKSIZE, len(data)
+        self._write(info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE))
+        return span
+
+    def finish(self) -> str:
+        """Write the end mark, and return the sha256 of the whole archive, in hexadecimal."""
+        self._write(bytes(2 * tarfile.BLOCKSIZE))
+        return self.sha256
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self.num_bytes += len(data)
 
 
 class PartWriter:
@@ -30,9 +73,9 @@ class PartWriter:
     def __init__(self, folder: str, spool: str, *, shard_samples: int, state: dict[str, Any]) -> None:
         self._folder, self._spool, self._shard_samples = folder, spool, shard_samples
         self.shards: list[dict[str, Any]] = list(state.get("shards", []))
-        self._spans: list[tuple[int, int]] = []
+        self._index = IndexBuilder()
         self._file: BinaryIO | None = None
-        self._writer = TarWriter(io.BytesIO())
+        self._writer: TarWriter
         self._num_finished = sum(int(shard["num_pairs"]) for shard in self.shards)
         unfinished = state.get("unfinished", {"num_pairs": 0, "num_bytes": 0})
         if unfinished["num_pairs"]:
@@ -41,7 +84,7 @@ class PartWriter:
     @property
     def num_pairs(self) -> int:
         """Pairs written so far."""
-        return self._num_finished + len(self._spans)
+        return self._num_finished + len(self._index)
 
     @property
     def num_shards(self) -> int:
@@ -66,12 +109,11 @@ class PartWriter:
                 storage.make_folder(self._spool)
                 self._file = open(self._temporary, "w+b")  # noqa: SIM115  (stays open)
                 self._writer = TarWriter(self._file)
-            start, key = self._writer.num_bytes, f"{self.num_pairs:09d}"
-            self._writer.add(f"{key}.jpg", pair.jpeg)
+            key = f"{self.num_pairs:09d}"
+            image = self._writer.add(f"{key}.jpg", pair.jpeg)
             self._writer.add(f"{key}.txt", pair.captions[0].encode())
-            self._writer.add(f"{key}.json", _metadata(pair))
-            self._spans.append((start, self._writer.num_bytes - start))
-        if len(self._spans) < self._shard_samples:
+            self._index.add(key, image, self._writer.add(f"{key}.json", _metadata(pair)), is_json=True)
+        if len(self._index) < self._shard_samples:
             return False
         self.finish_shard()
         return True
@@ -88,11 +130,22 @@ class PartWriter:
         path = storage.join(self._folder, name)
         storage.move_into_place(self._temporary, path)
         num_bytes = self._writer.num_bytes
-        index = ShardIndex(np.array(self._spans, dtype=np.int64), num_bytes, {})
-        storage.write_whole(index_path(path), encode_index(index))
-        self.shards.append({"name": name, "num_pairs": len(self._spans), "num_bytes": num_bytes, "sha256": sha256})
-        self._num_finished += len(self._spans)
-        self._spans = []
+        write_indexes(index_path(path), [self._index.build(name, num_bytes)])
+        self.shards.append({"name": name, "num_pairs": len(self._index), "num_bytes": num_bytes, "sha256": sha256})
+        self._num_finished += len(self._index)
+        self._index = IndexBuilder()
+
+    def join_indexes(self) -> str:
+        """Write the indexes of all shards into one file, which costs a reader one request; errors as of `add`.
+
+        Returns:
+            Its digest; empty where shards of an interrupted run have indexes of an older version, and there is none.
+        """
+        paths = [index_path(storage.join(self._folder, str(shard["name"]))) for shard in self.shards]
+        try:
+            return write_indexes(storage.join(self._folder, JOINED), _read_all(paths))
+        except (ValueError, FileNotFoundError):
+            return ""
 
     def state(self) -> dict[str, Any]:
         """Flush to disk and return what is needed to go on from here; errors as of `add`."""
@@ -100,7 +153,7 @@ class PartWriter:
         if self._file is not None:
             with storage.disk_errors(self._temporary):
                 self._file.flush()
-            unfinished = {"num_pairs": len(self._spans), "num_bytes": self._writer.num_bytes}
+            unfinished = {"num_pairs": len(self._index), "num_bytes": self._writer.num_bytes}
             unfinished["sha256"] = self._writer.sha256
         return {"shards": self.shards, "unfinished": unfinished}
 
@@ -125,10 +178,10 @@ class PartWriter:
         file.truncate(unfinished["num_bytes"])
         self._file = file
         file.seek(0)
-        groups = read_groups(file, self._temporary, with_contents=False, has_end_mark=False)
-        self._spans = [(group.start, group.end - group.start) for group in groups if not group.problem]
+        self._index = index_groups(file, self._temporary)
+        self._index.skipped.clear()  # that it ends without a mark
         self._writer = TarWriter(file)
-        if len(self._spans) != unfinished["num_pairs"] or self._writer.sha256 != unfinished["sha256"]:
+        if len(self._index) != unfinished["num_pairs"] or self._writer.sha256 != unfinished["sha256"]:
             file.close()
             raise DataError(f"the unfinished shard {self._temporary} is damaged", remedy=remedy)
 
@@ -138,6 +191,13 @@ class PartWriter:
         if not os.path.exists(self._temporary) and storage.is_file(finished):
             storage.make_folder(self._spool)
             storage.write_whole(self._temporary, storage.read_bytes(finished))
+
+
+def _read_all(paths: list[str]) -> Iterator[ShardIndex]:
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for start in range(0, len(paths), 4 * _THREADS):
+            for data in pool.map(storage.read_bytes, paths[start : start + 4 * _THREADS]):
+                yield from parse_indexes(data, check=True)
 
 
 def _metadata(pair: Pair) -> bytes:

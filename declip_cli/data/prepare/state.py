@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from declip_cli import __version__
+from declip_cli.data import storage
 from declip_cli.data.prepare.config import PrepareConfig
-from declip_cli.data.shards import storage
 from declip_cli.data.shards.store import MANIFEST, default_cache_dir
 from declip_cli.errors import DataError
 from declip_cli.files import parse_json
@@ -22,7 +22,9 @@ from declip_cli.files import parse_json
 UNFINISHED = "unfinished.tar.tmp"
 """The shard in the making of each part, in the spool."""
 _PROGRESS, _MEMORY, _LOCK, _DOWNLOAD = "progress.json", "progress.memory", "progress.lock", "download"
-_OURS = re.compile(r"(\d+\.(tar|index)|manifest\.json|progress\.(json|memory)|unfinished\.tar)(\.([0-9a-f]+\.)?tmp)?")
+_OURS = re.compile(
+    r"(\d+\.tar|(\d+|shards)\.index|manifest\.json|progress\.(json|memory)|unfinished\.tar)(\.([0-9a-f]+\.)?tmp)?"
+)
 """What `prepare` writes, also while it writes it."""
 _DIGEST = "sha256"
 _NOT_THE_COMMAND = ("out", "workers", "max_bad", "engine", "force")

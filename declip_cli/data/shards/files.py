@@ -1,19 +1,54 @@
-"""Reading pieces of shards from several threads: local files kept open, remote ones cached piece by piece."""
+"""Bytes of shards, for several threads: from local files kept open, from the cache, or from the store itself."""
 
 import hashlib
 import os
 import threading
-import time
 from collections import OrderedDict
-from contextlib import suppress
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import BinaryIO
 
-from declip_cli.data.samples import UNREAD
-from declip_cli.data.shards import storage
+from declip_cli.data import storage
+from declip_cli.data.dataset import UNREAD
+from declip_cli.data.shards.block_cache import BlockCache
 from declip_cli.errors import DataError
 
 _MAX_OPEN = 256
-_RETRY_AFTER_S = (0.1, 0.5, 2.0)
+_PART_BYTES = 2 * storage.PART_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A tar archive, found but not opened."""
+
+    path: str
+    """Local path or URL."""
+    num_bytes: int
+    stamp: str
+    """Changes when its content does, as far as the store or the manifest says."""
+    sha256: str = ""
+    """By the manifest, if there is one."""
+    has_index: bool = False
+    """An index that is not older stands beside it in the store; on a disk that is looked up when it is needed."""
+
+    @property
+    def is_remote(self) -> bool:
+        """Say whether it has to be fetched."""
+        return storage.is_remote(self.path)
+
+    def block_name(self, start: int, end: int) -> str:
+        """Name a piece of it in the cache."""
+        return f"{hashlib.sha256(f'{self.path} {self.stamp}'.encode()).hexdigest()[:24]}-{start:x}-{end:x}"
+
+
+@contextmanager
+def _shard_errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # it is gone; all else has been tried several times and is a DataError by now
+        remedy = "check the path and the disk"
+        raise DataError(f"cannot read the shard {path}: {error}", remedy=remedy, cause=UNREAD) from error
 
 
 class _Handle:
@@ -28,56 +63,81 @@ class _Handle:
 
 
 class ShardFiles:
-    """Hand out bytes of many shards; thread-safe; keeps at most 256 files open.
+    """Hand out bytes of shards; thread-safe; keeps at most 256 files open.
 
-    A remote shard is never fetched whole: each piece is asked for once and kept in a sparse local file, so an
-    exact shuffle over all shards can start at once and later epochs read from the local disk.
+    Args:
+        cache_dir: local folder for what is fetched.
+        cache_bytes: how much of it may be there at a time.
     """
 
-    def __init__(self, shards: list[str], *, cache_dir: str) -> None:
-        self._shards = shards
-        self._cache_dir = os.path.join(cache_dir, "shards")
+    def __init__(self, cache_dir: str, *, cache_bytes: int) -> None:
+        self._cache = BlockCache(os.path.join(cache_dir, "blocks"), bound_bytes=cache_bytes)
         self._open: OrderedDict[str, _Handle] = OrderedDict()
-        self._remote: dict[int, _CachedShard] = {}
         self._lock = threading.Lock()
 
-    def read(self, shard: int, *, offset: int, num_bytes: int, sample: int) -> bytes:
-        """Read one piece.
+    def read(self, shard: Shard, start: int, end: int, *, block: tuple[int, int]) -> bytes:
+        """Read bytes `start` to `end - 1` of a shard.
 
         Args:
-            shard: position in the list of shards.
-            offset: in bytes.
-            num_bytes: how many.
-            sample: number of the sample within its shard; marks the piece in the cache.
+            shard: which.
+            start: first byte.
+            end: behind the last.
+            block: first byte and byte behind the last of the piece they are in; if that was fetched, nothing is
+                asked of the store.
 
         Returns:
-            The bytes, fewer only if the shard ends early.
+            The bytes.
 
         Raises:
-            DataError: the shard cannot be read, in four attempts over 2.6 seconds.
+            DataError: the shard cannot be read, with the cause `UNREAD`, or is shorter.
         """
-        path = self._shards[shard]
-        for wait_s in (*_RETRY_AFTER_S, None):
-            try:
-                return self._read_once(shard, offset, num_bytes, sample)
-            except DataError:  # a package is missing
-                raise
-            except storage.failures_of(path) as error:
-                if wait_s is None or isinstance(error, FileNotFoundError):
-                    raise DataError(
-                        f"cannot read the shard {path}: {error}", remedy="check the disk or the network", cause=UNREAD
-                    ) from error
-                with self._lock:
-                    self._open.pop(path, None)  # a server of files that comes back knows the old handle no more
-                time.sleep(wait_s)
-        raise AssertionError("the last attempt returns or raises")
+        with _shard_errors(shard.path):
+            if shard.is_remote:
+                data = self._cache.read(shard.block_name(*block), start - block[0], end - start)
+                return data if len(data) == end - start else storage.read_range(shard.path, start, end)
+            data = storage.attempt(shard.path, lambda: self._read_local(shard.path, start, end))
+        if len(data) < end - start:
+            raise DataError(
+                f"the shard {shard.path} ends before byte {end:,}, up to which a sample goes",
+                remedy="copy it again, or prepare the data again",
+                cause="truncated tar",
+            )
+        return data
 
-    def _read_once(self, shard: int, offset: int, num_bytes: int, sample: int) -> bytes:
-        path = self._shards[shard]
-        if storage.is_remote(path):
-            return self._cached(shard).read(offset, num_bytes, sample)
+    def fetch(self, shard: Shard, start: int, end: int) -> None:
+        """Bring a piece of a shard into the cache of this machine, or a local one into the page cache."""
+
+        def download() -> Iterator[bytes]:
+            for at in range(start, end, _PART_BYTES):
+                yield storage.read_range(shard.path, at, min(end, at + _PART_BYTES))
+
+        with _shard_errors(shard.path):
+            if shard.is_remote:
+                self._cache.fetch(shard.block_name(start, end), end - start, download)
+            else:
+                handle = storage.attempt(shard.path, lambda: self._handle(shard.path))
+                os.posix_fadvise(handle.number, start, end - start, os.POSIX_FADV_WILLNEED)
+
+    def release(self, shard: Shard, start: int, end: int) -> None:
+        """Say that a piece is not needed soon."""
+        if shard.is_remote:
+            self._cache.release(shard.block_name(start, end))
+
+    def open(self, shard: Shard) -> BinaryIO:
+        """Open a whole shard, from the cache if it has been fetched as one piece; errors as of `read`."""
+        cached = self._cache.path(shard.block_name(0, shard.num_bytes))
+        is_cached = shard.is_remote and os.path.exists(cached)
+        with _shard_errors(shard.path):
+            return storage.attempt(shard.path, lambda: storage.open_binary(cached if is_cached else shard.path))
+
+    def _read_local(self, path: str, start: int, end: int) -> bytes:
         handle = self._handle(path)  # held while reading: another thread may push it out of the list
-        return os.pread(handle.number, num_bytes, offset)
+        try:
+            return os.pread(handle.number, end - start, start)
+        except OSError:
+            with self._lock:
+                self._open.pop(path, None)  # a server of files that comes back knows the old handle no more
+            raise
 
     def _handle(self, path: str) -> _Handle:
         with self._lock:
@@ -89,57 +149,3 @@ class ShardFiles:
             else:
                 self._open.move_to_end(path)
             return handle
-
-    def _cached(self, shard: int) -> "_CachedShard":
-        with self._lock:
-            if shard not in self._remote:
-                self._remote[shard] = _CachedShard(self._shards[shard], self._cache_dir)
-            return self._remote[shard]
-
-
-class _CachedShard:
-    """A sparse local copy of a remote shard, with a byte per sample that says whether it is there.
-
-    Where the disk has no room for it, pieces are fetched every time.
-    """
-
-    def __init__(self, url: str, cache_dir: str) -> None:
-        self._system, self._path = storage.remote_system(url)
-        stamp = f"{url}\0{self._stamp()}"
-        name = hashlib.sha256(stamp.encode()).hexdigest()[:24]
-        with suppress(DataError):
-            storage.make_folder(cache_dir)
-        self._data = os.path.join(cache_dir, f"{name}.tar")
-        self._marks_path = os.path.join(cache_dir, f"{name}.marks")
-        self._handle: _Handle | None = None
-        self._marks = bytearray()
-        if os.path.exists(self._data) and os.path.exists(self._marks_path):
-            with open(self._marks_path, "rb") as file:
-                self._marks = bytearray(file.read())
-
-    def _stamp(self) -> str:
-        facts: dict[str, Any] = self._system.info(self._path)
-        return "\0".join(str(facts.get(name)) for name in ("size", "ETag", "etag", "mtime", "created"))
-
-    def read(self, offset: int, num_bytes: int, sample: int) -> bytes:
-        if sample < len(self._marks) and self._marks[sample]:
-            if self._handle is None:
-                self._handle = _Handle(self._data)
-            return os.pread(self._handle.number, num_bytes, offset)
-        data: bytes = self._system.cat_file(self._path, start=offset, end=offset + num_bytes)
-        if len(data) < num_bytes:
-            raise OSError(f"{len(data):,} bytes came instead of {num_bytes:,}")
-        with suppress(OSError):
-            self._keep(data, offset, sample)
-        return data
-
-    def _keep(self, data: bytes, offset: int, sample: int) -> None:
-        for path, piece, position in ((self._data, data, offset), (self._marks_path, b"\1", sample)):
-            number = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
-            try:
-                if os.pwrite(number, piece, position) < len(piece):
-                    return  # the disk is full
-            finally:
-                os.close(number)
-        self._marks.extend(bytes(max(0, sample + 1 - len(self._marks))))
-        self._marks[sample] = 1

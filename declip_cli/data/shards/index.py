@@ -1,172 +1,244 @@
-"""Where each sample stands in a tar shard: a small file beside it, or in the cache if need be."""
+"""Where images and captions lie in tar shards: one file of rows for any number of shards, mapped, never read whole."""
 
 import hashlib
 import json
+import mmap
 import os
-from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass
+import secrets
+import tempfile
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from declip_cli.data.shards import storage
-from declip_cli.data.shards.tar_samples import read_groups
-from declip_cli.errors import DataError
+from declip_cli.data import storage
+from declip_cli.data.dataset import Skips
+from declip_cli.data.shards.tar_samples import caption_member, read_groups
 from declip_cli.files import parse_json
 
-_FORMAT = b"declip-index 2 "
+_MAGIC = b"declipI3"
+_TAIL_BYTES = 64 + 16  # sha256 of the table, its length, both in hexadecimal
+_BLOCK = 512
+_JSON_BIT = 1 << 31
+_ROW_BYTES = 20
 
 
-@dataclass(frozen=True, slots=True)
 class ShardIndex:
-    """The samples of one shard."""
+    """The N samples of one shard.
 
-    spans: NDArray[np.int64]
-    """Byte offset and number of bytes of each sample, headers included, (N, 2)."""
-    tar_bytes: int
-    skipped: Mapping[str, tuple[int, str]]
-    """What is in the shard but in no sample: cause → (count, first key)."""
+    Args:
+        facts: what the table of a file says about the shard.
+        body: rows as they stand in a file: images, captions, ends of keys, keys.
+    """
+
+    __slots__ = ("body", "captions", "digest", "images", "key_ends", "keys", "name", "num", "skipped", "tar_bytes")
+
+    def __init__(self, facts: Mapping[str, Any], body: NDArray[np.uint8]) -> None:
+        self.name, self.digest = str(facts["name"]), str(facts["sha256"])
+        self.num, self.tar_bytes = int(facts["num"]), int(facts["tar_bytes"])
+        self.skipped = {cause: (int(count), str(first)) for cause, (count, first) in facts["skipped"].items()}
+        rows = body[: self.num * _ROW_BYTES].view("<u4")
+        self.body, self.keys, self.key_ends = body, body[self.num * _ROW_BYTES :], rows[4 * self.num :]
+        self.images = rows[: 2 * self.num].reshape(self.num, 2)
+        """Offset in units of 512 bytes and size in bytes of each image, (N, 2)."""
+        self.captions = rows[2 * self.num : 4 * self.num].reshape(self.num, 2)
+        """The same of the member with the captions, (N, 2); the top bit of the size says that it is JSON."""
+
+    def __len__(self) -> int:
+        return self.num
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the table of a file says about the shard."""
+        names = ("name", "num", "tar_bytes", "skipped")
+        return {name: getattr(self, name) for name in names} | {"num_bytes": len(self.body), "sha256": self.digest}
+
+    def check(self) -> None:
+        """Compare the rows with their digest.
+
+        Raises:
+            ValueError: they have changed, or an image or a caption lies behind the end of its tar.
+        """
+        if hashlib.sha256(self.body.data).hexdigest() != self.digest:
+            raise ValueError("damaged: rows have changed")
+        for spans in (self.images, self.captions):
+            ends = spans[:, 0].astype(np.int64) * _BLOCK + (spans[:, 1] & np.uint32(_JSON_BIT - 1))
+            if (ends > self.tar_bytes).any():
+                raise ValueError("damaged: a sample behind the end of its tar")
+
+    def image_span(self, row: int) -> tuple[int, int]:
+        """Return first byte and byte behind the last of a sample's image."""
+        start, size = self.images[row].tolist()
+        return start * _BLOCK, start * _BLOCK + size
+
+    def caption_span(self, row: int) -> tuple[int, int, bool]:
+        """Return first byte and byte behind the last of a sample's captions, and whether they are in JSON."""
+        start, size = self.captions[row].tolist()
+        return start * _BLOCK, start * _BLOCK + (size & ~_JSON_BIT), bool(size & _JSON_BIT)
+
+    def span(self, first: int, last: int) -> tuple[int, int]:
+        """Return first byte and byte behind the last of consecutive samples, both ends included."""
+        start = min(self.image_span(first)[0], self.caption_span(first)[0])
+        return start, max(self.image_span(last)[1], self.caption_span(last)[1])
+
+    def key(self, row: int) -> str:
+        """Return the key of a sample."""
+        start = int(self.key_ends[row - 1]) if row else 0
+        return self.keys[start : int(self.key_ends[row])].tobytes().decode("utf-8", "replace")
 
 
-def index_path(shard: str) -> str:
-    """Name the index file of a shard: `00000.index` beside `00000.tar`."""
-    return shard.removesuffix(".tar") + ".index"
+class IndexBuilder:
+    """Collect the rows of a shard that is written or gone through."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[int, int, int, int]] = []
+        self._keys: list[bytes] = []
+        self.skipped = Skips()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, key: str, image: tuple[int, int], caption: tuple[int, int], *, is_json: bool) -> None:
+        """Add a sample by its key and the offset and size, in bytes, of its image and of its captions."""
+        rest = (caption[0] // _BLOCK, caption[1] | (_JSON_BIT if is_json else 0))
+        self._rows.append((image[0] // _BLOCK, image[1], *rest))
+        self._keys.append(key.encode("utf-8", "replace"))
+
+    def build(self, name: str, tar_bytes: int) -> ShardIndex:
+        """Make the index of the shard, of which the size is known now."""
+        rows = np.array(self._rows, dtype="<u4").reshape(-1, 4)
+        ends = np.cumsum([len(key) for key in self._keys], dtype="<u4")
+        body = rows[:, :2].tobytes() + rows[:, 2:].tobytes() + ends.tobytes() + b"".join(self._keys)
+        body += bytes(-len(body) % 8)
+        facts = {"name": name, "num": len(self), "tar_bytes": tar_bytes, "skipped": dict(self.skipped)}
+        facts["sha256"] = hashlib.sha256(body).hexdigest()
+        return ShardIndex(facts, np.frombuffer(body, np.uint8))
 
 
-def build_index(shard: str) -> ShardIndex:
+def index_groups(file: BinaryIO, shard: str) -> IndexBuilder:
     """Find the samples of a shard by going through its headers.
 
     Args:
-        shard: local path or URL of a tar archive.
+        file: the shard, open at its start.
+        shard: its name, for what is skipped.
 
     Returns:
-        Its index; damage is in `skipped`.
+        Its rows; damage is in `skipped`.
 
     Raises:
         OSError: the shard cannot be read.
     """
-    spans: list[tuple[int, int]] = []
-    skipped: OrderedDict[str, tuple[int, str]] = OrderedDict()
-    with storage.open_binary(shard) as file:
-        for group in read_groups(file, shard, with_contents=False):
-            if group.problem:
-                count, first = skipped.get(group.problem, (0, group.key))
-                skipped[group.problem] = (count + 1, first)
-            else:
-                spans.append((group.start, group.end - group.start))
-    array = np.array(spans, dtype=np.int64).reshape(-1, 2)
-    return ShardIndex(array, storage.num_bytes(shard), dict(skipped))
+    builder = IndexBuilder()
+    for group in read_groups(file, shard, with_images=False):
+        if group.problem:
+            builder.skipped.add(group.problem, group.key)
+        else:
+            member = caption_member(group)
+            spans = group.spans[group.picture_extension], group.spans[member]
+            builder.add(group.key, *spans, is_json=member == "json")
+    return builder
 
 
-def encode_index(index: ShardIndex) -> bytes:
-    """Write an index as bytes: format and sha256 of the rest, a line of JSON, the spans as little-endian int64."""
-    head = {"tar_bytes": index.tar_bytes, "skipped": index.skipped}
-    content = json.dumps(head).encode() + b"\n" + index.spans.astype("<i8").tobytes()
-    return _FORMAT + hashlib.sha256(content).hexdigest().encode() + b"\n" + content
-
-
-def decode_index(data: bytes) -> ShardIndex:
-    """Read what `encode_index` wrote.
+def write_indexes(path: str, indexes: Iterable[ShardIndex]) -> str:
+    """Write the indexes of shards, one behind the other, so that the file appears whole or not at all.
 
     Args:
-        data: the bytes.
+        path: local path or URL; its folder exists.
+        indexes: of the shards, in their order.
 
     Returns:
-        The index; every span lies within the tar.
+        Sha256 of what is in it.
 
     Raises:
-        ValueError: the bytes are not as they were written, or of another version.
+        DataError: it cannot be written.
     """
-    line, _, content = data.partition(b"\n")
-    if line != _FORMAT + hashlib.sha256(content).hexdigest().encode():
-        raise ValueError("damaged" if line.startswith(_FORMAT) else "of another version")
+    local = os.path.join(tempfile.gettempdir(), os.path.basename(path)) if storage.is_remote(path) else path
+    temporary = f"{local}.{secrets.token_hex(6)}.tmp"
     try:
-        head_line, _, body = content.partition(b"\n")
-        head = parse_json(head_line)
-        spans = np.frombuffer(body, dtype="<i8").reshape(-1, 2).astype(np.int64)
-        skipped = {cause: (int(count), str(first)) for cause, (count, first) in head["skipped"].items()}
-        index = ShardIndex(spans, int(head["tar_bytes"]), skipped)
-        is_within = not len(spans) or (spans.min() >= 0 and (spans[:, 0] <= index.tar_bytes - spans[:, 1]).all())
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
+        with storage.disk_errors(path), open(temporary, "wb") as file:
+            digest = _write(file, indexes)
+            file.flush()
+            os.fsync(file.fileno())
+        storage.move_into_place(temporary, path)
+    finally:
+        with suppress(OSError):
+            os.remove(temporary)
+    return digest
+
+
+def _write(file: BinaryIO, indexes: Iterable[ShardIndex]) -> str:
+    table = []
+    file.write(_MAGIC)
+    for index in indexes:
+        file.write(index.body.data)
+        table.append(index.facts)
+    text = json.dumps(table).encode()
+    digest = hashlib.sha256(text).hexdigest()
+    file.write(text + digest.encode() + b"%016x" % len(text))
+    return digest
+
+
+def read_indexes(path: str, *, check: bool) -> list[ShardIndex]:
+    """Map a file of indexes.
+
+    Args:
+        path: local path.
+        check: as of `parse_indexes`.
+
+    Returns:
+        One index per shard, with rows that stay on the disk until they are looked at.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is not as it was written, or of another version.
+    """
+    with open(path, "rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            raise ValueError("damaged: empty")
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    try:
+        return parse_indexes(mapped, check=check)
+    finally:
+        mapped.madvise(mmap.MADV_DONTNEED)  # what was checked need not stay in memory
+
+
+def parse_indexes(data: bytes | mmap.mmap, *, check: bool) -> list[ShardIndex]:
+    """Read what `write_indexes` wrote.
+
+    Args:
+        data: the content of a file.
+        check: compare all rows with their digest, too; else only the table of the shards.
+
+    Returns:
+        One index per shard; every image and caption lies within its tar.
+
+    Raises:
+        ValueError: it is not as it was written, or of another version.
+    """
+    if data[: len(_MAGIC)] != _MAGIC:
+        raise ValueError("of another version" if data[:6] == _MAGIC[:6] else "damaged")
+    try:
+        found, at, rows = [], len(_MAGIC), np.frombuffer(data, np.uint8)
+        for facts in _read_table(data):
+            found.append(ShardIndex(facts, rows[at : (at := at + facts["num_bytes"])]))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, RecursionError) as error:
         raise ValueError(f"damaged: {error}") from error
-    if not is_within:
-        raise ValueError("damaged: a sample behind the end of its tar")
-    return index
+    if check:
+        for index in found:
+            index.check()
+    return found
 
 
-def find_index(shard: str, *, cache_dir: str) -> tuple[ShardIndex | None, str]:
-    """Read the index of a shard, if there is one for the shard as it is now.
-
-    Args:
-        shard: local path or URL of a tar archive.
-        cache_dir: where the index may lie if not beside the shard.
-
-    Returns:
-        The index, None where it has to be made; and what is wrong with the file there is, empty if nothing.
-
-    Raises:
-        DataError: the shard is missing or cannot be read.
-    """
-    damage = ""
-    try:
-        tar_bytes = storage.num_bytes(shard)
-        for path in _places(shard, cache_dir):
-            if storage.is_file(path) and not _is_older(path, shard):
-                try:
-                    index = decode_index(storage.read_bytes(path))
-                except ValueError as error:
-                    damage = damage or f"{path} is {error}"
-                else:
-                    if index.tar_bytes == tar_bytes:
-                        return index, ""
-    except DataError:
-        raise
-    except storage.failures_of(shard) as error:
-        raise DataError(f"cannot read the shard {shard}: {error}", remedy="check --data") from error
-    return None, damage
-
-
-def make_index(shard: str, *, cache_dir: str) -> ShardIndex:
-    """Build the index of a shard and save it beside the shard, or in the cache where that cannot be.
-
-    Args:
-        shard: local path or URL of a tar archive.
-        cache_dir: where the index goes if it cannot stand beside the shard.
-
-    Returns:
-        The index.
-
-    Raises:
-        DataError: the shard cannot be read, or the index can be written nowhere.
-    """
-    try:
-        index = build_index(shard)
-    except DataError:
-        raise
-    except storage.failures_of(shard) as error:
-        raise DataError(f"cannot read the shard {shard}: {error}", remedy="check --data") from error
-    beside, cached = _places(shard, cache_dir)
-    data = encode_index(index)
-    if not storage.is_remote(beside) and os.access(os.path.dirname(beside) or ".", os.W_OK):
-        try:
-            storage.write_whole(beside, data)
-            return index
-        except DataError:  # a full disk, or one mounted for reading only
-            pass
-    storage.make_folder(os.path.dirname(cached))
-    storage.write_whole(cached, data)
-    return index
-
-
-def _places(shard: str, cache_dir: str) -> tuple[str, str]:
-    """Name the index beside a shard, and in the cache."""
-    address = shard if storage.is_remote(shard) else os.path.abspath(shard)
-    name = hashlib.sha256(address.encode("utf-8", "surrogateescape")).hexdigest()
-    return index_path(shard), os.path.join(cache_dir, "indexes", f"{name[:24]}.index")
-
-
-def _is_older(path: str, shard: str) -> bool:
-    if storage.is_remote(shard):
-        return False
-    return os.path.getmtime(path) < os.path.getmtime(shard)
+def _read_table(data: bytes | mmap.mmap) -> list[dict[str, Any]]:
+    length = int(data[-16:], 16)
+    if not 0 <= length <= len(data) - _TAIL_BYTES - len(_MAGIC):
+        raise ValueError("cut off")
+    text = data[-_TAIL_BYTES - length : -_TAIL_BYTES]
+    if hashlib.sha256(text).hexdigest().encode() != data[-_TAIL_BYTES:-16]:
+        raise ValueError("the table of the shards has changed")
+    table: list[dict[str, Any]] = parse_json(text)
+    if sum(facts["num_bytes"] for facts in table) + length + _TAIL_BYTES + len(_MAGIC) != len(data):
+        raise ValueError("something was added or is missing")
+    return table

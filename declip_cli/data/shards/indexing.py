@@ -1,11 +1,16 @@
 """The indexes of many shards: each is made once, by one of the processes that train together."""
 
+import hashlib
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import Any, TypeAlias, TypeVar
 
-from declip_cli.data.shards.index import ShardIndex, find_index, make_index
+from declip_cli.data import storage
+from declip_cli.data.shards.block_cache import locked
+from declip_cli.data.shards.files import Shard, ShardFiles
+from declip_cli.data.shards.index import index_groups, read_indexes, write_indexes
 from declip_cli.errors import DataError
 
 T = TypeVar("T")
@@ -15,46 +20,150 @@ _THREADS = 8
 _MEET_EVERY_S = 1.0
 _SILENT_S = 3.0
 _SAY_EVERY_S = 10.0
+_MAX_MAPPED = 64
 
 
-def load_indexes(shards: Sequence[str], *, cache_dir: str, say: Say | None, together: bool) -> list[ShardIndex]:
-    """Read the indexes of shards; those that are missing, damaged or out of date are made first.
+def index_path(shard: str) -> str:
+    """Name the index file of a shard: `00000.index` beside `00000.tar`."""
+    return shard.removesuffix(".tar") + ".index"
+
+
+def cached_index(facts: str, cache_dir: str) -> str:
+    """Name the file in the cache for indexes of something that these facts identify."""
+    name = hashlib.sha256(facts.encode("utf-8", "surrogateescape")).hexdigest()
+    return os.path.join(cache_dir, "indexes", f"{name[:24]}.index")
+
+
+def find_index(shard: Shard, *, cache_dir: str) -> tuple[str, str]:
+    """Look for the index of a shard as it is now, beside it or in the cache.
+
+    Args:
+        shard: which.
+        cache_dir: where the index may lie if not beside the shard; one from a store is copied there.
+
+    Returns:
+        The local path of the index, empty where it has to be made; and what is wrong with the file there is, empty if
+        nothing.
+
+    Raises:
+        DataError: the store cannot be reached.
+    """
+    damage = ""
+    beside, cached = index_path(shard.path), _place_in_cache(shard, cache_dir)
+    if shard.has_index and not os.path.exists(cached):
+        storage.make_folder(os.path.dirname(cached))
+        storage.write_whole(cached, storage.read_bytes(beside))
+    for path in (cached,) if shard.is_remote else (beside, cached):
+        try:
+            if path == beside and os.path.getmtime(beside) < os.path.getmtime(shard.path):
+                continue
+            if [index.tar_bytes for index in read_indexes(path, check=True)] == [shard.num_bytes]:
+                return path, ""
+        except FileNotFoundError:
+            continue
+        except (ValueError, OSError) as error:
+            damage = damage or f"{path} is {error}"
+    return "", damage
+
+
+def make_index(shard: Shard, files: ShardFiles, *, cache_dir: str) -> str:
+    """Build the index of a shard and save it beside the shard, or in the cache where that cannot be.
+
+    Args:
+        shard: which.
+        files: reads it.
+        cache_dir: where the index goes if it cannot stand beside the shard.
+
+    Returns:
+        The local path of the index.
+
+    Raises:
+        DataError: the shard cannot be read, or the index can be written nowhere.
+    """
+    with files.open(shard) as file:
+        try:
+            index = index_groups(file, shard.path).build(os.path.basename(shard.path), shard.num_bytes)
+        except OSError as error:
+            raise DataError(f"cannot read the shard {shard.path}: {error}", remedy="check the disk") from error
+    beside, cached = index_path(shard.path), _place_in_cache(shard, cache_dir)
+    if not shard.is_remote and os.access(os.path.dirname(beside) or ".", os.W_OK):
+        try:
+            write_indexes(beside, [index])
+            return beside
+        except DataError:  # a full disk, or one mounted for reading only
+            pass
+    storage.make_folder(os.path.dirname(cached))
+    write_indexes(cached, [index])
+    return cached
+
+
+def _place_in_cache(shard: Shard, cache_dir: str) -> str:
+    address = shard.path if shard.is_remote else os.path.abspath(shard.path)
+    return cached_index(f"{address} {shard.stamp}", cache_dir)
+
+
+def load_indexes(
+    shards: Sequence[Shard], files: ShardFiles, *, cache_dir: str, say: Say | None, together: bool
+) -> list[str]:
+    """Find the indexes of shards; those that are missing, damaged or out of date are made first.
 
     Where several processes train together they share the work. They meet once a second meanwhile, so that no
     collective runs into its time limit, and an error of one is raised by all.
 
     Args:
-        shards: local paths or URLs of tar archives.
+        shards: in order.
+        files: reads them.
         cache_dir: where an index goes that cannot stand beside its shard; need not be shared by the machines.
         say: told, on rank 0, of damaged indexes, and of how far it is if that takes more than a few seconds.
         together: every rank of the process group calls this at the same time, with the same shards.
 
     Returns:
-        One index per shard, in their order.
+        Local files with one index per shard, in their order: one file each, or, where they are many, one for all.
 
     Raises:
         DataError: a shard cannot be read, or an index can be written nowhere.
     """
+    joined = cached_index("\n".join(f"{shard.path} {shard.stamp}" for shard in shards), cache_dir)
     with ThreadPoolExecutor(_THREADS, "declip-index") as pool:
         crew = _Crew(pool, say, together)
-        found: list[ShardIndex | None] = [None] * len(shards)
+        if all(crew.gather(_is_whole(joined, len(shards)))):
+            return [joined]
+        found = [""] * len(shards)
         damages: list[str] = []
         while True:
-            missing = [number for number, index in enumerate(found) if index is None]
+            missing = [number for number, path in enumerate(found) if not path]
             looked_up = crew.run(lambda n: find_index(shards[n], cache_dir=cache_dir), missing, "indexes read")
-            for number, (index, damage) in zip(missing, looked_up, strict=True):
-                found[number] = index
+            for number, (path, damage) in zip(missing, looked_up, strict=True):
+                found[number] = path
                 damages += [damage] if damage else []
-            missing_of_rank = crew.gather([number for number, index in enumerate(found) if index is None])
+            missing_of_rank = crew.gather([number for number, path in enumerate(found) if not path])
             if not any(missing_of_rank):
-                return [index for index in found if index is not None]
+                return found if len(found) <= _MAX_MAPPED else _join(found, joined)
             if damages:
                 crew.say(f"the index of {len(damages)} shards is made again ({damages[0]})")
                 damages = []
             mine = _share(missing_of_rank)[crew.rank]
-            made = crew.run(lambda n: make_index(shards[n], cache_dir=cache_dir), mine, "shards indexed, once for all")
-            for number, new in zip(mine, made, strict=True):
-                found[number] = new
+            made = crew.run(
+                lambda n: make_index(shards[n], files, cache_dir=cache_dir), mine, "shards indexed, once for all"
+            )
+            for number, path in zip(mine, made, strict=True):
+                found[number] = path
+
+
+def _is_whole(path: str, num_shards: int) -> bool:
+    try:
+        return len(read_indexes(path, check=True)) == num_shards
+    except (OSError, ValueError):
+        return False
+
+
+def _join(paths: Sequence[str], joined: str) -> list[str]:
+    """Write one file for many, which all processes of the machine map."""
+    with locked(f"{joined}.lock"):
+        if not _is_whole(joined, len(paths)):
+            storage.make_folder(os.path.dirname(joined))
+            write_indexes(joined, (index for path in paths for index in read_indexes(path, check=False)))
+    return [joined]
 
 
 def _share(missing_of_rank: Sequence[Sequence[int]]) -> list[list[int]]:

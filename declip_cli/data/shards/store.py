@@ -1,107 +1,71 @@
-"""Image-text pairs in tar shards, read by number."""
+"""Open tar shards that the user names: folders made by `declip prepare`, or anybody's archives."""
 
-import hashlib
 import os
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from declip_cli.data.samples import RawSample
-from declip_cli.data.shards import storage
-from declip_cli.data.shards.files import ShardFiles
-from declip_cli.data.shards.index import ShardIndex
-from declip_cli.data.shards.indexing import Say, load_indexes
-from declip_cli.data.shards.tar_samples import captions_of, group_of
+from declip_cli.data import storage
+from declip_cli.data.shards.block_cache import locked
+from declip_cli.data.shards.dataset import ShardDataset
+from declip_cli.data.shards.files import Shard, ShardFiles
+from declip_cli.data.shards.index import read_indexes
+from declip_cli.data.shards.indexing import Say, cached_index, index_path, load_indexes
 from declip_cli.errors import DataError
 from declip_cli.files import parse_json
 
 MANIFEST = "manifest.json"
-_SHARD_FACTS = {"name": str, "num_bytes": int, "sha256": str}
+JOINED = "shards.index"
+"""The indexes of all shards of a folder made by `declip prepare`, in one file."""
+CACHE_GB = 100.0
 PREPARE = "declip prepare SOURCE --out SHARDS, then --data SHARDS"
-
-
-class ShardStore:
-    """The pairs of many shards as one sequence; thread-safe; 16 bytes of memory a pair."""
-
-    def __init__(
-        self,
-        shards: Sequence[str],
-        indexes: Sequence[ShardIndex],
-        *,
-        fingerprint: str,
-        cache_dir: str,
-    ) -> None:
-        self.fingerprint = fingerprint
-        self.skipped: dict[str, tuple[int, str]] = {}
-        for index in indexes:
-            merge_skipped(self.skipped, index.skipped)
-        self._shards = list(shards)
-        self._files = ShardFiles(self._shards, cache_dir=cache_dir)
-        self._firsts = [0, *accumulate(len(index.spans) for index in indexes)]
-        self._spans = np.concatenate([index.spans for index in indexes])  # (N, 2)
-
-    def __len__(self) -> int:
-        return self._firsts[-1]
-
-    def read(self, number: int) -> RawSample:
-        """Read one pair; see `SampleStore.read`."""
-        if not 0 <= number < len(self):
-            raise IndexError(number)
-        shard = bisect_right(self._firsts, number) - 1
-        offset, num_bytes = self._spans[number].tolist()
-        sample = number - self._firsts[shard]
-        piece = self._files.read(shard, offset=offset, num_bytes=num_bytes, sample=sample)
-        name = f"{self._shards[shard]} (sample {sample})"
-        group = group_of(piece, name)
-        if group.problem:
-            raise DataError(
-                f"the shard has changed or is damaged at {name}",
-                remedy="delete its .index file, or prepare the data again",
-                cause=group.problem,
-            )
-        return RawSample(group.key, group.parts[group.picture_extension], captions_of(group))
-
-
-def merge_skipped(total: dict[str, tuple[int, str]], more: Mapping[str, tuple[int, str]]) -> None:
-    """Add counts of skipped samples by cause, keeping the first key of each cause.
-
-    Args:
-        total: cause → (count, first key); changed in place.
-        more: what to add.
-    """
-    for cause, (count, first) in more.items():
-        before, earliest = total.get(cause, (0, first))
-        total[cause] = (before + count, earliest)
+_SHARD_FACTS = {"name": str, "num_bytes": int, "sha256": str}
+_THREADS = 16
 
 
 def open_shards(
     paths: Sequence[str],
     *,
-    part: str | None = None,
+    split: str | None = None,
     cache_dir: str | None = None,
     say: Say | None = None,
     together: bool = False,
-) -> ShardStore:
-    """Open shards by folder, file or pattern; see `stores.open_samples`."""
-    cache_dir = cache_dir or default_cache_dir()
-    shards: list[str] = []
-    digest = hashlib.sha256()
+    cache_gb: float = CACHE_GB,
+) -> ShardDataset:
+    """Open shards by folder, file or pattern.
+
+    Args:
+        paths: folders made by `declip prepare`, tar files, patterns such as `cc3m/{00000..00331}.tar`, or URLs of
+            these.
+        split: named split of the data; None or `train` is what lies in the folder itself.
+        cache_dir: local folder for indexes and for what is fetched; None uses `$DECLIP_CACHE`, else `~/.cache/declip`.
+        say: told of damaged indexes, and of the progress where shards of others are indexed for the first time.
+        together: every rank of the process group opens the same shards now, and they share that work.
+        cache_gb: how many gigabytes of remote shards may be in the cache.
+
+    Returns:
+        All pairs of all paths, in the order given.
+
+    Raises:
+        DataError: a path is missing, is not readable as shards, or holds no pair.
+    """
+    cache_dir, cache_bytes = cache_dir or default_cache_dir(), int(cache_gb * 1e9)
+    files = ShardFiles(cache_dir, cache_bytes=cache_bytes)
+    shards: list[Shard] = []
+    index_files: list[str] = []
     for path in paths:
-        for found, identity in _find(path, part or ""):
-            shards.append(found)
-            digest.update(identity.encode() + b"\0")
-    indexes = load_indexes(shards, cache_dir=cache_dir, say=say, together=together)
-    for shard, index in zip(shards, indexes, strict=True):
-        digest.update(f"{os.path.basename(shard)}\0{index.tar_bytes}\0".encode())
-        digest.update(index.spans.tobytes())
-    store = ShardStore(shards, indexes, fingerprint=digest.hexdigest(), cache_dir=cache_dir)
-    if not len(store):
-        causes = "; ".join(f"{cause}: {n}, first {key}" for cause, (n, key) in store.skipped.items())
-        raise DataError(f"no image-text pair in {', '.join(paths)} ({causes or 'empty'})", remedy=PREPARE)
-    return store
+        found, joined = _find(path, split or "", cache_dir, say)
+        shards += found
+        index_files += (
+            [joined] if joined else load_indexes(found, files, cache_dir=cache_dir, say=say, together=together)
+        )
+    name = " ".join(paths)
+    data = ShardDataset(shards, index_files, cache_dir=cache_dir, cache_bytes=cache_bytes, name=name, split=split or "")
+    if not len(data):
+        raise DataError(f"no image-text pair in {', '.join(paths)} ({data.skipped or 'empty'})", remedy=PREPARE)
+    return data
 
 
 def default_cache_dir() -> str:
@@ -109,30 +73,73 @@ def default_cache_dir() -> str:
     return os.environ.get("DECLIP_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "declip")
 
 
-def find_shards(path: str, *, part: str | None = None) -> list[str]:
-    """List the shards that a folder, a file or a pattern means, in order.
+def find_shards(path: str, *, split: str | None = None) -> list[Shard]:
+    """List the shards that a folder, a file or a pattern means, in order; arguments and errors as of `open_shards`."""
+    return _find(path, split or "", default_cache_dir(), None)[0]
 
-    Args:
-        path: local path or URL.
-        part: as of `stores.open_samples`.
 
-    Returns:
-        Paths or URLs of tar archives; they exist.
+def _find(path: str, split: str, cache_dir: str, say: Say | None) -> tuple[list[Shard], str]:
+    """Return the shards, and the local path of their joined index, empty if they have none."""
+    folder = path if split in ("", "train") else storage.join(path, split)
+    is_archive = path.endswith(".tar") and folder == path
+    if not is_archive and (manifest := read_manifest(folder)):
+        return _prepared(folder, manifest, cache_dir, say)
+    if not is_archive and storage.is_folder(folder):
+        found = _describe([storage.join(folder, name) for name in storage.names_in(folder) if name.endswith(".tar")])
+        if not found:
+            raise DataError(f"no .tar shards in the folder {folder}", remedy=PREPARE.replace("SOURCE", folder))
+        return found, ""
+    if folder != path:
+        remedy = f"declip prepare SOURCE --out {path} --split {split}=0.01"
+        raise DataError(f"{path} has no split {split!r}", remedy=remedy)
+    expanded = storage.expand(path)
+    if wrong := next((name for name in expanded if not name.endswith(".tar")), ""):
+        raise DataError(f"{wrong} is not a .tar shard", remedy=PREPARE)
+    found = _describe(expanded)
+    missing = [name for name in expanded if name not in {shard.path for shard in found}]
+    if missing or not expanded:
+        raise DataError(
+            f"no such shard: {(missing or [path])[0]} ({len(missing)} of {len(expanded)} are missing)",
+            remedy="check the path; a folder, a .tar file or a pattern such as shards/{00000..00127}.tar",
+        )
+    return found, ""
 
-    Raises:
-        DataError: there are none.
-    """
-    return [shard for shard, _ in _find(path, part or "")]
+
+def _describe(paths: Sequence[str]) -> list[Shard]:
+    """Look up shards, one request for each folder they lie in; those that are not there are omitted."""
+    folders = {storage.parent(path) for path in paths if not path.startswith("http")}  # which cannot be listed
+    listed = {
+        storage.join(folder, name): facts for folder in folders for name, facts in storage.list_files(folder).items()
+    }
+
+    def describe(path: str) -> Shard | None:
+        key = storage.join(storage.parent(path), os.path.basename(path))
+        with suppress(OSError):
+            facts = listed.get(key) or storage.facts(path)
+            index = listed.get(index_path(key))
+            has_index = storage.is_remote(path) and index is not None and index.changed >= facts.changed
+            return Shard(path, facts.num_bytes, facts.stamp, has_index=has_index)
+        return None
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return [shard for shard in pool.map(describe, paths) if shard is not None]
+
+
+def merge_skipped(total: dict[str, tuple[int, str]], more: Mapping[str, tuple[int, str]]) -> None:
+    """Add counts of skipped samples by cause, keeping the first key of each cause."""
+    for cause, (count, first) in more.items():
+        before, earliest = total.get(cause, (0, first))
+        total[cause] = (before + count, earliest)
 
 
 def read_manifest(folder: str) -> dict[str, Any]:
     """Read the manifest of a folder made by `declip prepare`.
 
     Args:
-        folder: local path or URL; it has a manifest.
+        folder: local path or URL.
 
     Returns:
-        What stands in it.
+        What stands in it; empty if there is none.
 
     Raises:
         DataError: it is damaged.
@@ -144,49 +151,54 @@ def read_manifest(folder: str) -> dict[str, Any]:
             if not all(isinstance(shard[fact], kind) for fact, kind in _SHARD_FACTS.items()):
                 raise TypeError("a shard without name, size or sha256")
         return manifest
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged: {error}", remedy="run the same declip prepare with --force") from error
 
 
-def _find(path: str, part: str) -> list[tuple[str, str]]:
-    """Return (shard, what identifies its content) pairs."""
-    folder = path if part in ("", "train") else storage.join(path, part)
-    if storage.is_folder(folder):
-        return _find_in_folder(folder)
-    if folder != path:
-        raise DataError(
-            f"{path} has no part {part!r}", remedy=f"declip prepare SOURCE --out {path} --split {part}=0.01"
-        )
-    expanded = storage.expand(path)
-    missing = [shard for shard in expanded if not storage.is_file(shard)]
-    if missing or not expanded:
-        raise DataError(
-            f"no such shard: {(missing or [path])[0]} ({len(missing)} of {len(expanded)} are missing)",
-            remedy="check the path; a folder, a .tar file or a pattern such as shards/{00000..00127}.tar",
-        )
-    wrong = next((shard for shard in expanded if not shard.endswith(".tar")), "")
-    if wrong:
-        raise DataError(f"{wrong} is not a .tar shard", remedy=PREPARE)
-    return [(shard, "") for shard in expanded]
-
-
-def _find_in_folder(folder: str) -> list[tuple[str, str]]:
-    if storage.is_file(storage.join(folder, MANIFEST)):
-        return _find_prepared(folder)
-    names = [name for name in storage.names_in(folder) if name.endswith(".tar")]
-    if not names:
-        raise DataError(f"no .tar shards in the folder {folder}", remedy=PREPARE.replace("SOURCE", folder))
-    return [(storage.join(folder, name), "") for name in names]
-
-
-def _find_prepared(folder: str) -> list[tuple[str, str]]:
+def _prepared(folder: str, manifest: Mapping[str, Any], cache_dir: str, say: Say | None) -> tuple[list[Shard], str]:
+    """Take the word of the manifest for shards far away, so that opening costs one request, and one for the index."""
+    named = [(storage.join(folder, shard["name"]), shard) for shard in manifest["shards"]]
+    joined = _joined_index(folder, manifest, cache_dir, say)
+    if joined and storage.is_remote(folder):
+        return [Shard(path, shard["num_bytes"], shard["sha256"], shard["sha256"]) for path, shard in named], joined
+    there = {shard.path: shard for shard in _describe([path for path, _ in named])}
     found = []
-    for shard in read_manifest(folder)["shards"]:
-        path = storage.join(folder, shard["name"])
-        expected = shard["num_bytes"]
-        actual = storage.num_bytes(path) if storage.is_file(path) else -1
-        if actual != expected:
-            state = "is missing" if actual < 0 else f"has {actual:,} bytes instead of {expected:,}"
+    for path, facts in named:
+        actual = there[path].num_bytes if path in there else -1
+        if actual != facts["num_bytes"]:
+            state = "is missing" if actual < 0 else f"has {actual:,} bytes instead of {facts['num_bytes']:,}"
             raise DataError(f"the shard {path} {state}", remedy="copy it again, or prepare the data again")
-        found.append((path, shard["sha256"]))
-    return found
+        found.append(replace(there[path], stamp=facts["sha256"], sha256=facts["sha256"]))
+    return found, joined
+
+
+def _joined_index(folder: str, manifest: Mapping[str, Any], cache_dir: str, say: Say | None) -> str:
+    """Find the joined index of a prepared folder; a remote one is copied to the cache of the machine."""
+    digest, path = str(manifest.get("index_sha256", "")), storage.join(folder, JOINED)
+    if not digest:
+        return ""
+    local = cached_index(digest, cache_dir) if storage.is_remote(folder) else path
+    try:
+        if storage.is_remote(folder):
+            with locked(f"{local}.lock"):  # the other processes of the machine wait, and find it
+                if not _fits(local, manifest):
+                    storage.make_folder(os.path.dirname(local))
+                    storage.write_whole(local, storage.read_bytes(path))
+        if _fits(local, manifest):
+            return local
+        damage = "damaged"
+    except FileNotFoundError:
+        damage = "missing"
+    if say is not None:
+        say(f"{path} is {damage}; the indexes of the shards are used")
+    return ""
+
+
+def _fits(path: str, manifest: Mapping[str, Any]) -> bool:
+    try:
+        found = [(index.name, index.tar_bytes) for index in read_indexes(path, check=True)]
+    except (OSError, ValueError):
+        return False
+    return found == [(shard["name"], shard["num_bytes"]) for shard in manifest["shards"]]

@@ -1,11 +1,10 @@
 """Which members of a tar archive make one image-text pair, in the layout of WebDataset and img2dataset."""
 
-import io
+import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias, cast
 
-from declip_cli.data.shards.tar_format import Member, plain_members, read_members
 from declip_cli.errors import DataError
 from declip_cli.files import parse_json
 
@@ -13,6 +12,11 @@ PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff",
 CAPTION_EXTENSIONS = ("json", "txt", "caption")
 MAX_MEMBER_BYTES = 256 << 20
 """Larger members are no photographs; they are counted, not read."""
+Span: TypeAlias = tuple[int, int]
+"""Offset of a member's content in its archive, and size, in bytes."""
+_MAX_HEADER_BYTES = 1 << 20  # a longer "long name" is no name but an attack or damage
+_FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+_TRUNCATED, _DAMAGED = "truncated tar", "damaged tar"
 
 
 @dataclass(slots=True)
@@ -22,20 +26,22 @@ class Group:
     key: str
     parts: dict[str, bytes] = field(default_factory=dict)
     """Extension in lower case, without the first dot → content, empty where not read."""
-    start: int = 0
-    end: int = 0
+    spans: dict[str, Span] = field(default_factory=dict)
+    """Extension → where that member lies."""
     problem: str = ""
     """Why this is no sample, in the words it is counted under; empty if all is well."""
 
     @property
     def picture_extension(self) -> str:
-        """Extension of the picture, empty if there is none."""
+        """Extension of the image, empty if there is none."""
         return next((extension for extension in PICTURE_EXTENSIONS if extension in self.parts), "")
 
     @property
-    def has_caption(self) -> bool:
-        """Say whether any member may hold a caption."""
-        return any(extension in self.parts for extension in CAPTION_EXTENSIONS)
+    def caption_extensions(self) -> list[str]:
+        """Extensions of the members that may hold captions, the one to be tried first in front."""
+        has_several = b'"captions"' in self.parts.get("json", b"")
+        order = ("json", "txt", "caption") if has_several else ("txt", "caption", "json")
+        return [extension for extension in order if extension in self.parts]
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -52,95 +58,95 @@ def split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, extension.lower()
 
 
-def read_groups(file: BinaryIO, archive: str, *, with_contents: bool, has_end_mark: bool = True) -> Iterator[Group]:
+class _Headers:
+    """What tarfile reads headers from; refuses names and records so long that only an attack has them."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+        self.last = b""
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= _MAX_HEADER_BYTES:
+            raise tarfile.ReadError("a header of more than a megabyte")
+        self.last = self._file.read(size)
+        return self.last
+
+
+def _members(
+    file: BinaryIO, archive: str, wants: Callable[[tarfile.TarInfo], bool]
+) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
+    """Go through the files of an archive from front to back; those wanted come with their content.
+
+    Raises:
+        DataError: the archive ends too early or a header is damaged; members before that have been yielded.
+    """
+    headers, end, is_whole = _Headers(file), 0, True
+    try:
+        with tarfile.open(fileobj=cast(Any, headers), mode="r:", encoding="utf-8", errors="replace") as tar:
+            while is_whole and (info := tar.next()) is not None:
+                if info.size < 0 or not end <= info.offset < info.offset_data <= tar.offset:
+                    raise tarfile.ReadError("it leads backwards")
+                end, data = tar.offset, b""
+                if info.type not in _FILES or info.issparse() or _is_hidden(info.name):
+                    continue
+                is_wanted = wants(info)
+                if info.size:
+                    file.seek(info.offset_data if is_wanted else info.offset_data + info.size - 1)
+                    data = file.read(info.size if is_wanted else 1)
+                    is_whole = len(data) == (info.size if is_wanted else 1)
+                if is_whole:
+                    yield info, data if is_wanted else b""
+                    cast(Any, tar).members.clear()  # tarfile would keep them all
+        cause = "" if headers.last == bytes(tarfile.BLOCKSIZE) else _DAMAGED
+    except (OSError, EOFError, DataError):
+        raise
+    except Exception:  # whatever tarfile makes of a hostile header
+        cause = _DAMAGED
+    if not is_whole or len(headers.last) < tarfile.BLOCKSIZE:
+        cause = _TRUNCATED
+    if cause:
+        raise DataError(f"{archive} is a {cause}", remedy="download or pack this archive again", cause=cause)
+
+
+def read_groups(file: BinaryIO, archive: str, *, with_images: bool) -> Iterator[Group]:
     """Go through the samples of a tar archive; what is no sample comes with its `problem`.
 
     Args:
-        file: open at the first header.
+        file: open at the first header; it can be sought in, if only forwards.
         archive: its name, for messages and as the key of problems of the whole archive.
-        with_contents: read pictures and captions; else only where they stand.
-        has_end_mark: as of `tar_format.read_members`.
+        with_images: read images and captions; else captions only.
 
     Yields:
         Samples in the order of the archive.
     """
     finish = _finisher()
     group = Group("")
+    extensions = CAPTION_EXTENSIONS + (PICTURE_EXTENSIONS if with_images else ())
+
+    def wants(info: tarfile.TarInfo) -> bool:
+        return info.size <= MAX_MEMBER_BYTES and split_name(info.name)[1] in extensions
+
     try:
-        wants = _is_wanted if with_contents else _wants_nothing
-        for member, data in read_members(file, archive, wants=wants, has_end_mark=has_end_mark):
-            key, extension = split_name(member.name)
-            if not member.is_file or _is_hidden(member.name):
+        for info, data in _members(file, archive, wants):
+            if _leaves_folder(info.name):
+                yield Group(info.name, problem="path traversal")
                 continue
-            if _leaves_folder(member.name):
-                yield Group(member.name, problem="path traversal")
-                continue
+            key, extension = split_name(info.name)
             if key != group.key or extension in group.parts:
                 if group.parts:
                     yield finish(group)
-                group = Group(key, start=member.start)
-            group.parts[extension] = data
-            group.end = member.end
-            if member.num_bytes > MAX_MEMBER_BYTES and _may_be_needed(extension):
+                group = Group(key)
+            group.parts[extension], group.spans[extension] = data, (info.offset_data, info.size)
+            if info.size > MAX_MEMBER_BYTES and extension in PICTURE_EXTENSIONS + CAPTION_EXTENSIONS:
                 group.problem = "too big"
     except DataError as error:
-        if group.parts and group.picture_extension and group.has_caption:
+        if group.picture_extension and group.caption_extensions:
             yield finish(group)
         yield Group(archive, problem=error.cause)
         return
     if group.parts:
         yield finish(group)
-
-
-def group_of(piece: bytes, name: str) -> Group:
-    """Read the one sample that a piece of an archive holds.
-
-    Args:
-        piece: its members, headers included.
-        name: for messages.
-
-    Returns:
-        The sample; if the piece is no longer one, its `problem` says why.
-    """
-    members = plain_members(piece)
-    split = [(*split_name(member), data) for member, data in members]
-    parts = {extension: data for _, extension, data in split}
-    if members and len(parts) == len(members) and len({key for key, _, _ in split}) == 1:
-        group = Group(split[0][0], parts)
-        if group.picture_extension and group.has_caption:
-            return group
-    groups = list(read_groups(io.BytesIO(piece), name, with_contents=True, has_end_mark=False))
-    if len(groups) == 1:
-        return groups[0]
-    return Group(name, problem=groups[-1].problem or "damaged tar" if groups else "truncated tar")
-
-
-def _finisher() -> Callable[[Group], Group]:
-    seen: set[int] = set()
-
-    def finish(group: Group) -> Group:
-        if hash(group.key) in seen:
-            group.problem = "duplicate key"
-        elif not group.picture_extension:
-            group.problem = "missing image"
-        elif not group.has_caption:
-            group.problem = "missing caption"
-        seen.add(hash(group.key))
-        return group
-
-    return finish
-
-
-def _may_be_needed(extension: str) -> bool:
-    return extension in PICTURE_EXTENSIONS or extension in CAPTION_EXTENSIONS
-
-
-def _is_wanted(member: Member) -> bool:
-    return member.num_bytes <= MAX_MEMBER_BYTES and _may_be_needed(split_name(member.name)[1])
-
-
-def _wants_nothing(member: Member) -> bool:
-    return False
 
 
 def _is_hidden(name: str) -> bool:
@@ -151,6 +157,22 @@ def _leaves_folder(name: str) -> bool:
     return name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/")
 
 
+def _finisher() -> Callable[[Group], Group]:
+    seen: set[int] = set()
+
+    def finish(group: Group) -> Group:
+        if hash(group.key) in seen:
+            group.problem = "duplicate key"
+        elif not group.picture_extension:
+            group.problem = "missing image"
+        elif not group.caption_extensions:
+            group.problem = "missing caption"
+        seen.add(hash(group.key))
+        return group
+
+    return finish
+
+
 def captions_of(group: Group) -> tuple[str, ...]:
     """Read the captions of one sample.
 
@@ -158,19 +180,29 @@ def captions_of(group: Group) -> tuple[str, ...]:
         group: a sample with the contents of its caption members.
 
     Returns:
-        At least one caption, surrounding white space removed, empty ones left out.
+        At least one caption, surrounding white space removed, empty ones omitted.
 
     Raises:
         DataError: there is none, or none that can be read; `.cause` says why.
     """
-    captions: list[Any] = []
-    metadata = group.parts.get("json", b"")
-    if metadata and (b'"captions"' in metadata or not group.parts.keys() & {"txt", "caption"}):
-        captions = captions_of_row(_parse_json(metadata, group.key))
-    if not captions:
-        texts = (group.parts[extension] for extension in ("txt", "caption") if extension in group.parts)
-        captions = [decode_text(text, group.key) for text in texts][:1]
-    return clean_captions(captions, group.key)
+    extension = caption_member(group)
+    return read_captions(group.parts.get(extension, b""), group.key, is_json=extension == "json")
+
+
+def caption_member(group: Group) -> str:
+    """Name the extension of the member that a sample's captions are in: `json` if it has several, else text."""
+    extensions = group.caption_extensions or [""]
+    if extensions[0] != "json" or len(extensions) == 1:
+        return extensions[0]
+    try:
+        return "json" if captions_of_row(read_metadata(group.parts["json"], group.key)) else extensions[1]
+    except DataError:
+        return "json"
+
+
+def read_captions(data: bytes, key: str, *, is_json: bool) -> tuple[str, ...]:
+    """Read captions from the content of a member; the rest as of `captions_of`."""
+    return clean_captions(captions_of_row(read_metadata(data, key)) if is_json else [decode_text(data, key)], key)
 
 
 def captions_of_row(row: dict[str, Any]) -> list[Any]:
@@ -190,7 +222,7 @@ def captions_of_row(row: dict[str, Any]) -> list[Any]:
 
 
 def clean_captions(captions: list[Any], key: str) -> tuple[str, ...]:
-    """Strip captions and leave out empty ones.
+    """Strip captions and omit empty ones.
 
     Args:
         captions: texts, or anything else that a file holds in their place.
@@ -208,7 +240,7 @@ def clean_captions(captions: list[Any], key: str) -> tuple[str, ...]:
         raise _not_utf8(key)
     stripped = tuple(text for caption in captions if (text := " ".join(caption.replace("\0", " ").split())))
     if not stripped:
-        raise DataError(f"{key} has no caption", remedy="give it a caption or leave it out", cause="empty caption")
+        raise DataError(f"{key} has no caption", remedy="give it a caption or omit it", cause="empty caption")
     return stripped
 
 
@@ -254,7 +286,8 @@ def is_unicode(value: object) -> bool:
         return False
 
 
-def _parse_json(data: bytes, key: str) -> dict[str, Any]:
+def read_metadata(data: bytes, key: str) -> dict[str, Any]:
+    """Parse the JSON of a sample; empty if it is no object; errors as of `captions_of`."""
     try:
         row = parse_json(decode_text(data, key))
     except ValueError as error:

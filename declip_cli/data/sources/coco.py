@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from declip_cli.data.shards import storage
+from declip_cli.data import storage
 from declip_cli.data.sources.locate import locate_pictures
 from declip_cli.data.sources.records import BadRecord, Record, file_record
 from declip_cli.errors import DataError

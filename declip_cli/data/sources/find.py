@@ -4,9 +4,9 @@ import os
 from collections.abc import Callable, Iterator
 
 from declip_cli.config_checks import require
+from declip_cli.data import storage
 from declip_cli.data.demo import demo_records
 from declip_cli.data.prepare.config import PrepareConfig, SourceKind
-from declip_cli.data.shards import storage
 from declip_cli.data.sources import coco, flickr30k, folder, table, tars, urls, yfcc15m
 from declip_cli.data.sources.locate import locate_pictures
 from declip_cli.data.sources.records import FileRecord, Record, Source, skip_first

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from itertools import groupby
 
-from declip_cli.data.shards import storage
+from declip_cli.data import storage
 from declip_cli.data.sources.locate import locate_pictures
 from declip_cli.data.sources.records import BadRecord, Record, file_record
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from declip_cli.data import storage
 from declip_cli.data.samples import RawSample
-from declip_cli.data.shards import storage
 from declip_cli.data.shards.tar_samples import PICTURE_EXTENSIONS, Group, captions_of, captions_of_row
 from declip_cli.data.sources.records import BadRecord, Record, file_record, read_picture
 from declip_cli.files import parse_json

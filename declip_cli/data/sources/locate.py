@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterator, Sequence
 
-from declip_cli.data.shards import storage
+from declip_cli.data import storage
 from declip_cli.errors import DataError
 
 _NUM_TRIED = 20

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
+from declip_cli.data import storage
 from declip_cli.data.samples import RawSample
-from declip_cli.data.shards import storage
 from declip_cli.data.shards.tar_samples import MAX_MEMBER_BYTES, Group, captions_of, clean_captions
 from declip_cli.errors import DataError
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from declip_cli.data.shards import storage
+from declip_cli.data import storage
 from declip_cli.data.shards.tar_samples import is_unicode
 from declip_cli.data.sources.records import BadRecord, BytesRecord, FileRecord, Record
 from declip_cli.errors import DataError

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from typing import BinaryIO, cast
 
-from declip_cli.data.shards import storage
+from declip_cli.data import storage
 from declip_cli.data.shards.tar_samples import read_groups
 from declip_cli.data.sources.records import BadRecord, GroupRecord, Record
 
@@ -26,7 +26,7 @@ def read_tars(shards: list[str]) -> Iterator[Record]:
         with storage.open_binary(shard) as raw:
             file = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if shard.endswith("gz") else raw
             try:
-                for group in read_groups(file, name, with_contents=True):
+                for group in read_groups(file, name, with_images=True):
                     key = f"{name}/{group.key}" if group.key != name else name
                     yield BadRecord(key, group.problem) if group.problem else GroupRecord(key, group)
             except (EOFError, gzip.BadGzipFile):

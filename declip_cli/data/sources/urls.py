@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from declip_cli.cores import own_cores
+from declip_cli.data import storage
 from declip_cli.data.prepare.config import PrepareConfig
 from declip_cli.data.prepare.state import download_folder
-from declip_cli.data.shards import storage
 from declip_cli.data.shards.tar_samples import is_unicode
 from declip_cli.data.sources import table, tars
 from declip_cli.data.sources.records import BadRecord, GroupRecord, Record

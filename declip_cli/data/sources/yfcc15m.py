@@ -9,7 +9,7 @@ from urllib.parse import unquote_plus
 import numpy as np
 from numpy.typing import NDArray
 
-from declip_cli.data.shards import storage
+from declip_cli.data import storage
 from declip_cli.data.sources.locate import locate_pictures
 from declip_cli.data.sources.records import BadRecord, FileRecord, Record
 from declip_cli.errors import DataError

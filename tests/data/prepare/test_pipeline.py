@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from declip_cli.data import storage
 from declip_cli.data.prepare.config import CleanConfig, PrepareConfig
 from declip_cli.data.prepare.pipeline import prepare
+from declip_cli.data.prepare.shard_writer import TarWriter
 from declip_cli.data.prepare.state import OutFolder
-from declip_cli.data.shards import storage
-from declip_cli.data.shards.tar_format import TarWriter
 from declip_cli.data.stores import open_samples
 from declip_cli.errors import ConfigError, DataError
 
@@ -180,7 +180,7 @@ def test_force_deletes_shards_only(tmp_path, make_picture):
         run(source, tmp_path / "out")
     run(source, tmp_path / "out", force=True)
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"00000.tar", "00000.index", "manifest.json", "thesis.txt", "thesis.json.tmp"}
+    assert names == {"00000.tar", "00000.index", "shards.index", "manifest.json", "thesis.txt", "thesis.json.tmp"}
     assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
 
 
@@ -287,7 +287,7 @@ def test_a_full_disk_is_said_clearly_and_the_run_goes_on_later(tmp_path, make_pi
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("declip_cli.data.shards.tar_format.TarWriter.add", fail)
+        patch.setattr("declip_cli.data.prepare.shard_writer.TarWriter.add", fail)
         with pytest.raises(DataError, match="the disk is full") as caught:
             run(source, tmp_path / "out")
     assert "run the same command again" in caught.value.remedy
@@ -306,7 +306,7 @@ def test_a_full_disk_names_what_it_left_behind_and_the_run_goes_on_to_the_same_b
         num_files.append(name)
         if place == "shard" and len(num_files) > 35:  # three for each pair
             raise OSError(28, "No space left on device")
-        add(writer, name, data)
+        return add(writer, name, data)
 
     def write_until_full(path, data):
         with storage.disk_errors(path):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from declip_cli.data.shards import index, indexing
-from declip_cli.data.stores import open_samples
+from declip_cli.data.shards import indexing
+from declip_cli.data.shards.store import open_shards
 from declip_cli.errors import DataError
 
 
@@ -16,15 +16,15 @@ def run(root, rank, num_ranks):
     """Open every folder in `root`; leave what was found or raised, and which shards were indexed here."""
     dist.init_process_group("gloo", init_method=f"file://{root}/meeting", rank=rank, world_size=num_ranks)
     indexing._MEET_EVERY_S = 0.05
-    build, access, built = index.build_index, os.access, []
+    build, access, built = indexing.index_groups, os.access, []
 
-    def counted(shard):
+    def counted(file, shard):
         if "broken" in shard and rank == 1:
             raise OSError("input/output error")
         built.append(Path(shard).name)
-        return build(shard)
+        return build(file, shard)
 
-    index.build_index = counted
+    indexing.index_groups = counted
     results = {}
     for folder in sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] != "."):
         built.clear()
@@ -33,7 +33,7 @@ def run(root, rank, num_ranks):
         cache = root / (f".cache-{rank // 2}" if is_protected else ".cache")
         dist.barrier()
         try:
-            store = open_samples([str(folder)], cache_dir=str(cache))
+            store = open_shards([str(folder)], cache_dir=str(cache), together=True)
             results[folder.name] = {"found": [len(store), store.fingerprint], "built": list(built)}
         except DataError as error:
             results[folder.name] = {"error": error.message}

@@ -3,7 +3,7 @@ import errno
 import fsspec
 import pytest
 
-from declip_cli.data.shards import storage
+from declip_cli.data import storage
 from declip_cli.errors import DataError
 
 

@@ -85,6 +85,7 @@ def test_a_list_of_urls_is_downloaded_and_failures_are_counted_by_cause(tmp_path
         "00000.index",
         "00000.tar",
         "manifest.json",
+        "shards.index",
     ]
 
 

@@ -1,0 +1,168 @@
+"""Image-text pairs in tar shards, read by number, alone or by the block."""
+
+import functools
+import hashlib
+from abc import abstractmethod
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from declip_cli.data.dataset import Dataset, Example, Skips
+from declip_cli.data.shards.files import Shard, ShardFiles
+from declip_cli.data.shards.index import ShardIndex, read_indexes
+from declip_cli.data.shards.tar_samples import read_captions, read_metadata
+
+_MAX_GAP_BYTES = 64 << 10
+_MAX_BLOCK_FACTOR = 8
+
+
+class Shards(Dataset):
+    """What all data sets in shards have in common: how one sample is read."""
+
+    def __init__(self, shards: Sequence[Shard], files: ShardFiles) -> None:
+        self._shards, self._files = shards, files
+
+    @abstractmethod
+    def _locate(self, number: int) -> tuple[Shard, ShardIndex, int, tuple[int, int]]:
+        """Find a sample: its shard, the index of that, its row there, and the piece that is fetched with it."""
+
+    @property
+    def is_remote(self) -> bool:
+        """Say whether any shard has to be fetched."""
+        return any(shard.is_remote for shard in self._shards)
+
+    def read(self, number: int) -> Example:
+        """Read one pair, in one request unless captions and image lie far apart; see `Dataset.read`."""
+        shard, index, row, block = self._locate(number)
+        first, last = index.image_span(row)
+        start, end, is_json = index.caption_span(row)
+        low, high = min(first, start), max(last, end)
+        if high - low <= last - first + end - start + _MAX_GAP_BYTES:
+            piece = self._files.read(shard, low, high, block=block)
+            image, text = piece[first - low : last - low], piece[start - low : end - low]
+        else:
+            image = self._files.read(shard, first, last, block=block)
+            text = self._files.read(shard, start, end, block=block)
+        key = index.key(row)
+        return Example(key, image, read_captions(text, key, is_json=is_json))
+
+    def key(self, number: int) -> str:
+        """Return the key of a pair, which stands in the index."""
+        _, index, row, _ = self._locate(number)
+        return index.key(row)
+
+    def captions(self, number: int) -> tuple[str, ...]:
+        """Read the captions of a pair; see `Dataset.captions`."""
+        text, key, is_json = self._text(number)
+        return read_captions(text, key, is_json=is_json)
+
+    def metadata(self, number: int) -> dict[str, Any]:
+        """Read the JSON that the captions of a pair stand in, empty if they stand in a text; errors as of `read`."""
+        text, key, is_json = self._text(number)
+        return read_metadata(text, key) if is_json else {}
+
+    def _text(self, number: int) -> tuple[bytes, str, bool]:
+        shard, index, row, block = self._locate(number)
+        start, end, is_json = index.caption_span(row)
+        return self._files.read(shard, start, end, block=block), index.key(row), is_json
+
+
+class ShardDataset(Shards):
+    """The pairs of indexed shards as one sequence; nothing is held in memory per pair, and the index is mapped.
+
+    Args:
+        shards: in order.
+        index_files: local files whose indexes are those of the shards, in order.
+        cache_dir: local folder for what is fetched.
+        cache_bytes: how much of it may be there at a time.
+        block_mib: size of the blocks, about.
+        name: as the user typed it.
+        split: of the data.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        index_files: Sequence[str],
+        *,
+        cache_dir: str,
+        cache_bytes: int,
+        block_mib: int = 8,
+        name: str = "",
+        split: str = "",
+    ) -> None:
+        super().__init__(shards, ShardFiles(cache_dir, cache_bytes=cache_bytes))
+        cut = functools.partial(ShardDataset, shards, index_files, block_mib=block_mib, name=name, split=split)
+        self._reopen = functools.partial(cut, cache_dir=cache_dir, cache_bytes=cache_bytes)
+        self.name, self.split = name, split
+        self._indexes = [index for path in index_files for index in read_indexes(path, check=False)]
+        self.skipped = Skips()
+        for index in self._indexes:
+            self.skipped.add_all(index.skipped)
+        self._firsts = [0, *accumulate(len(index) for index in self._indexes)]
+        self._block_bytes = block_mib << 20
+        self.block_firsts = self._cut()
+        """Sample numbers at which blocks begin, and the number of samples, int64, (blocks + 1,)."""
+
+    def _cut(self) -> NDArray[np.int64]:
+        """Cut each shard into blocks of equally many samples."""
+        firsts = [np.zeros(0, np.int64)]
+        for first, index in zip(self._firsts, self._indexes, strict=False):
+            num = min(len(index), -(-index.tar_bytes // self._block_bytes))
+            firsts.append(first + np.arange(num, dtype=np.int64) * len(index) // max(1, num))
+        return np.concatenate([*firsts, [len(self)]]).astype(np.int64)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Sha256 of what is in the shards, and their order."""
+        digest = hashlib.sha256()
+        for shard, index in zip(self._shards, self._indexes, strict=True):
+            digest.update(f"{index.name}\0{shard.sha256}\0{index.tar_bytes}\0{index.digest}\0".encode())
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return self._firsts[-1]
+
+    def _locate(self, number: int) -> tuple[Shard, ShardIndex, int, tuple[int, int]]:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        shard = bisect_right(self._firsts, number) - 1
+        start = end = 0
+        if self._shards[shard].is_remote:
+            _, start, end = self._span(int(np.searchsorted(self.block_firsts, number, side="right")) - 1)
+        return self._shards[shard], self._indexes[shard], number - self._firsts[shard], (start, end)
+
+    def _span(self, block: int) -> tuple[Shard, int, int]:
+        """Find a block: its shard, first byte and byte behind the last."""
+        first, end = self.block_firsts[block : block + 2].tolist()
+        shard = bisect_right(self._firsts, first) - 1
+        begin = self._firsts[shard]
+        return self._shards[shard], *self._indexes[shard].span(first - begin, end - 1 - begin)
+
+    def fetch(self, block: int) -> None:
+        """Bring a block near, in one request, so that `read` need not wait.
+
+        A remote block goes to the cache of the machine, which all processes share; where that has no room for it,
+        its samples are fetched one by one when they are read. A local one goes to the page cache.
+
+        Args:
+            block: position in `block_firsts`.
+
+        Raises:
+            DataError: the store did not give it; the cause is `UNREAD`.
+        """
+        shard, start, end = self._span(block)
+        if end - start <= _MAX_BLOCK_FACTOR * self._block_bytes:  # else something large lies between the samples
+            self._files.fetch(shard, start, end)
+
+    def release(self, block: int) -> None:
+        """Say that a block will not be needed soon: it is the first to go where the cache is full."""
+        self._files.release(*self._span(block))
+
+    def reopen(self) -> Callable[[], "ShardDataset"]:
+        """Return what opens the same data in another process of this machine, without asking the store."""
+        return self._reopen
