@@ -91,7 +91,7 @@ class ShardDataset(Shards):
         *,
         cache_dir: str,
         cache_bytes: int,
-        block_mib: int = 8,
+        block_mib: float = 8,
         name: str = "",
         split: str = "",
     ) -> None:
@@ -104,7 +104,7 @@ class ShardDataset(Shards):
         for index in self._indexes:
             self.skipped.add_all(index.skipped)
         self._firsts = [0, *accumulate(len(index) for index in self._indexes)]
-        self._block_bytes = block_mib << 20
+        self._block_bytes = int(block_mib * (1 << 20))
         self.block_firsts = self._cut()
         """Sample numbers at which blocks begin, and the number of samples, int64, (blocks + 1,)."""
 

@@ -49,7 +49,7 @@ def find_index(shard: Shard, *, cache_dir: str) -> tuple[str, str]:
         DataError: the store cannot be reached.
     """
     damage = ""
-    beside, cached = index_path(shard.path), _place_in_cache(shard, cache_dir)
+    beside, cached = index_path(shard.path), place_in_cache(shard, cache_dir)
     if shard.has_index and not os.path.exists(cached):
         storage.make_folder(os.path.dirname(cached))
         storage.write_whole(cached, storage.read_bytes(beside))
@@ -85,7 +85,7 @@ def make_index(shard: Shard, files: ShardFiles, *, cache_dir: str) -> str:
             index = index_groups(file, shard.path).build(os.path.basename(shard.path), shard.num_bytes)
         except OSError as error:
             raise DataError(f"cannot read the shard {shard.path}: {error}", remedy="check the disk") from error
-    beside, cached = index_path(shard.path), _place_in_cache(shard, cache_dir)
+    beside, cached = index_path(shard.path), place_in_cache(shard, cache_dir)
     if not shard.is_remote and os.access(os.path.dirname(beside) or ".", os.W_OK):
         try:
             write_indexes(beside, [index])
@@ -97,7 +97,8 @@ def make_index(shard: Shard, files: ShardFiles, *, cache_dir: str) -> str:
     return cached
 
 
-def _place_in_cache(shard: Shard, cache_dir: str) -> str:
+def place_in_cache(shard: Shard, cache_dir: str) -> str:
+    """Name the file in the cache for the index of a shard as it is now."""
     address = shard.path if shard.is_remote else os.path.abspath(shard.path)
     return cached_index(f"{address} {shard.stamp}", cache_dir)
 
