@@ -46,9 +46,6 @@ class ModelConfig:
 class AugmentConfig:
     """How views are drawn; the defaults are the original's (P/data/transforms.py)."""
 
-    mode: Literal["exact", "fused"] = "fused"
-    """`exact`: colour operations one after the other, clipped between, as Pillow does; `fused`: all of them as one
-    colour matrix, about a third faster. Fused does not clip between operations and turns hue in YIQ."""
     plain_crop_area_min: float = 0.5
     """Smallest share of the picture in a `plain` view (STANDARD_SLIP)."""
     crop_area_min: float = 0.2

@@ -13,6 +13,8 @@ from declip_cli.errors import ChoiceError, ConfigError
 from declip_cli.files import parse_json
 
 T = TypeVar("T")
+_RETIRED = frozenset({"augment.mode"})
+"""Settings of earlier versions that nothing reads any more."""
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -57,11 +59,19 @@ def read_settings(path: Path) -> dict[str, Any]:
         settings = parse_json(path.read_bytes())["config"]
         if not isinstance(settings, dict):
             raise TypeError("config is no object")
-        return settings
+        return without_retired(settings)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"cannot read the settings in {path}: {error}", remedy="--config takes a TOML file or a run's config.json"
         ) from error
+
+
+def without_retired(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Drop what an earlier version wrote into a run's own settings and this one has no use for."""
+    return {
+        section: {key: value for key, value in values.items() if f"{section}.{key}" not in _RETIRED}
+        for section, values in settings.items()
+    }
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:

@@ -10,7 +10,14 @@ from typing import Any, TypeVar
 
 from declip_cli.config import MethodConfig, OptimConfig, RunConfig, TrainConfig
 from declip_cli.config_checks import require
-from declip_cli.config_files import build_config, merge_into, parse_assignments, read_settings, to_plain
+from declip_cli.config_files import (
+    build_config,
+    merge_into,
+    parse_assignments,
+    read_settings,
+    to_plain,
+    without_retired,
+)
 from declip_cli.errors import ConfigError
 from declip_cli.methods.registry import METHODS
 from declip_cli.model.architectures import find_architecture
@@ -108,8 +115,8 @@ def resolved_from_json(content: Mapping[str, Any]) -> ResolvedRun:
     """
     run = content["run"]
     return ResolvedRun(
-        asked=build_config(RunConfig, content["asked"]),
-        config=build_config(RunConfig, content["config"]),
+        asked=build_config(RunConfig, without_retired(content["asked"])),
+        config=build_config(RunConfig, without_retired(content["config"])),
         data=DataFacts(**{key: run[key] for key in DataFacts.__dataclass_fields__}),
         machine=Machine(**{key: run[key] for key in Machine.__dataclass_fields__}),
         schedule_batch=int(run["schedule_batch"]),

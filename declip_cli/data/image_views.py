@@ -13,7 +13,7 @@ from PIL import Image
 
 from declip_cli.config import AugmentConfig, ImageView
 from declip_cli.config_checks import require
-from declip_cli.data.colour import ColourName, ColourStep, Scratch, apply_fused, apply_steps, blur
+from declip_cli.data.colour import ColourName, ColourStep, Scratch, blur, jitter
 from declip_cli.data.dataset import Pixels
 from declip_cli.data.decode import (
     ImageHeader,
@@ -81,7 +81,6 @@ class ImageViews:
     def __init__(self, config: AugmentConfig, side_px: int) -> None:
         self._config = config
         self._side_px = side_px
-        self._colour = apply_fused if config.mode == "fused" else apply_steps
         self._of_thread = threading.local()
         halves: dict[ColourName, float] = {
             "brightness": config.brightness,
@@ -181,7 +180,7 @@ class ImageViews:
         cv2.resize(region, (side, side), dst=scratch.rgb if draw.is_flipped else out, interpolation=interpolation)
         if draw.is_flipped:
             cv2.flip(scratch.rgb, 1, dst=out)
-        self._colour(out, draw.colours, scratch, is_gray=draw.is_gray)
+        jitter(out, draw.colours, scratch, is_gray=draw.is_gray)
         if draw.blur_sigma_px:
             blur(out, draw.blur_sigma_px, scratch)
 

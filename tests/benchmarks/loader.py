@@ -73,13 +73,13 @@ def write_shards(folder: Path, num: int, *, num_shards: int = 4) -> list[str]:
     return [str(path) for path in paths]
 
 
-def our_batches(samples: SampleStore, mode: str, workers: int) -> Iterator[object]:
+def our_batches(samples: SampleStore, workers: int) -> Iterator[object]:
     """Two views of pictures and of texts, augmented, masked and tokenized."""
     return TrainStream(
         samples,
         StreamConfig(
             views=Views(images=("augmented", "augmented"), texts=("plain", "masked")),
-            augment=AugmentConfig(mode="fused" if mode == "fused" else "exact"),
+            augment=AugmentConfig(),
             side_px=SIDE_PX,
             context_length=77,
             batch_size=BATCH_SIZE,
@@ -164,7 +164,7 @@ def pairs_per_second(make: Callable[[], Iterator[object]], num: int, workers: in
 
 
 def main() -> None:
-    """Print one line per mode and peer."""
+    """Print one line per peer."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=1024)
     parser.add_argument("--batches", type=int, default=8, help="timed batches of each loader in a run")
@@ -184,23 +184,22 @@ def main() -> None:
                 lambda: originals_batches(samples, workers)
             ),
         }
-        ours = {mode: partial(our_batches, samples, mode, workers) for mode in ("exact", "fused")}
+        ours = {"ours": partial(our_batches, samples, workers)}
         rates: dict[str, list[float]] = {}
         for _ in range(options.runs):
             for name, make in (ours | peers).items():
                 rates.setdefault(name, []).append(pairs_per_second(make, num, workers))
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    for mode in ours:
-        for peer_name in peers:
-            report(
-                f"loader, two views, {mode}, {workers} workers",
-                medians[mode],
-                medians[peer_name],
-                peer_name=peer_name,
-                unit="pairs/s",
-                runs=options.runs,
-                ratio=medians[mode] / medians[peer_name],
-            )
+    for peer_name in peers:
+        report(
+            f"loader, two views, {workers} workers",
+            medians["ours"],
+            medians[peer_name],
+            peer_name=peer_name,
+            unit="pairs/s",
+            runs=options.runs,
+            ratio=medians["ours"] / medians[peer_name],
+        )
 
 
 if __name__ == "__main__":
