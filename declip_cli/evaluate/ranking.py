@@ -1,15 +1,17 @@
-"""Ranks of the right answers among all candidates, counted in chunks: exact, with no score matrix kept."""
+"""Ranks of the right answers among all candidates, counted in chunks: exact, also where scores are equal."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 _CHUNK_SCORES_CPU = 5 * 2**18
-"""Scores held at once on a CPU: they stay in the cache, and the product is not cut too thin (measured)."""
+"""Scores compared at once on a CPU: they stay in the cache, and the product is not cut too thin (measured)."""
 _MIN_CHUNK_TEXTS = 128
 _CHUNK_SCORES_GPU = 2**26
-_NO_SCORE = -torch.inf
+_KEPT_SCORES = 2**25
+"""At most so many scores, 128 MiB, are kept from the first pass for the second; more are computed again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,9 +19,9 @@ class Ranks:
     """Places of the right answers, 1 is the best."""
 
     image_to_text: Tensor
-    """For each picture with a caption, the place of its best caption among all texts, int64, (N',)."""
+    """For each image with a caption, the place of its best caption among all texts, int64, (N',)."""
     text_to_image: Tensor
-    """For each text, the place of its picture among all pictures, int64, (M,)."""
+    """For each text, the place of its image among all images, int64, (M,)."""
 
 
 def paired_ranks(images: Tensor, texts: Tensor, owners: Tensor) -> Ranks:
@@ -30,73 +32,42 @@ def paired_ranks(images: Tensor, texts: Tensor, owners: Tensor) -> Ranks:
 
     Args:
         images: (N, D).
-        texts: captions of these pictures, (M, D).
-        owners: the picture of each text, int64, (M,).
+        texts: captions of these images, (M, D).
+        owners: the image of each text, int64, (M,).
 
     Returns:
-        The ranks; pictures without a caption are left out of `image_to_text`.
+        The ranks; images without a caption are omitted from `image_to_text`.
     """
-    count = _PairCount(images, texts, owners)
-    text_ranks = torch.empty_like(owners)  # (M,)
-    for first in range(0, len(texts), count.chunk):
-        rows = slice(first, first + count.chunk)
-        text_ranks[rows] = count.add(rows)
-    return Ranks(image_to_text=count.image_ranks(), text_to_image=text_ranks)
+    budget = _CHUNK_SCORES_CPU if images.device.type == "cpu" else _CHUNK_SCORES_GPU
+    pieces = texts.split(max(_MIN_CHUNK_TEXTS, budget // len(images)))
+    kept = [piece @ images.T for piece in pieces] if len(texts) * len(images) <= _KEPT_SCORES else []
+
+    def chunks() -> Iterator[tuple[Tensor, Tensor]]:  # (n,), (n, N); the same products give the same bits
+        numbers = torch.arange(len(texts), device=texts.device).split(len(pieces[0]))
+        yield from zip(numbers, kept or (piece @ images.T for piece in pieces), strict=True)
+
+    own = torch.cat([scores.gather(1, owners[rows, None])[:, 0] for rows, scores in chunks()])  # (M,)
+    best = own.new_full((len(images),), -torch.inf).scatter_reduce_(0, owners, own, "amax")  # (N,)
+    places = torch.arange(len(images), device=images.device)  # (N,)
+    is_best = own == best[owners]  # (M,)
+    firsts = torch.where(is_best, torch.arange(len(texts), device=texts.device), len(texts))  # (M,)
+    first_best = torch.full_like(places, len(texts)).scatter_reduce_(0, owners, firsts, "amin")  # (N,)
+    image_ranks, text_ranks = torch.ones_like(places), []
+    for rows, scores in chunks():
+        text_ranks.append(1 + _num_before(scores, places, own[rows], owners[rows]))
+        image_ranks += _num_before(scores.T, rows, best, first_best)
+    return Ranks(image_to_text=image_ranks[torch.isfinite(best)], text_to_image=torch.cat(text_ranks))
 
 
-class _PairCount:
-    """Count, text chunk by text chunk, how many texts score above each picture's best caption.
-
-    The best caption's score must be known before its chunk is reached. It is first computed pair by pair,
-    which differs from the matrix product in the last bits; a picture with another text inside that margin is
-    counted again, from one row of exact scores.
-    """
-
-    def __init__(self, images: Tensor, texts: Tensor, owners: Tensor) -> None:
-        self._images, self._texts, self._owners = images, texts, owners
-        is_cpu = images.device.type == "cpu"
-        fitting = (_CHUNK_SCORES_CPU if is_cpu else _CHUNK_SCORES_GPU) // len(images)
-        self.chunk = max(_MIN_CHUNK_TEXTS, fitting) if is_cpu else max(1, fitting)
-        best = images.new_full((len(images),), _NO_SCORE)  # (N,)
-        pieces = zip(texts.split(self.chunk), owners.split(self.chunk), strict=True)
-        own = torch.cat([(part * images[numbers]).sum(1) for part, numbers in pieces])  # (M,)
-        best.scatter_reduce_(0, owners, own, "amax")
-        self._has_text = torch.isfinite(best)  # (N,)
-        reach = float(images.norm(dim=1).max() * texts.norm(dim=1).max())
-        margin = 2 * images.shape[1] ** 0.5 * torch.finfo(images.dtype).eps * reach
-        self._low, self._high = best - margin, best + margin  # (N,)
-        self._surely_above = torch.zeros_like(best, dtype=torch.int64)  # (N,)
-        self._maybe_above = torch.zeros_like(self._surely_above)  # (N,)
-
-    def add(self, rows: slice) -> Tensor:
-        """Count one chunk of texts and return the ranks of their pictures, (n,)."""
-        owners = self._owners[rows, None]  # (n, 1)
-        scores = self._texts[rows] @ self._images.T  # (n, N)
-        flags = torch.empty_like(scores)  # (n, N); comparing into floats is several times faster than into bools
-        own = scores.gather(1, owners)  # (n, 1)
-        above = torch.gt(scores, own, out=flags).sum(1).long()  # (n,)
-        tied = (torch.ge(scores, own, out=flags).sum(1).long() - above) > 1  # (n,)
-        if bool(tied.any()):
-            above[tied] += _earlier_equals(scores[tied], own[tied], owners[tied])
-        scores.scatter_(1, owners, _NO_SCORE)
-        self._surely_above += torch.gt(scores, self._high, out=flags).sum(0).long()
-        self._maybe_above += torch.gt(scores, self._low, out=flags).sum(0).long()
-        return above + 1
-
-    def image_ranks(self) -> Tensor:
-        """Return the ranks of all pictures with captions, once all texts are counted."""
-        ranks = self._surely_above + 1  # (N,)
-        unclear = (self._has_text & (self._maybe_above > self._surely_above)).nonzero()[:, 0]  # (n,)
-        for numbers in unclear.split(max(1, self.chunk * len(self._images) // len(self._texts))):
-            scores = self._images[numbers] @ self._texts.T  # (n, M)
-            ranks[numbers] = ranks_in_rows(scores, numbers, self._owners)
-        return ranks[self._has_text]
-
-
-def _earlier_equals(scores: Tensor, own: Tensor, places: Tensor) -> Tensor:
-    """Count the equal scores that stand before the own one, (n,)."""
-    order = torch.arange(scores.shape[1], device=scores.device)  # (N,)
-    return ((scores == own) & (order < places)).sum(1)
+def _num_before(scores: Tensor, columns: Tensor, own: Tensor, own_columns: Tensor) -> Tensor:
+    """Count the candidates of each row that come before its own: scores (n, C) of ascending columns (C,); (n,)."""
+    flags = torch.empty_like(scores)  # (n, C); comparing into floats is several times faster than into bools
+    num_above = torch.gt(scores, own[:, None], out=flags).sum(1).long()  # (n,)
+    num_equal = torch.ge(scores, own[:, None], out=flags).sum(1).long() - num_above  # (n,)
+    has_own = (own_columns >= columns[0]) & (own_columns <= columns[-1])  # (n,)
+    tied = (num_equal > has_own.long()).nonzero()[:, 0]  # (t,)
+    is_before = (scores[tied] == own[tied, None]) & (columns < own_columns[tied, None])  # (t, C)
+    return num_above.index_add_(0, tied, is_before.sum(1))
 
 
 def ranks_in_rows(scores: Tensor, row_ids: Tensor, column_ids: Tensor) -> Tensor:
@@ -111,8 +82,8 @@ def ranks_in_rows(scores: Tensor, row_ids: Tensor, column_ids: Tensor) -> Tensor
         Places, 1 is the best, int64, (n,); of equal scores the earlier column comes first.
     """
     is_right = row_ids[:, None] == column_ids  # (n, M)
-    best = scores.masked_fill(~is_right, _NO_SCORE).amax(1, keepdim=True)  # (n, 1)
-    order = torch.arange(scores.shape[1], device=scores.device)  # (M,)
-    is_best = is_right & (scores == best)  # (n, M)
-    place = torch.where(is_best, order, scores.shape[1]).amin(1, keepdim=True)  # (n, 1)
-    return (scores > best).sum(1) + _earlier_equals(scores, best, place) + 1
+    best = scores.masked_fill(~is_right, -torch.inf).amax(1)  # (n,)
+    columns = torch.arange(scores.shape[1], device=scores.device)  # (M,)
+    is_best = is_right & (scores == best[:, None])  # (n, M)
+    first_best = torch.where(is_best, columns, scores.shape[1]).amin(1)  # (n,)
+    return 1 + _num_before(scores, columns, best, first_best)

@@ -57,11 +57,13 @@ def test_recalls_are_those_of_clip_benchmark():
         assert 0.05 < by_text < 0.999
 
 
-def test_chunks_change_nothing(monkeypatch):
+@pytest.mark.parametrize("kept", [0, 2**25])
+def test_chunks_change_nothing(monkeypatch, kept):
     images, texts, owners = make_pairs(30, [3] * 30, 8)
     whole = paired_ranks(images, texts, owners)
     monkeypatch.setattr(ranking, "_CHUNK_SCORES_CPU", 1)
     monkeypatch.setattr(ranking, "_MIN_CHUNK_TEXTS", 7)
+    monkeypatch.setattr(ranking, "_KEPT_SCORES", kept)
     parts = paired_ranks(images, texts, owners)
     assert torch.equal(whole.text_to_image, parts.text_to_image)
     assert torch.equal(whole.image_to_text, parts.image_to_text)
