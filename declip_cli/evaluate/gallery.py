@@ -10,6 +10,7 @@ import cv2
 from declip_cli.data.decode import decode_image
 from declip_cli.errors import DataError, EvaluateError
 from declip_cli.evaluate.search import Hit, SearchReport
+from declip_cli.files import write_text
 
 THUMBNAIL_SIDE_PX = 320
 """Longer side of a thumbnail: sharp at the 200 px it is shown with."""
@@ -63,10 +64,8 @@ def write_gallery(path: Path, report: SearchReport, *, query_image: bytes = b"")
     Raises:
         EvaluateError: the file cannot be written.
     """
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(render_gallery(report, query_image=query_image), encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, render_gallery(report, query_image=query_image))
     except OSError as error:
         raise EvaluateError(
             f"cannot write the gallery {path}: {error.strerror}",

@@ -8,6 +8,7 @@ from typing import Any
 from declip_cli.errors import EvaluateError
 from declip_cli.evaluate.metrics import per_class_accuracy
 from declip_cli.evaluate.zeroshot import Predictions
+from declip_cli.files import write_text
 
 NUM_CONFUSED = 20
 """Confused pairs in a report."""
@@ -26,23 +27,19 @@ def write_predictions(path: Path, parts: dict[str, Predictions]) -> int:
     Raises:
         EvaluateError: the file cannot be written.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    num_lines = 0
+    lines = [
+        json.dumps(({"dataset": name} if len(parts) > 1 else {}) | line, ensure_ascii=False) + "\n"
+        for name, predictions in parts.items()
+        for line in _lines(predictions)
+    ]
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            for name, predictions in parts.items():
-                for line in _lines(predictions):
-                    if len(parts) > 1:
-                        line = {"dataset": name, **line}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                    num_lines += 1
-        temporary.replace(path)
+        write_text(path, "".join(lines))
     except OSError as error:
         raise EvaluateError(
             f"cannot write the predictions to {path}: {error.strerror}",
             remedy="name a file in a folder that exists and can be written, with --predictions FILE",
         ) from error
-    return num_lines
+    return len(lines)
 
 
 def _lines(predictions: Predictions) -> list[dict[str, Any]]:
