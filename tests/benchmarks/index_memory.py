@@ -33,7 +33,7 @@ data.block_firsts
 opened, seconds = memory(), time.perf_counter() - began
 rng = random.Random(0)
 for _ in range(int(sys.argv[4])):
-    shard, index, row, _ = data._locate(rng.randrange(len(data)))
+    _, index, row = data._locate(rng.randrange(len(data)))
     index.image_span(row), index.caption_span(row)
 used = memory()
 names = ("anonymous_mb", "resident_mb")

@@ -6,7 +6,7 @@ The caches of fsspec are neither: they delete by age alone and let every process
 import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 
 _ROOM_AFTER_EVICTION = 0.05
@@ -68,16 +68,16 @@ class BlockCache:
         finally:
             os.close(file)
 
-    def fetch(self, name: str, num_bytes: int, download: Callable[[], Iterator[bytes]]) -> None:
+    def fetch(self, name: str, num_bytes: int, download: Iterable[bytes]) -> None:
         """Have a piece in the cache; one process downloads, others that want the same one wait for it.
 
         Args:
             name: says what the piece holds, and changes when that does.
             num_bytes: its size.
-            download: yields it, part by part.
+            download: yields it, part by part, when it is asked to.
 
         Raises:
-            DataError: as `download` does.
+            DataError: as `download` raises.
         """
         if self._touch(name):
             return
@@ -109,9 +109,9 @@ class BlockCache:
         return True
 
     @staticmethod
-    def _fill(path: str, download: Callable[[], Iterator[bytes]]) -> None:
+    def _fill(path: str, download: Iterable[bytes]) -> None:
         with open(path, "r+b", buffering=0) as file:
-            for part in download():
+            for part in download:
                 while part:
                     part = part[file.write(part) :]
 

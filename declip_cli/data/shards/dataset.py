@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from declip_cli.data.dataset import Dataset, Example, Skips
-from declip_cli.data.shards.files import Shard, ShardFiles
+from declip_cli.data.shards.files import Piece, Shard, ShardFiles
 from declip_cli.data.shards.index import ShardIndex, read_indexes
 from declip_cli.data.shards.tar_samples import read_captions, read_metadata
 
 _MAX_GAP_BYTES = 64 << 10
 _MAX_BLOCK_FACTOR = 8
+_MAX_PIECES = 4096
 
 
 class Shards(Dataset):
@@ -27,8 +28,8 @@ class Shards(Dataset):
         self._shards, self._files = shards, files
 
     @abstractmethod
-    def _locate(self, number: int) -> tuple[Shard, ShardIndex, int, tuple[int, int]]:
-        """Find a sample: its shard, the index of that, its row there, and the piece that is fetched with it."""
+    def _locate(self, number: int) -> tuple[Piece, ShardIndex, int]:
+        """Find a sample: the piece of a shard that it is fetched with, the index of that shard, its row there."""
 
     @property
     def is_remote(self) -> bool:
@@ -37,22 +38,21 @@ class Shards(Dataset):
 
     def read(self, number: int) -> Example:
         """Read one pair, in one request unless captions and image lie far apart; see `Dataset.read`."""
-        shard, index, row, block = self._locate(number)
+        piece, index, row = self._locate(number)
         first, last = index.image_span(row)
         start, end, is_json = index.caption_span(row)
         low, high = min(first, start), max(last, end)
         if high - low <= last - first + end - start + _MAX_GAP_BYTES:
-            piece = self._files.read(shard, low, high, block=block)
-            image, text = piece[first - low : last - low], piece[start - low : end - low]
+            data = self._files.read(piece, low, high)
+            image, text = data[first - low : last - low], data[start - low : end - low]
         else:
-            image = self._files.read(shard, first, last, block=block)
-            text = self._files.read(shard, start, end, block=block)
+            image, text = self._files.read(piece, first, last), self._files.read(piece, start, end)
         key = index.key(row)
         return Example(key, image, read_captions(text, key, is_json=is_json))
 
     def key(self, number: int) -> str:
         """Return the key of a pair, which stands in the index."""
-        _, index, row, _ = self._locate(number)
+        _, index, row = self._locate(number)
         return index.key(row)
 
     def captions(self, number: int) -> tuple[str, ...]:
@@ -66,9 +66,9 @@ class Shards(Dataset):
         return read_metadata(text, key) if is_json else {}
 
     def _text(self, number: int) -> tuple[bytes, str, bool]:
-        shard, index, row, block = self._locate(number)
+        piece, index, row = self._locate(number)
         start, end, is_json = index.caption_span(row)
-        return self._files.read(shard, start, end, block=block), index.key(row), is_json
+        return self._files.read(piece, start, end), index.key(row), is_json
 
 
 class ShardDataset(Shards):
@@ -107,6 +107,7 @@ class ShardDataset(Shards):
         self._block_bytes = int(block_mib * (1 << 20))
         self.block_firsts = self._cut()
         """Sample numbers at which blocks begin, and the number of samples, int64, (blocks + 1,)."""
+        self._piece_of = functools.lru_cache(_MAX_PIECES)(self._find_piece)
 
     def _cut(self) -> NDArray[np.int64]:
         """Cut each shard into blocks of equally many samples."""
@@ -127,21 +128,18 @@ class ShardDataset(Shards):
     def __len__(self) -> int:
         return self._firsts[-1]
 
-    def _locate(self, number: int) -> tuple[Shard, ShardIndex, int, tuple[int, int]]:
+    def _locate(self, number: int) -> tuple[Piece, ShardIndex, int]:
         if not 0 <= number < len(self):
             raise IndexError(number)
         shard = bisect_right(self._firsts, number) - 1
-        start = end = 0
-        if self._shards[shard].is_remote:
-            _, start, end = self._span(int(np.searchsorted(self.block_firsts, number, side="right")) - 1)
-        return self._shards[shard], self._indexes[shard], number - self._firsts[shard], (start, end)
+        piece = self._piece_of(bisect_right(self.block_firsts, number) - 1)
+        return piece, self._indexes[shard], number - self._firsts[shard]
 
-    def _span(self, block: int) -> tuple[Shard, int, int]:
-        """Find a block: its shard, first byte and byte behind the last."""
+    def _find_piece(self, block: int) -> Piece:
         first, end = self.block_firsts[block : block + 2].tolist()
         shard = bisect_right(self._firsts, first) - 1
         begin = self._firsts[shard]
-        return self._shards[shard], *self._indexes[shard].span(first - begin, end - 1 - begin)
+        return Piece(self._shards[shard], *self._indexes[shard].span(first - begin, end - 1 - begin))
 
     def fetch(self, block: int) -> None:
         """Bring a block near, in one request, so that `read` need not wait.
@@ -155,13 +153,13 @@ class ShardDataset(Shards):
         Raises:
             DataError: the store did not give it; the cause is `UNREAD`.
         """
-        shard, start, end = self._span(block)
-        if end - start <= _MAX_BLOCK_FACTOR * self._block_bytes:  # else something large lies between the samples
-            self._files.fetch(shard, start, end)
+        piece = self._piece_of(block)
+        if piece.num_bytes <= _MAX_BLOCK_FACTOR * self._block_bytes:  # else something large lies between the samples
+            self._files.fetch(piece)
 
     def release(self, block: int) -> None:
         """Say that a block will not be needed soon: it is the first to go where the cache is full."""
-        self._files.release(*self._span(block))
+        self._files.release(self._piece_of(block))
 
     def reopen(self) -> Callable[[], "ShardDataset"]:
         """Return what opens the same data in another process of this machine, without asking the store."""

@@ -37,9 +37,21 @@ class Shard:
         """Say whether it has to be fetched."""
         return storage.is_remote(self.path)
 
-    def block_name(self, start: int, end: int) -> str:
-        """Name a piece of it in the cache."""
-        return f"{hashlib.sha256(f'{self.path} {self.stamp}'.encode()).hexdigest()[:24]}-{start:x}-{end:x}"
+
+class Piece:
+    """Consecutive bytes of a shard that are fetched together.
+
+    Args:
+        shard: which.
+        start: first byte.
+        end: behind the last.
+    """
+
+    def __init__(self, shard: Shard, start: int, end: int) -> None:
+        self.shard, self.start, self.num_bytes = shard, start, end - start
+        digest = hashlib.sha256(f"{shard.path} {shard.stamp}".encode("utf-8", "surrogateescape")).hexdigest()
+        self.name = f"{digest[:24]}-{start:x}-{end:x}"
+        """Of its file in the cache."""
 
 
 @contextmanager
@@ -75,15 +87,13 @@ class ShardFiles:
         self._open: OrderedDict[str, _Handle] = OrderedDict()
         self._lock = threading.Lock()
 
-    def read(self, shard: Shard, start: int, end: int, *, block: tuple[int, int]) -> bytes:
-        """Read bytes `start` to `end - 1` of a shard.
+    def read(self, piece: Piece, start: int, end: int) -> bytes:
+        """Read bytes `start` to `end - 1` of a shard; from a piece that was fetched without asking the store.
 
         Args:
-            shard: which.
+            piece: what they are in.
             start: first byte.
             end: behind the last.
-            block: first byte and byte behind the last of the piece they are in; if that was fetched, nothing is
-                asked of the store.
 
         Returns:
             The bytes.
@@ -91,41 +101,40 @@ class ShardFiles:
         Raises:
             DataError: the shard cannot be read, with the cause `UNREAD`, or is shorter.
         """
-        with _shard_errors(shard.path):
-            if shard.is_remote:
-                data = self._cache.read(shard.block_name(*block), start - block[0], end - start)
-                return data if len(data) == end - start else storage.read_range(shard.path, start, end)
-            data = storage.attempt(shard.path, lambda: self._read_local(shard.path, start, end))
+        path = piece.shard.path
+        with _shard_errors(path):
+            if piece.shard.is_remote:
+                data = self._cache.read(piece.name, start - piece.start, end - start)
+                return data if len(data) == end - start else storage.read_range(path, start, end)
+            data = storage.attempt(path, lambda: self._read_local(path, start, end))
         if len(data) < end - start:
             raise DataError(
-                f"the shard {shard.path} ends before byte {end:,}, up to which a sample goes",
+                f"the shard {path} ends before byte {end:,}, up to which a sample goes",
                 remedy="copy it again, or prepare the data again",
                 cause="truncated tar",
             )
         return data
 
-    def fetch(self, shard: Shard, start: int, end: int) -> None:
-        """Bring a piece of a shard into the cache of this machine, or a local one into the page cache."""
-
-        def download() -> Iterator[bytes]:
-            for at in range(start, end, _PART_BYTES):
-                yield storage.read_range(shard.path, at, min(end, at + _PART_BYTES))
-
-        with _shard_errors(shard.path):
-            if shard.is_remote:
-                self._cache.fetch(shard.block_name(start, end), end - start, download)
+    def fetch(self, piece: Piece) -> None:
+        """Bring a piece into the cache of this machine, or a local one into the page cache; errors as of `read`."""
+        path, start, end = piece.shard.path, piece.start, piece.start + piece.num_bytes
+        parts = ((at, min(end, at + _PART_BYTES)) for at in range(start, end, _PART_BYTES))
+        with _shard_errors(path):
+            if piece.shard.is_remote:
+                download = (storage.read_range(path, *part) for part in parts)
+                self._cache.fetch(piece.name, piece.num_bytes, download)
             else:
-                handle = storage.attempt(shard.path, lambda: self._handle(shard.path))
-                os.posix_fadvise(handle.number, start, end - start, os.POSIX_FADV_WILLNEED)
+                handle = storage.attempt(path, lambda: self._handle(path))
+                os.posix_fadvise(handle.number, start, piece.num_bytes, os.POSIX_FADV_WILLNEED)
 
-    def release(self, shard: Shard, start: int, end: int) -> None:
+    def release(self, piece: Piece) -> None:
         """Say that a piece is not needed soon."""
-        if shard.is_remote:
-            self._cache.release(shard.block_name(start, end))
+        if piece.shard.is_remote:
+            self._cache.release(piece.name)
 
     def open(self, shard: Shard) -> BinaryIO:
         """Open a whole shard, from the cache if it has been fetched as one piece; errors as of `read`."""
-        cached = self._cache.path(shard.block_name(0, shard.num_bytes))
+        cached = self._cache.path(Piece(shard, 0, shard.num_bytes).name)
         is_cached = shard.is_remote and os.path.exists(cached)
         with _shard_errors(shard.path):
             return storage.attempt(shard.path, lambda: storage.open_binary(cached if is_cached else shard.path))

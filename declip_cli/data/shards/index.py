@@ -7,6 +7,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, BinaryIO
 
@@ -22,6 +23,7 @@ _MAGIC = b"declipI3"
 _TAIL_BYTES = 64 + 16  # sha256 of the table, its length, both in hexadecimal
 _BLOCK = 512
 _JSON_BIT = 1 << 31
+_THREADS = 8
 _ROW_BYTES = 20
 
 
@@ -226,8 +228,8 @@ def parse_indexes(data: bytes | mmap.mmap, *, check: bool) -> list[ShardIndex]:
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, RecursionError) as error:
         raise ValueError(f"damaged: {error}") from error
     if check:
-        for index in found:
-            index.check()
+        with ThreadPoolExecutor(min(_THREADS, max(1, len(found)))) as pool:
+            list(pool.map(ShardIndex.check, found))
     return found
 
 

@@ -11,7 +11,7 @@ from declip_cli.data import storage
 from declip_cli.data.dataset import Skips
 from declip_cli.data.shards.block_cache import locked
 from declip_cli.data.shards.dataset import Shards
-from declip_cli.data.shards.files import Shard, ShardFiles
+from declip_cli.data.shards.files import Piece, Shard, ShardFiles
 from declip_cli.data.shards.index import ShardIndex, read_indexes
 from declip_cli.data.shards.indexing import find_index, make_index, place_in_cache
 from declip_cli.data.shards.store import CACHE_GB, default_cache_dir, find_shards
@@ -87,22 +87,22 @@ class LazyShardDataset(Shards):
 
     def fetch(self, shard: int) -> None:
         """Bring a whole shard near, in parts of 16 MiB, and index it if need be; see `ShardDataset.fetch`."""
-        self._files.fetch(self._shards[shard], 0, self._shards[shard].num_bytes)
+        self._files.fetch(_whole(self._shards[shard]))
         self.count(shard)
 
     def release(self, shard: int) -> None:
         """Say that a shard will not be needed soon."""
-        self._files.release(self._shards[shard], 0, self._shards[shard].num_bytes)
+        self._files.release(_whole(self._shards[shard]))
 
     def reopen(self) -> Callable[[], "LazyShardDataset"]:
         """Return what opens the same data in another process of this machine."""
         return self._reopen
 
-    def _locate(self, number: int) -> tuple[Shard, ShardIndex, int, tuple[int, int]]:
+    def _locate(self, number: int) -> tuple[Piece, ShardIndex, int]:
         shard, row = number >> ROW_BITS, number & ((1 << ROW_BITS) - 1)
         if not 0 <= shard < self.num_shards or row >= self.count(shard):
             raise IndexError(number)
-        return self._shards[shard], self._index(shard), row, (0, self._shards[shard].num_bytes)
+        return _whole(self._shards[shard]), self._index(shard), row
 
     def _index(self, number: int) -> ShardIndex:
         with self._lock:
@@ -113,7 +113,7 @@ class LazyShardDataset(Shards):
         with locked(f"{place_in_cache(shard, self._cache_dir)}.lock"):  # others of the machine wait, and find it
             path, _ = find_index(shard, cache_dir=self._cache_dir)
             if not path:
-                self._files.fetch(shard, 0, shard.num_bytes)
+                self._files.fetch(_whole(shard))
                 path = make_index(shard, self._files, cache_dir=self._cache_dir)
         (index,) = read_indexes(path, check=False)
         with self._lock:
@@ -123,10 +123,16 @@ class LazyShardDataset(Shards):
         return index
 
 
+@functools.lru_cache(_MAX_OPEN)
+def _whole(shard: Shard) -> Piece:
+    return Piece(shard, 0, shard.num_bytes)
+
+
 def _successes(shard: Shard) -> int:
     """Read how many images img2dataset says are in a shard; 0 if it says nothing."""
     try:
-        return int(parse_json(storage.read_bytes(shard.path.removesuffix(".tar") + "_stats.json"))["successes"])
+        stats = parse_json(storage.read_bytes(shard.path.removesuffix(".tar") + "_stats.json"))
+        return int(stats["successes"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0
 

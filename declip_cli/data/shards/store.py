@@ -125,13 +125,6 @@ def _describe(paths: Sequence[str]) -> list[Shard]:
         return [shard for shard in pool.map(describe, paths) if shard is not None]
 
 
-def merge_skipped(total: dict[str, tuple[int, str]], more: Mapping[str, tuple[int, str]]) -> None:
-    """Add counts of skipped samples by cause, keeping the first key of each cause."""
-    for cause, (count, first) in more.items():
-        before, earliest = total.get(cause, (0, first))
-        total[cause] = (before + count, earliest)
-
-
 def read_manifest(folder: str) -> dict[str, Any]:
     """Read the manifest of a folder made by `declip prepare`.
 
@@ -180,17 +173,16 @@ def _joined_index(folder: str, manifest: Mapping[str, Any], cache_dir: str, say:
     if not digest:
         return ""
     local = cached_index(digest, cache_dir) if storage.is_remote(folder) else path
-    try:
-        if storage.is_remote(folder):
-            with locked(f"{local}.lock"):  # the other processes of the machine wait, and find it
-                if not _fits(local, manifest):
-                    storage.make_folder(os.path.dirname(local))
-                    storage.write_whole(local, storage.read_bytes(path))
-        if _fits(local, manifest):
-            return local
-        damage = "damaged"
-    except FileNotFoundError:
-        damage = "missing"
+    if _fits(local, manifest):
+        return local
+    damage = "damaged" if os.path.exists(path) else "missing"
+    if storage.is_remote(folder):
+        with locked(f"{local}.lock"), suppress(FileNotFoundError):  # other processes of the machine wait, and find it
+            if not _fits(local, manifest):
+                storage.write_whole(local, storage.read_bytes(path))
+            if _fits(local, manifest):
+                return local
+            damage = "damaged"
     if say is not None:
         say(f"{path} is {damage}; the indexes of the shards are used")
     return ""

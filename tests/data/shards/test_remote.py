@@ -182,16 +182,16 @@ def bytes_in(cache_dir):
 def test_what_is_released_goes_first_then_what_is_oldest(tmp_path):
     cache = BlockCache(str(tmp_path), bound_bytes=1010)
     for number, name in enumerate("abcd"):
-        cache.fetch(name, 230, lambda: iter([bytes(230)]))
+        cache.fetch(name, 230, [bytes(230)])
         os.utime(tmp_path / name, (number + 1, number + 1))
     cache.release("c")
     for name, left in (("e", "abde"), ("f", "bdef"), ("g", "defg")):
-        cache.fetch(name, 230, lambda: iter([bytes(100), bytes(130)]))
+        cache.fetch(name, 230, [bytes(100), bytes(130)])
         assert kept(tmp_path) == set(left)
-    cache.fetch("too big", 1011, lambda: iter([]))
+    cache.fetch("too big", 1011, [])
     assert kept(tmp_path) == set("defg")
     (tmp_path / "bytes").write_text("nonsense")
-    cache.fetch("h", 230, lambda: iter([bytes(230)]))
+    cache.fetch("h", 230, [bytes(230)])
     assert kept(tmp_path) == set("efgh")
 
 
@@ -206,7 +206,7 @@ def test_the_bound_holds_while_many_write_and_after_one_was_killed(tmp_path):
 
     def work(cache, first):
         for number in range(first, first + 20):
-            cache.fetch(f"{number % 30}", 90 + number, partial(download, 90 + number))
+            cache.fetch(f"{number % 30}", 90 + number, download(90 + number))
 
     threads = [threading.Thread(target=work, args=(cache, 5 * number)) for number, cache in enumerate(caches)]
     for thread in threads:
@@ -227,7 +227,7 @@ def download():
     time.sleep(0.3)
     yield b"abc"
 cache = BlockCache(sys.argv[1], bound_bytes=1000)
-cache.fetch("block", 3, download)
+cache.fetch("block", 3, download())
 assert cache.read("block", 1, 2) == b"bc"
 """
 
