@@ -1,13 +1,13 @@
 """Indexes of shards: shared out among processes, vouched for by a digest, made again when damaged."""
 
 import io
-import json
 import os
+import pickle
 import random
-import subprocess
-import sys
 import tarfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +17,7 @@ from declip_cli.data.shards import indexing
 from declip_cli.data.shards.index import IndexBuilder, read_indexes, write_indexes
 from declip_cli.data.shards.indexing import _share, find_index
 from declip_cli.data.shards.store import find_shards, open_shards
-
-ROOT = Path(__file__).parents[3]
+from declip_cli.errors import DataError
 
 
 def write_shard(path, num, *, key="a"):
@@ -32,44 +31,86 @@ def write_shard(path, num, *, key="a"):
     return path
 
 
-def open_on_ranks(root, num_ranks):
-    """Run opening_ranks.py in several processes; return what each found, by folder."""
-    program = [sys.executable, "-m", "tests.data.shards.opening_ranks", str(root)]
-    processes = [subprocess.Popen([*program, str(rank), str(num_ranks)], cwd=ROOT) for rank in range(num_ranks)]
-    try:
-        assert [process.wait(timeout=120) for process in processes] == [0] * num_ranks
-    finally:
-        for process in processes:
-            process.kill()
-    return [json.loads((root / f"{rank}.json").read_text()) for rank in range(num_ranks)]
+NUM_RANKS = 4
 
 
-def test_processes_that_open_tars_together_index_each_once(tmp_path):
-    num_ranks, trials = 4, 2
-    for trial in range(trials):
-        for shard in range(12):
-            write_shard(tmp_path / f"trial-{trial}" / f"{shard:05d}.tar", 20)
-    for shard in range(12):
-        write_shard(tmp_path / "protected" / f"{shard:05d}.tar", 20)
-        write_shard(tmp_path / "broken" / f"{shard:05d}.tar", 20)
-    results = open_on_ranks(tmp_path, num_ranks)
-    names = [f"{shard:05d}.tar" for shard in range(12)]
-    for trial in range(trials):
-        of_ranks = [result[f"trial-{trial}"] for result in results]
-        assert all(result["found"] == of_ranks[0]["found"] for result in of_ranks)
-        assert of_ranks[0]["found"][0] == 240
-        assert sorted(sum((result["built"] for result in of_ranks), [])) == names
-        assert {len(result["built"]) for result in of_ranks} == {12 // num_ranks}
-    # Where the indexes go to a cache that two ranks share, as those of one machine do: once a machine.
-    of_ranks = [result["protected"] for result in results]
-    assert all(result["found"] == of_ranks[0]["found"] for result in of_ranks)
-    for rank in range(0, num_ranks, 2):
-        assert sorted(of_ranks[rank]["built"] + of_ranks[rank + 1]["built"]) == names
-    # A shard that only rank 1 meets and cannot read: the same error everywhere.
-    errors = {result["broken"]["error"] for result in results}
-    assert len(errors) == 1
-    assert "cannot read the shard" in errors.pop()
+@pytest.fixture
+def ranks(monkeypatch):
+    """Let threads be the ranks of a process group; returns a function that runs work(rank) on all of them at once."""
+    here, barrier, slots = threading.local(), threading.Barrier(NUM_RANKS, timeout=30), [b""] * NUM_RANKS
+
+    def all_gather_object(values, value):
+        slots[here.rank] = pickle.dumps(value)
+        barrier.wait()
+        values[:] = [pickle.loads(slot) for slot in slots]
+        barrier.wait()
+
+    def on_all(work):
+        def on(rank):
+            here.rank = rank
+            return work(rank)
+
+        with ThreadPoolExecutor(NUM_RANKS) as pool:
+            return list(pool.map(on, range(NUM_RANKS)))
+
+    monkeypatch.setattr("declip_cli.distributed.rank", lambda: here.rank)
+    monkeypatch.setattr("declip_cli.distributed.world_size", lambda: NUM_RANKS)
+    monkeypatch.setattr("torch.distributed.all_gather_object", all_gather_object)
+    monkeypatch.setattr(indexing, "_MEET_EVERY_S", 0.01)
+    return on_all
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """The shards that were gone through; those with `broken` in their path cannot be, by one of the ranks."""
+    names, index_groups = [], indexing.index_groups
+
+    def counted(file, shard):
+        if "broken" in shard and int(Path(shard).stem) % NUM_RANKS == 1:
+            raise OSError("input/output error")
+        names.append(Path(shard).name)
+        return index_groups(file, shard)
+
+    monkeypatch.setattr(indexing, "index_groups", counted)
+    return names
+
+
+def opened_on(ranks, folder, *, cache_of=lambda rank: "cache"):
+    """Open a folder on all ranks; return the number of pairs and the fingerprint, or the error, of each."""
+
+    def work(rank):
+        try:
+            data = open_shards([str(folder)], cache_dir=str(folder.parent / cache_of(rank)), together=True)
+        except DataError as error:
+            return error.message
+        return len(data), data.fingerprint
+
+    return ranks(work)
+
+
+def test_ranks_that_open_tars_together_index_each_once(tmp_path, ranks, built):
+    names = [write_shard(tmp_path / "open" / f"{shard:05d}.tar", 20).name for shard in range(12)]
+    found = opened_on(ranks, tmp_path / "open")
+    assert found[0][0] == 240
+    assert found == found[:1] * NUM_RANKS
+    assert sorted(built) == names
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_where_indexes_go_to_a_cache_each_machine_makes_them_once(tmp_path, ranks, built, monkeypatch):
+    names = [write_shard(tmp_path / "protected" / f"{shard:05d}.tar", 20).name for shard in range(12)]
+    monkeypatch.setattr(os, "access", lambda *args: False)
+    found = opened_on(ranks, tmp_path / "protected", cache_of=lambda rank: f"machine-{rank // 2}")
+    assert found == found[:1] * NUM_RANKS
+    assert sorted(built) == sorted(2 * names)
+
+
+def test_an_error_of_one_rank_is_raised_on_all(tmp_path, ranks, built):
+    for shard in range(12):
+        write_shard(tmp_path / "broken" / f"{shard:05d}.tar", 20)
+    messages = opened_on(ranks, tmp_path / "broken")
+    assert messages == messages[:1] * NUM_RANKS
+    assert "cannot read the shard" in messages[0]
 
 
 def test_shards_go_to_the_ranks_that_miss_them():
@@ -79,15 +120,15 @@ def test_shards_go_to_the_ranks_that_miss_them():
 
 
 def test_progress_is_told_where_indexing_takes_long(tmp_path, monkeypatch):
-    for name in ("_MEET_EVERY_S", "_SILENT_S", "_SAY_EVERY_S"):
-        monkeypatch.setattr(indexing, name, 0.01)
-    monkeypatch.setattr(indexing, "_THREADS", 1)
-    make = indexing.make_index
-    monkeypatch.setattr(indexing, "make_index", lambda *args, **options: (time.sleep(0.05), make(*args, **options))[1])
+    make, said = indexing.make_index, []
     for shard in range(4):
         write_shard(tmp_path / f"{shard}.tar", 2)
-    said = []
-    open_shards([str(tmp_path)], say=said.append)
+    with monkeypatch.context() as patch:
+        for name in ("_MEET_EVERY_S", "_SILENT_S", "_SAY_EVERY_S"):
+            patch.setattr(indexing, name, 0.01)
+        patch.setattr(indexing, "_THREADS", 1)
+        patch.setattr(indexing, "make_index", lambda *args, **options: (time.sleep(0.05), make(*args, **options))[1])
+        open_shards([str(tmp_path)], say=said.append)
     assert any("of 4 shards indexed, once for all" in line for line in said)
     said.clear()
     open_shards([str(tmp_path)], say=said.append)
