@@ -4,6 +4,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from importlib import import_module
 from itertools import islice
 from typing import Any, TypeVar
@@ -31,18 +32,11 @@ def run_in_threads(
         One result per item, in order.
     """
     workers = workers or len(own_cores())
-    waiting: deque[Future[list[R]]] = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="prepare") as pool:
-        try:
-            for batch in in_batches(items):
-                waiting.append(pool.submit(work, batch))
-                if len(waiting) >= workers * _TASKS_AHEAD:
-                    yield from waiting.popleft().result()
-            while waiting:
-                yield from waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="prepare")
+    try:
+        yield from _in_order(lambda batch: pool.submit(work, batch), Future.result, items, workers)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def run_on_ray(
@@ -75,14 +69,7 @@ def run_on_ray(
         ray.init(address=address, log_to_driver=False, logging_level="error", **local)
     try:
         workers = workers or int(ray.cluster_resources().get("CPU", 1))
-        task, shared_work = ray.remote(_call), ray.put(work)
-        waiting: deque[Any] = deque()
-        for batch in in_batches(items):
-            waiting.append(task.remote(shared_work, batch))
-            if len(waiting) >= workers * _TASKS_AHEAD:
-                yield from ray.get(waiting.popleft())
-        while waiting:
-            yield from ray.get(waiting.popleft())
+        yield from _in_order(partial(ray.remote(_call).remote, ray.put(work)), ray.get, items, workers)
     finally:
         if is_ours:
             ray.shutdown()
@@ -92,8 +79,15 @@ def _call(work: Callable[[Sequence[T]], list[R]], batch: Sequence[T]) -> list[R]
     return work(batch)
 
 
-def in_batches(items: Iterable[T]) -> Iterator[list[T]]:
-    """Cut a stream of items into tasks of a few."""
+def _in_order(
+    submit: Callable[[list[T]], Any], result: Callable[[Any], list[R]], items: Iterable[T], workers: int
+) -> Iterator[R]:
+    """Submit batches of items as tasks, a few for each worker ahead of the results."""
+    waiting: deque[Any] = deque()
     iterator = iter(items)
     while batch := list(islice(iterator, _RECORDS_PER_TASK)):
-        yield batch
+        waiting.append(submit(batch))
+        if len(waiting) >= workers * _TASKS_AHEAD:
+            yield from result(waiting.popleft())
+    while waiting:
+        yield from result(waiting.popleft())

@@ -2,7 +2,6 @@
 
 from array import array
 from dataclasses import replace
-from enum import IntEnum
 
 import faiss
 import numpy as np
@@ -15,13 +14,6 @@ from declip_cli.data.prepare.stages import LeftOut, Pair
 DUPLICATE_KEY, EXACT, NEAR = "duplicate key", "duplicate picture", "near-duplicate picture"
 REPEATED, EXCLUDED = "repeated caption", "excluded picture"
 _NUM_BANDS, _BAND_BITS, _NUM_FLIPS = 3, 21, 1  # finds every hash within 5 bits
-
-
-class _What(IntEnum):
-    KEY = 1
-    CAPTION = 2
-    PICTURE = 3
-    LOOKS = 4
 
 
 class Looks:
@@ -67,14 +59,12 @@ class Seen:
 
     Args:
         config: the filters.
-        excluded: looks of evaluation pictures.
+        excluded: looks of evaluation images.
     """
 
     def __init__(self, config: CleanConfig, excluded: Looks) -> None:
-        self._config = config
-        self._excluded = excluded
-        self._counters = {what: HashCounter() for what in _What}
-        self._looks = Looks()
+        self._config, self._excluded = config, excluded
+        self._counter, self._looks = HashCounter(), Looks()
         self._log = array("Q")
 
     def check(self, pair: Pair) -> Pair | LeftOut:
@@ -87,26 +77,27 @@ class Seen:
             The pair, perhaps with fewer captions, or why it is left out.
         """
         config = self._config
-        key_hash = hash64("\0".join((pair.key, *pair.captions)).encode())
-        if self._counters[_What.KEY].count(key_hash):
+        key_hash = _hash("key", "\0".join((pair.key, *pair.captions)))
+        if self._counter.count(key_hash):
             return LeftOut(pair.key, DUPLICATE_KEY, is_bad=True)
-        problem = self._picture_problem(pair)
-        captions = self._rare_captions(pair.captions)
+        problem, captions = self._image_problem(pair), pair.captions
+        if config.max_caption_repeats:
+            captions = tuple(c for c in captions if self._counter.count(_caption_hash(c)) < config.max_caption_repeats)
         if problem or not captions:
             return LeftOut(pair.key, problem or REPEATED, is_bad=False)
-        self._add(_What.KEY, key_hash)
+        self._add(key_hash)
         if config.duplicates != "keep":
-            self._add(_What.PICTURE, pair.picture_hash)
+            self._add(pair.picture_hash)
         if config.duplicates == "near":
-            self._add(_What.LOOKS, pair.looks_hash)
+            self._add(pair.looks_hash, is_looks=True)
         if config.max_caption_repeats:
             for caption in captions:
-                self._add(_What.CAPTION, _caption_hash(caption))
+                self._add(_caption_hash(caption))
         return replace(pair, captions=captions)
 
-    def _picture_problem(self, pair: Pair) -> str:
+    def _image_problem(self, pair: Pair) -> str:
         config = self._config
-        if config.duplicates != "keep" and self._counters[_What.PICTURE].count(pair.picture_hash):
+        if config.duplicates != "keep" and self._counter.count(pair.picture_hash):
             return EXACT
         if self._excluded.has_near(pair.looks_hash, config.near_distance_bits):
             return EXCLUDED
@@ -114,22 +105,9 @@ class Seen:
             return NEAR
         return ""
 
-    def _rare_captions(self, captions: tuple[str, ...]) -> tuple[str, ...]:
-        most = self._config.max_caption_repeats
-        if not most:
-            return captions
-        counts = self._counters[_What.CAPTION]
-        return tuple(caption for caption in captions if counts.count(_caption_hash(caption)) < most)
-
-    def _add(self, what: _What, hashed: int) -> None:
-        self._remember(what, hashed)
-        self._log.extend((what, hashed))
-
-    def _remember(self, what: _What, hashed: int) -> None:
-        if what is _What.LOOKS:
-            self._looks.add(hashed)
-        else:
-            self._counters[what].add(hashed)
+    def _add(self, hashed: int, *, is_looks: bool = False) -> None:
+        self._log.extend((is_looks, hashed))
+        (self._looks if is_looks else self._counter).add(hashed)
 
     def new_bytes(self) -> bytes:
         """Return what was taken in since this was last asked, to be kept on disk."""
@@ -144,9 +122,13 @@ class Seen:
             data: all that `new_bytes` returned, joined.
         """
         words = array("Q", data)
-        for what, hashed in zip(words[::2], words[1::2], strict=True):
-            self._remember(_What(what), hashed)
+        for is_looks, hashed in zip(words[::2], words[1::2], strict=True):
+            (self._looks if is_looks else self._counter).add(hashed)
+
+
+def _hash(kind: str, text: str) -> int:
+    return hash64(f"{kind}\0{text}".encode())
 
 
 def _caption_hash(caption: str) -> int:
-    return hash64(" ".join(caption.casefold().split()).encode())
+    return _hash("caption", " ".join(caption.casefold().split()))
