@@ -1,12 +1,12 @@
 """Pairs into numbered tar shards with their indexes; an unfinished shard can be taken up again."""
 
-import hashlib
 import json
 import os
 import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from declip_cli.data import storage
@@ -16,48 +16,27 @@ from declip_cli.data.shards.index import IndexBuilder, ShardIndex, index_groups,
 from declip_cli.data.shards.indexing import index_path
 from declip_cli.data.shards.store import JOINED
 from declip_cli.errors import DataError
+from declip_cli.files import digest_of
 
 _THREADS = 16
 
 
-class TarWriter:
-    """Write an archive whose bytes depend on names and contents only, never on time or user.
+def append_file(tar: BinaryIO, name: str, data: bytes) -> tuple[int, int]:
+    """Append a file to an archive, whose bytes depend on names and contents only, never on time or user.
 
     Args:
-        file: open for reading and writing; what is in it already is kept and written behind.
+        tar: open for writing, at its end.
+        name: of the file.
+        data: its content.
+
+    Returns:
+        Offset and size of the content in the archive, in bytes.
     """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._digest = hashlib.sha256()
-        self.num_bytes = 0
-        file.seek(0)
-        while block := file.read(1 << 20):
-            self._digest.update(block)
-            self.num_bytes += len(block)
-
-    @property
-    def sha256(self) -> str:
-        """Of what has been written so far, in hexadecimal."""
-        return self._digest.hexdigest()
-
-    def add(self, name: str, data: bytes) -> tuple[int, int]:
-        """Append one file; return offset and size of its content, in bytes."""
-        info = tarfile.TarInfo(name)
-        info.size = len(data)
-        span = self.num_bytes + tarfile.BLOCKSIZE, len(data)
-        self._write(info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE))
-        return span
-
-    def finish(self) -> str:
-        """Write the end mark, and return the sha256 of the whole archive, in hexadecimal."""
-        self._write(bytes(2 * tarfile.BLOCKSIZE))
-        return self.sha256
-
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._digest.update(data)
-        self.num_bytes += len(data)
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    start = tar.tell() + tar.write(info.tobuf(tarfile.USTAR_FORMAT))
+    tar.write(data + bytes(-len(data) % tarfile.BLOCKSIZE))
+    return start, len(data)
 
 
 class PartWriter:
@@ -75,7 +54,6 @@ class PartWriter:
         self.shards: list[dict[str, Any]] = list(state.get("shards", []))
         self._index = IndexBuilder()
         self._file: BinaryIO | None = None
-        self._writer: TarWriter
         self._num_finished = sum(int(shard["num_pairs"]) for shard in self.shards)
         unfinished = state.get("unfinished", {"num_pairs": 0, "num_bytes": 0})
         if unfinished["num_pairs"]:
@@ -107,12 +85,11 @@ class PartWriter:
             if self._file is None:
                 storage.make_folder(self._folder)
                 storage.make_folder(self._spool)
-                self._file = open(self._temporary, "w+b")  # noqa: SIM115  (stays open)
-                self._writer = TarWriter(self._file)
+                self._file = open(self._temporary, "wb")  # noqa: SIM115  (stays open)
             key = f"{self.num_pairs:09d}"
-            image = self._writer.add(f"{key}.jpg", pair.jpeg)
-            self._writer.add(f"{key}.txt", pair.captions[0].encode())
-            self._index.add(key, image, self._writer.add(f"{key}.json", _metadata(pair)), is_json=True)
+            image = append_file(self._file, f"{key}.jpg", pair.jpeg)
+            append_file(self._file, f"{key}.txt", pair.captions[0].encode())
+            self._index.add(key, image, append_file(self._file, f"{key}.json", _metadata(pair)), is_json=True)
         if len(self._index) < self._shard_samples:
             return False
         self.finish_shard()
@@ -124,12 +101,13 @@ class PartWriter:
             return
         name = f"{len(self.shards):05d}.tar"
         with storage.disk_errors(self._temporary):
-            sha256 = self._writer.finish()
+            self._file.write(bytes(2 * tarfile.BLOCKSIZE))
+            num_bytes = self._file.tell()
             self._file.close()
+            sha256 = digest_of(Path(self._temporary))
         self._file = None
         path = storage.join(self._folder, name)
         storage.move_into_place(self._temporary, path)
-        num_bytes = self._writer.num_bytes
         write_indexes(index_path(path), [self._index.build(name, num_bytes)])
         self.shards.append({"name": name, "num_pairs": len(self._index), "num_bytes": num_bytes, "sha256": sha256})
         self._num_finished += len(self._index)
@@ -153,8 +131,8 @@ class PartWriter:
         if self._file is not None:
             with storage.disk_errors(self._temporary):
                 self._file.flush()
-            unfinished = {"num_pairs": len(self._index), "num_bytes": self._writer.num_bytes}
-            unfinished["sha256"] = self._writer.sha256
+                unfinished = {"num_pairs": len(self._index), "num_bytes": self._file.tell()}
+                unfinished["sha256"] = digest_of(Path(self._temporary))
         return {"shards": self.shards, "unfinished": unfinished}
 
     def close(self) -> None:
@@ -177,11 +155,11 @@ class PartWriter:
             raise DataError(f"the unfinished shard {self._temporary} is missing", remedy=remedy) from error
         file.truncate(unfinished["num_bytes"])
         self._file = file
-        file.seek(0)
         self._index = index_groups(file, self._temporary)
         self._index.skipped.clear()  # that it ends without a mark
-        self._writer = TarWriter(file)
-        if len(self._index) != unfinished["num_pairs"] or self._writer.sha256 != unfinished["sha256"]:
+        file.seek(0, os.SEEK_END)
+        digest = digest_of(Path(self._temporary))
+        if len(self._index) != unfinished["num_pairs"] or digest != unfinished["sha256"]:
             file.close()
             raise DataError(f"the unfinished shard {self._temporary} is damaged", remedy=remedy)
 

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from declip_cli.data import storage
+from declip_cli.data.prepare import shard_writer
 from declip_cli.data.prepare.config import CleanConfig, PrepareConfig
 from declip_cli.data.prepare.pipeline import prepare
-from declip_cli.data.prepare.shard_writer import TarWriter
 from declip_cli.data.prepare.state import OutFolder
 from declip_cli.data.stores import open_samples
 from declip_cli.errors import ConfigError, DataError
@@ -287,7 +287,7 @@ def test_a_full_disk_is_said_clearly_and_the_run_goes_on_later(tmp_path, make_pi
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("declip_cli.data.prepare.shard_writer.TarWriter.add", fail)
+        patch.setattr("declip_cli.data.prepare.shard_writer.append_file", fail)
         with pytest.raises(DataError, match="the disk is full") as caught:
             run(source, tmp_path / "out")
     assert "run the same command again" in caught.value.remedy
@@ -300,7 +300,7 @@ def test_a_full_disk_names_what_it_left_behind_and_the_run_goes_on_to_the_same_b
 ):
     source = write_pairs(tmp_path / "in", make_picture, num=20)
     run(source, tmp_path / "whole", shard_samples=8)
-    add, num_files, write = TarWriter.add, [], storage.write_whole
+    add, num_files, write = shard_writer.append_file, [], storage.write_whole
 
     def add_until_full(writer, name, data):
         num_files.append(name)
@@ -315,7 +315,7 @@ def test_a_full_disk_names_what_it_left_behind_and_the_run_goes_on_to_the_same_b
         write(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TarWriter, "add", add_until_full)
+        patch.setattr(shard_writer, "append_file", add_until_full)
         patch.setattr(storage, "write_whole", write_until_full)
         patch.setattr("declip_cli.data.prepare.pipeline._SAVE_EVERY_S", -1.0)
         with pytest.raises(DataError, match="the disk is full: cannot write") as caught:
