@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 _NUM_ROUNDS = 12
 _SMALLEST_DOMAIN_BITS = 6
+_GOLDEN = 0x9E3779B97F4A7C15
 
 
 def sample_rng(seed: int, epoch: int, number: int, purpose: int = 0) -> random.Random:
@@ -23,8 +24,9 @@ def sample_rng(seed: int, epoch: int, number: int, purpose: int = 0) -> random.R
     Returns:
         A generator at its beginning.
     """
-    # Fields side by side, so that no two combinations meet below 2^40 samples and 2^32 epochs.
-    return random.Random((((seed << 32 | epoch) << 40 | number) << 8) | purpose)
+    # Fields side by side, so that no two combinations meet below 2^32 epochs and 2^64 seeds.
+    high, low = number >> 40, number & ((1 << 40) - 1)
+    return random.Random(high << 144 | (((seed << 32 | epoch) << 40 | low) << 8) | purpose)
 
 
 def shuffled(num: int, seed: int, epoch: int, *, positions: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
@@ -39,7 +41,7 @@ def shuffled(num: int, seed: int, epoch: int, *, positions: NDArray[np.int64] | 
         num: samples in the data set, at least 1.
         seed: of the run.
         epoch: from 0.
-        positions: int64 in [0, num), (n,); all of them when left out.
+        positions: int64 in [0, num), (n,); all of them by default.
 
     Returns:
         Sample numbers, int64, (n,).
@@ -54,6 +56,23 @@ def shuffled(num: int, seed: int, epoch: int, *, positions: NDArray[np.int64] | 
     while (outside := numbers >= num).any():
         numbers[outside] = _feistel(numbers[outside], keys, bits)
     return numbers.astype(np.int64)
+
+
+def scattered(num: int, seed: int, epoch: int, place: int) -> NDArray[np.int64]:
+    """Shuffle a few things at once, with one table instead of a calculation for each.
+
+    Args:
+        num: samples, from 0.
+        seed: of the run.
+        epoch: from 0.
+        place: tells apart what is shuffled in an epoch, at least 0.
+
+    Returns:
+        A permutation, int64, (num,); 8 bytes a sample.
+    """
+    key = random.Random(((seed << 32 | epoch) << 48 | place) << 16 | 0x5CA7).getrandbits(64)
+    counters = np.arange(num, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(key)
+    return np.argsort(_hash(counters), kind="stable")
 
 
 def _round_keys(seed: int, epoch: int) -> NDArray[np.uint64]:

@@ -1,6 +1,7 @@
 """All views of one image-text pair, drawn by the pair's number."""
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from declip_cli.config import Views
+from declip_cli.data.dataset import UNREAD, Dataset, Pixels
 from declip_cli.data.draws import sample_rng
 from declip_cli.data.image_views import ImageViews, Picture
-from declip_cli.data.samples import UNREAD, SampleStore
 from declip_cli.data.text_views import TextViews
 from declip_cli.errors import DataError
 
@@ -67,7 +68,7 @@ class PairViews:
 
     def __init__(
         self,
-        samples: SampleStore,
+        samples: Dataset,
         views: Views,
         *,
         image_views: ImageViews,
@@ -104,7 +105,7 @@ class PairViews:
         try:
             self._image_views.draw_from(picture, self._views.images, rng, images)
         except DataError as error:  # the picture was not decoded before its crops were known
-            raise self._unreadable(number, self._key(number), error) from error
+            raise self._unreadable(number, error) from error
         return self._draw_texts(number, epoch, captions)
 
     def _draw_texts(self, number: int, epoch: int, captions: tuple[str, ...]) -> PairTexts:
@@ -124,15 +125,21 @@ class PairViews:
             return kept
         if number in self._bad:
             raise UnreadablePair(self._bad[number])
-        key = f"number {number}"
         try:
-            sample = self._samples.read(number)
-            key = sample.key
-            opened = self._image_views.open(sample.image), sample.captions
+            example = self._samples.read(number)
+            opened = self._picture(example.image), example.captions
+            if not example.captions:
+                raise DataError(f"{example.key} has no caption", remedy="give it one", cause="no caption")
         except DataError as error:
-            raise self._unreadable(number, key, error) from error
+            raise self._unreadable(number, error) from error
         self._keep(number, *opened)
         return opened
+
+    def _picture(self, image: bytes | Pixels) -> Picture:
+        if isinstance(image, bytes):
+            return self._image_views.open(image)
+        height, width, _ = image.shape
+        return Picture(width, height, image)
 
     def _keep(self, number: int, picture: Picture, captions: tuple[str, ...]) -> None:
         size = picture.pixels.nbytes
@@ -142,54 +149,32 @@ class PairViews:
 
     def _key(self, number: int) -> str:
         try:
-            return self._samples.read(number).key
+            return self._samples.key(number)
         except DataError:
             return f"number {number}"
 
-    def _unreadable(self, number: int, key: str, error: DataError) -> UnreadablePair:
-        sample = BadSample(number, key, error.cause)
+    def _unreadable(self, number: int, error: DataError) -> UnreadablePair:
+        sample = BadSample(number, self._key(number), error.cause)
         if error.cause != UNREAD:
             self._bad[number] = sample
         return UnreadablePair(sample)
 
 
-def collate_texts(
-    pairs: list[PairTexts], *, num_views: int, length: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Lay the texts of a batch side by side.
+def lay_texts(texts: Sequence[PairTexts], tokens: NDArray[np.int64], mask_labels: NDArray[np.int64]) -> int:
+    """Lay the texts of some rows of a batch side by side.
 
     Args:
-        pairs: texts of B pairs.
-        num_views: T.
-        length: L; 0 takes that of the longest text.
+        texts: of the n rows.
+        tokens: filled with token ids, 0 where a text is shorter, int64, (n, T, L).
+        mask_labels: filled with the labels of the masked view, -100 where nothing is to be predicted, int64, (n, L).
 
     Returns:
-        Token ids padded with 0, int64, (B, T, L), and labels of the masked view, -100 where nothing is to be
-        predicted, int64, (B, L).
+        Tokens of the longest text.
     """
-    length = length or max(len(ids) for pair in pairs for ids in pair.views)
-    tokens = np.zeros((len(pairs), num_views, length), dtype=np.int64)  # (B, T, L)
-    labels = np.full((len(pairs), length), _NOT_A_TARGET, dtype=np.int64)  # (B, L)
-    for i, pair in enumerate(pairs):
+    tokens.fill(0)
+    mask_labels.fill(_NOT_A_TARGET)
+    for i, pair in enumerate(texts):
         for j, ids in enumerate(pair.views):
             tokens[i, j, : len(ids)] = ids
-        labels[i, : len(pair.mask_labels)] = pair.mask_labels
-    return tokens, labels
-
-
-def join_texts(parts: list[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Put parts of a batch, each from `collate_texts`, below each other; shorter ones are padded as there."""
-    if len(parts) == 1:
-        return parts[0]
-    num_rows = sum(len(labels) for _, labels in parts)
-    _, num_views, _ = parts[0][0].shape
-    length = max(labels.shape[1] for _, labels in parts)
-    tokens = np.zeros((num_rows, num_views, length), dtype=np.int64)  # (B, T, L)
-    labels = np.full((num_rows, length), _NOT_A_TARGET, dtype=np.int64)  # (B, L)
-    row = 0
-    for some_tokens, some_labels in parts:
-        rows = slice(row, row + len(some_labels))
-        tokens[rows, :, : some_tokens.shape[2]] = some_tokens
-        labels[rows, : some_labels.shape[1]] = some_labels
-        row = rows.stop
-    return tokens, labels
+        mask_labels[i, : len(pair.mask_labels)] = pair.mask_labels
+    return max(len(ids) for pair in texts for ids in pair.views)

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from declip_cli.config import AugmentConfig, Views
+from declip_cli.data.dataset import Dataset, Example, Skips
 from declip_cli.data.image_views import ImageViews
-from declip_cli.data.pair_views import PairTexts, PairViews, UnreadablePair, collate_texts
-from declip_cli.data.samples import RawSample
+from declip_cli.data.pair_views import PairTexts, PairViews, UnreadablePair, lay_texts
 from declip_cli.data.text_views import TextViews
 from declip_cli.data.tokenizer import Tokenizer
 from declip_cli.errors import DataError
@@ -24,17 +24,22 @@ def jpeg(side):
     return file.getvalue()
 
 
-class OneSample:
+class OneSample(Dataset):
     """The same pair under every number."""
 
     fingerprint = ""
-    skipped = {}
+    skipped = Skips()
 
     def __init__(self, image, captions=("a dog",), error=None):
-        self.sample, self.error, self.num_reads = RawSample("first", image, captions), error, 0
+        self.sample, self.error, self.num_reads = Example("first", image, captions), error, 0
 
     def __len__(self):
         return 10
+
+    def key(self, number):
+        if self.error:
+            raise self.error
+        return self.sample.key
 
     def read(self, number):
         self.num_reads += 1
@@ -112,12 +117,23 @@ def test_pictures_are_kept_only_if_all_of_the_data_set_would_fit(cache_bytes, nu
 
 def test_texts_are_laid_side_by_side():
     pairs = [PairTexts(([1, 2], [3, 4, 5]), [-100, 9, -100]), PairTexts(([6], [7, 8]), [8, -100])]
-    tokens, labels = collate_texts(pairs, num_views=2, length=0)
-    assert tokens.tolist() == [[[1, 2, 0], [3, 4, 5]], [[6, 0, 0], [7, 8, 0]]]
-    assert labels.tolist() == [[-100, 9, -100], [8, -100, -100]]
-    tokens, labels = collate_texts(pairs, num_views=2, length=5)
-    assert tokens.shape == (2, 2, 5)
-    assert labels.shape == (2, 5)
+    tokens, labels = np.full((2, 2, 4), 7), np.full((2, 4), 7)
+    assert lay_texts(pairs, tokens, labels) == 3
+    assert tokens.tolist() == [[[1, 2, 0, 0], [3, 4, 5, 0]], [[6, 0, 0, 0], [7, 8, 0, 0]]]
+    assert labels.tolist() == [[-100, 9, -100, -100], [8, -100, -100, -100]]
+
+
+def test_a_pair_without_a_caption_is_told():
+    with pytest.raises(UnreadablePair, match="sample first cannot be used: no caption"):
+        draw(pair_views(OneSample(jpeg(40), captions=())))
+
+
+def test_pixels_in_memory_are_used_as_they_are():
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    views = [draw(pair_views(OneSample(image)))[0] for image in (pixels, file.getvalue())]
+    assert np.array_equal(*views)
 
 
 def test_views_are_the_same_from_many_threads():

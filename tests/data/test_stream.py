@@ -3,6 +3,7 @@ import io
 import itertools
 import json
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,15 +11,17 @@ import torch
 from PIL import Image
 
 from declip_cli.config import AugmentConfig, Views
-from declip_cli.data.samples import UNREAD, RawSample
-from declip_cli.data.stream import StreamConfig, TrainStream
+from declip_cli.data.dataset import UNREAD, Dataset, Example, Skips
+from declip_cli.data.loader import StreamConfig
+from declip_cli.data.order import BlockOrder
+from declip_cli.data.stream import ReadAhead, TrainStream
 from declip_cli.errors import DataError
 
 NUM, SIZE, SIDE = 23, 4, 8
 PHOTO = np.random.default_rng(0).integers(0, 256, (3, 3, 3), dtype=np.uint8)
 
 
-class MemoryStore:
+class MemoryStore(Dataset):
     """Pairs in memory; the numbers of unreadable ones can be given, by cause."""
 
     fingerprint = "aa"
@@ -27,17 +30,20 @@ class MemoryStore:
         self.bad, self.undecodable, self.num_reads = set(bad), set(undecodable), 0
         self.pictures = [self.picture(number, side, format) for number in range(num)]
         self.num_captions = captions
-        self.skipped = {}
+        self.skipped = Skips()
 
     @staticmethod
     def picture(number, side, format):
-        image = Image.fromarray(PHOTO + np.uint8(number)).resize((side, side + 3), Image.Resampling.BICUBIC)
+        image = Image.fromarray(PHOTO + np.uint8(number % 251)).resize((side, side + 3), Image.Resampling.BICUBIC)
         file = io.BytesIO()
         image.save(file, format)
         return file.getvalue()
 
     def __len__(self):
         return len(self.pictures)
+
+    def key(self, number):
+        return f"key{number:03}"
 
     def read(self, number):
         self.num_reads += 1
@@ -48,7 +54,48 @@ class MemoryStore:
             picture = picture[: len(picture) // 2]
         words = " ".join(["dog"] * (1 + number % 5))
         captions = tuple(f"{words} {i}" for i in range(self.num_captions))
-        return RawSample(key=f"key{number:03}", image=picture, captions=captions)
+        return Example(self.key(number), picture, captions)
+
+
+class BlockStore(MemoryStore):
+    """Pairs in blocks, which remembers what was fetched, read and released."""
+
+    is_remote = True
+
+    def __init__(self, num=NUM, *, block_size=3, **options):
+        super().__init__(num, **options)
+        self.block_firsts = np.append(np.arange(0, num, block_size), num)
+        self.block_size, self.events = block_size, []
+
+    def fetch(self, block):
+        self.events.append(("fetch", block))
+
+    def release(self, block):
+        self.events.append(("release", block))
+
+    def read(self, number):
+        self.events.append(("read", number // self.block_size))
+        return super().read(number)
+
+
+class UncountedStore(BlockStore):
+    """Pairs in shards whose sizes are found when they are read."""
+
+    sizes = [5, 0, 7, 4, 3, 6]
+    num_shards = 6
+
+    def __init__(self, **options):
+        super().__init__(sum(self.sizes), **options)
+        self.num_counts = 0
+
+    def count(self, shard):
+        self.num_counts += 1
+        return self.sizes[shard]
+
+    def read(self, number):
+        shard, row = number >> 32, number & 0xFFFFFFFF
+        assert row < self.sizes[shard]
+        return super().read(sum(self.sizes[:shard]) + row)
 
 
 def stream(samples=None, **changes):
@@ -73,6 +120,16 @@ def assert_same(one, other):
     for a, b in zip(one, other, strict=True):
         for field in dataclasses.fields(a):
             assert torch.equal(getattr(a, field.name), getattr(b, field.name)), field.name
+
+
+def assert_joined(parts, batch):
+    """The batches of all ranks are the global batch, up to padding."""
+    assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
+    assert torch.equal(torch.cat([part.numbers for part in parts]), batch.numbers)
+    for part, share in zip(parts, batch.split(len(parts[0])), strict=True):
+        length = part.tokens.shape[2]
+        assert torch.equal(part.tokens, share.tokens[..., :length])
+        assert torch.equal(part.mask_labels, share.mask_labels[..., :length])
 
 
 def numbers(batches):
@@ -143,37 +200,41 @@ def test_ranks_and_workers_change_nothing(world_size, workers):
         for rank in range(world_size)
     ]
     for batch in wanted:
-        parts = [next(source) for source in ranks]
-        assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
-        assert torch.equal(torch.cat([part.numbers for part in parts]), batch.numbers)
-        for part, half in zip(parts, batch.split(4 // world_size), strict=True):
-            length = part.tokens.shape[2]
-            assert torch.equal(part.tokens, half.tokens[..., :length])
-            assert torch.equal(part.mask_labels, half.mask_labels[..., :length])
+        assert_joined([next(source) for source in ranks], batch)
     for source in ranks:
         source.close()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("num_before", [0, 1, 4, 5, 7])
-def test_a_restored_stream_goes_on_bit_for_bit(world_size, workers, num_before):
-    if world_size == 2 and num_before in (1, 5):
-        return
-    for rank in range(world_size):
-        changes = {"rank": rank, "world_size": world_size, "workers": workers, "batch_size": 4 // world_size}
-        undecodable = {3, 14}
-        without_stop = stream(MemoryStore(undecodable=undecodable), **changes)
-        wanted = take(without_stop, num_before + 6)[num_before:]
-        before = stream(MemoryStore(undecodable=undecodable), **changes)
+@pytest.mark.parametrize("order", ["exact", "blocks"])
+@pytest.mark.parametrize("num_before", [0, 1, 5, 7])
+def test_a_stream_goes_on_bit_for_bit_on_any_number_of_ranks_and_workers(order, num_before):
+    def start(**changes):
+        return stream(BlockStore(undecodable={3, 14}), order=order, num_streams=2, open_blocks=4, **changes)
+
+    wanted = take(start(batch_size=4), num_before + 6)[num_before:]
+    for world_size, workers in ((1, 2), (2, 0), (4, 3)):
+        before = start(batch_size=4 // world_size, world_size=world_size, workers=3 - workers)
         take(before, num_before)
         state = json.loads(json.dumps(before.state()))
-        after = stream(MemoryStore(undecodable=undecodable), **changes)
-        after.restore(state)
-        assert_same(take(after, 6), wanted)
-        assert after.skipped == without_stop.skipped
-        for source in (without_stop, before, after):
+        ranks = [
+            start(batch_size=4 // world_size, world_size=world_size, workers=workers, rank=rank)
+            for rank in range(world_size)
+        ]
+        for source in ranks:
+            source.restore(state)
+        for batch in wanted:
+            assert_joined([next(source) for source in ranks], batch)
+        for source in (before, *ranks):
             source.close()
+
+
+def test_a_restored_stream_remembers_what_was_skipped():
+    undecodable = {3, 14}
+    source = stream(MemoryStore(undecodable=undecodable))
+    take(source, 7)
+    after = stream(MemoryStore(undecodable=undecodable))
+    after.restore(json.loads(json.dumps(source.state())))
+    assert after.skipped == source.skipped == {"truncated picture": (2, source.skipped["truncated picture"][1])}
 
 
 def test_a_stream_can_go_back():
@@ -192,6 +253,85 @@ def test_the_rest_of_an_epoch_comes_whole_after_a_change_of_batch_size():
     after.restore(before.state())
     seen += sum(numbers(take(after, 5)), [])
     assert len(set(seen)) == 8 + 15
+
+
+def test_an_epoch_in_blocks_holds_every_pair_once():
+    source = stream(BlockStore(24), order="blocks", num_streams=2, open_blocks=4)
+    for _ in range(3):
+        assert sorted(sum(numbers(take(source, 6)), [])) == list(range(24))
+
+
+def test_ranks_read_different_blocks():
+    read = []
+    for rank in range(2):
+        store = BlockStore(240, block_size=10)
+        source = stream(
+            store, order="blocks", num_streams=4, open_blocks=8, world_size=2, rank=rank, cache_mib=0, batch_size=4
+        )
+        take(source, 30)
+        read.append({block for kind, block in store.events if kind == "read"})
+    assert len(read[0] & read[1]) <= 2  # those that streams share where one begins
+    assert len(read[0] | read[1]) == 24
+
+
+def test_blocks_are_fetched_once_before_they_are_read_and_released_after():
+    order = BlockOrder(np.arange(0, 601, 10), 1, num_streams=2, open_blocks=8)
+    fetched, released = [], []
+    ahead = ReadAhead(order, SimpleNamespace(fetch=fetched.extend))
+    for batch in range(300):
+        epoch, positions = batch // 150, np.arange(batch % 150 * 4, batch % 150 * 4 + 4)
+        used_up = ahead.move_to(epoch, positions)
+        read = set((order.numbers(epoch, positions) // 10).tolist())
+        assert all(fetched.count(block) > released.count(block) for block in read)
+        released += used_up
+        assert 8 <= len(fetched) - len(released) <= 2 * (2 * 8 + 2)  # two windows of up to twice as many as asked for
+    assert len(fetched) <= 2 * (60 + 2) + 2 * 8  # streams share a block where one begins; the third epoch is ahead
+
+
+def test_a_stream_fetches_and_releases_blocks_of_its_data_set():
+    store = BlockStore(60, block_size=3)
+    source = stream(store, order="blocks", num_streams=2, open_blocks=8, workers=2)
+    take(source, 15)
+    deadline = time.monotonic() + 10
+    while len({e for e in store.events if e[0] == "fetch"}) < 20 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    source.close()
+    assert {block for kind, block in store.events if kind == "fetch"} == set(range(20))
+    assert {kind for kind, _ in store.events} == {"fetch", "read", "release"}
+
+
+def test_shards_that_are_not_counted_yet_are_streamed_and_resumed():
+    source = stream(UncountedStore(), order="blocks", open_blocks=32)
+    wanted = take(source, 18)
+    assert source.steps_per_epoch == 25 // 4 == 6
+    for first in (0, 6, 12):
+        assert len(set(sum(numbers(wanted[first : first + 6]), []))) == 24
+    source = stream(UncountedStore(), order="blocks", open_blocks=32)
+    take(source, 8)
+    state = json.loads(json.dumps(source.state()))
+    ranks = [
+        stream(UncountedStore(), order="blocks", open_blocks=32, batch_size=2, world_size=2, rank=r) for r in range(2)
+    ]
+    for each in ranks:
+        each.restore(state)
+        assert each._order.counts.tolist() == UncountedStore.sizes
+    for batch in wanted[8:]:
+        assert_joined([next(each) for each in ranks], batch)
+
+
+def test_a_state_of_another_order_is_refused():
+    state = stream(BlockStore(), order="blocks").state()
+    with pytest.raises(DataError, match="another data order") as caught:
+        stream(BlockStore()).restore(state)
+    assert "data.order" in caught.value.remedy
+
+
+def test_a_state_from_before_there_were_orders_is_exact():
+    state = stream().state()
+    del state["order"]
+    stream().restore(state)
+    with pytest.raises(DataError, match="another data order"):
+        stream(BlockStore(), order="blocks").restore(state)
 
 
 @pytest.mark.parametrize(("key", "value"), [("seed", 2), ("fingerprint", "bb")])
@@ -245,7 +385,7 @@ def test_unreadable_pairs_are_counted_and_shift_no_other(world_size, workers):
     counts = {}
     for source in ranks:
         for cause, (count, first_key) in source.skipped.items():
-            assert first_key in {"number 5", "key011", "key017"}
+            assert first_key in {"key005", "key011", "key017"}
             counts[cause] = counts.get(cause, 0) + count
         source.close()
     assert counts["damaged shard"] >= 1
@@ -275,7 +415,7 @@ def test_too_many_unreadable_pairs_stop_the_stream():
 
 
 def test_not_one_unreadable_pair_is_allowed_with_max_bad_zero():
-    with pytest.raises(DataError, match="damaged shard: 1, first number 7"):
+    with pytest.raises(DataError, match="damaged shard: 1, first key007"):
         take(stream(MemoryStore(bad={7}), max_bad=0.0), 6)
 
 
@@ -312,7 +452,7 @@ def test_pairs_that_the_disk_did_not_give_are_counted_but_asked_for_again(worker
 
 def test_a_state_that_remembers_unread_pairs_as_bad_lets_them_be_tried_again():
     source = stream()
-    source.restore({**source.state(), "bad": [[5, "number 5", UNREAD], [7, "key007", "truncated picture"]]})
+    source.restore({**source.state(), "bad": [[5, "key005", UNREAD], [7, "key007", "truncated picture"]]})
     assert source.skipped == {"truncated picture": (1, "key007")}
 
 

@@ -1,0 +1,269 @@
+"""Rows of a batch, filled where the stream says: in line or by threads."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from declip_cli.config import AugmentConfig, Views
+from declip_cli.data.dataset import Dataset
+from declip_cli.data.image_views import ImageViews
+from declip_cli.data.order import BlockOrder, ExactOrder, Order, ShardOrder
+from declip_cli.data.pair_views import BadSample, PairTexts, PairViews, UnreadablePair, lay_texts
+from declip_cli.data.text_views import TextViews
+from declip_cli.data.tokenizer import Tokenizer
+from declip_cli.errors import DataError
+
+ROWS_PER_TASK = 32
+NUM_FETCHERS = 16
+"""Blocks that are fetched at the same time."""
+_MAX_STAND_INS = 64
+_BLOCKS_PER_SHARD = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamConfig:
+    """What a stream of batches is made of."""
+
+    views: Views
+    augment: AugmentConfig
+    side_px: int
+    """S, side of the image views."""
+    context_length: int
+    """Longest text in tokens."""
+    batch_size: int
+    """B, pairs per batch on each rank."""
+    seed: int
+    rank: int = 0
+    world_size: int = 1
+    workers: int = 0
+    """Loader threads, in this process or in others; 0 loads in line."""
+    loader: Literal["threads", "processes"] = "threads"
+    order: Literal["exact", "blocks"] = "exact"
+    num_streams: int = 1
+    """C, into which blocks are divided."""
+    open_blocks: int = 128
+    """Blocks between which samples are shuffled."""
+    mask_special_ids: bool = False
+    """Let random ids of masked texts be special ones too, as the original does."""
+    max_bad: float = 0.05
+    """Largest share of samples that may be unreadable before the stream stops."""
+    pin_memory: bool = False
+    """Put the pixels into page-locked memory, from which a GPU copies without waiting."""
+    cache_mib: int = 512
+    """Decoded pictures are kept in memory when those of the whole data set fit into this."""
+
+    @property
+    def global_size(self) -> int:
+        """G, pairs per batch on all ranks together."""
+        return self.batch_size * self.world_size
+
+
+class Room(NamedTuple):
+    """Where the rows of a batch are written."""
+
+    images: NDArray[np.uint8]
+    """(B, V, S, S, 3)."""
+    tokens: NDArray[np.int64]
+    """(B, T, L), L the context length."""
+    mask_labels: NDArray[np.int64]
+    """(B, L)."""
+    numbers: NDArray[np.int64]
+    """(B,)."""
+
+
+class Task(NamedTuple):
+    """Consecutive rows of a batch that are wanted."""
+
+    first: int
+    """Row of the batch."""
+    epoch: int
+    positions: list[int]
+    """Of the rows in the epoch's order."""
+    numbers: list[int]
+    """Of the samples there."""
+
+
+class Filled(NamedTuple):
+    """What came of a task, its rows apart."""
+
+    length: int
+    """Tokens of the longest text."""
+    bad: list[BadSample]
+    """Samples that could not be used."""
+    num_cut: int
+    """Texts that whoever filled these rows has cut so far."""
+    is_exhausted: bool = False
+    """Too many samples in a row could not be used; the rows are not filled."""
+
+
+Fill: TypeAlias = Callable[[Room, Task], Filled]
+
+
+class Loader(Protocol):
+    """Fills rooms, several at the same time."""
+
+    def begin(self, tasks: Sequence[Task]) -> Any:  # noqa: ANN401  (a ticket is the loader's own)
+        """Start to fill the rows of a batch and return a ticket for it."""
+
+    def finish(self, ticket: Any) -> tuple[Room, list[Filled]]:  # noqa: ANN401
+        """Wait for a batch; images are valid until the next call if they are in page-locked memory."""
+
+    def drop(self, ticket: Any) -> None:  # noqa: ANN401
+        """Give a batch up."""
+
+    def fetch(self, pieces: Sequence[int]) -> None:
+        """Start to bring blocks near."""
+
+    def release(self, pieces: Sequence[int]) -> None:
+        """Let go of blocks that are used up."""
+
+    def close(self) -> None:
+        """End threads and processes."""
+
+
+def make_order(samples: Dataset, config: StreamConfig) -> Order:
+    """Choose the order that a configuration asks for; the exact one where a data set has no blocks."""
+    if config.order == "blocks" and hasattr(samples, "count"):
+        open_shards = max(2, config.open_blocks // _BLOCKS_PER_SHARD)
+        return ShardOrder(samples.num_shards, config.seed, open_shards=open_shards, count=samples.count)  # type: ignore[attr-defined]
+    if config.order == "blocks" and hasattr(samples, "block_firsts"):
+        firsts = samples.block_firsts
+        return BlockOrder(firsts, config.seed, num_streams=config.num_streams, open_blocks=config.open_blocks)
+    return ExactOrder(len(samples), config.seed)
+
+
+class Filler:
+    """Draw the views of pairs into rooms; (seed, epoch, number) decides everything. Threads may share it.
+
+    A pair that cannot be used is counted, and a stand-in takes its row.
+
+    Args:
+        samples: the pairs.
+        order: finds stand-ins.
+        config: how.
+        num_shares: processes that share the memory for decoded pictures.
+    """
+
+    def __init__(self, samples: Dataset, order: Order, config: StreamConfig, *, num_shares: int = 1) -> None:
+        cv2.setNumThreads(0)  # the threads are here; OpenCV's own would only compete with them
+        self._order, self._config = order, config
+        self._tokenizer = Tokenizer(config.context_length)
+        self._pairs = PairViews(
+            samples,
+            config.views,
+            image_views=ImageViews(config.augment, config.side_px),
+            text_views=TextViews(config.augment, self._tokenizer, mask_special_ids=config.mask_special_ids),
+            seed=config.seed,
+            cache_bytes=(config.cache_mib << 20) // num_shares,
+        )
+
+    def __call__(self, room: Room, task: Task) -> Filled:
+        """Fill some rows."""
+        texts: list[PairTexts] = []
+        bad: list[BadSample] = []
+        for i, (position, number) in enumerate(zip(task.positions, task.numbers, strict=True)):
+            row, attempt = task.first + i, 0
+            while True:
+                try:
+                    texts.append(self._pairs.draw(number, task.epoch, room.images[row]))
+                    room.numbers[row] = number
+                    break
+                except UnreadablePair as error:
+                    bad.append(error.sample)
+                    attempt += 1
+                if attempt == _MAX_STAND_INS:
+                    return Filled(0, bad, self._tokenizer.num_truncated, is_exhausted=True)
+                number = self._order.stand_in(task.epoch, position, attempt, self._config.global_size)
+        rows = slice(task.first, task.first + len(texts))
+        length = lay_texts(texts, room.tokens[rows], room.mask_labels[rows])
+        return Filled(length, bad, self._tokenizer.num_truncated)
+
+
+def room_shapes(config: StreamConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a room's arrays by name."""
+    size, length = config.batch_size, config.context_length
+    return {
+        "images": (size, len(config.views.images), config.side_px, config.side_px, 3),
+        "tokens": (size, len(config.views.texts), length),
+        "mask_labels": (size, length),
+        "numbers": (size,),
+    }
+
+
+def fetch_piece(samples: Any, piece: int) -> None:  # noqa: ANN401  (only data sets with blocks have the methods)
+    """Bring a block near, or a shard and its count; what cannot be had is missed when it is read."""
+    with suppress(DataError):
+        samples.count(piece) if hasattr(samples, "count") else samples.fetch(piece)
+
+
+def release_piece(samples: Any, piece: int) -> None:  # noqa: ANN401
+    """Let a block or a shard go."""
+    samples.release(piece)
+
+
+class ThreadLoader:
+    """Load in threads of this process, or in line.
+
+    Args:
+        samples: the pairs.
+        order: theirs.
+        config: how.
+        empty: makes an array for the images of a batch.
+    """
+
+    def __init__(
+        self,
+        samples: Dataset,
+        order: Order,
+        config: StreamConfig,
+        *,
+        empty: Callable[[tuple[int, ...]], NDArray[np.uint8]],
+    ) -> None:
+        self._samples, self._config, self._empty = samples, config, empty
+        self._fill = Filler(samples, order, config)
+        self._pool = ThreadPoolExecutor(config.workers, "declip-loader") if config.workers else None
+        self._fetchers = ThreadPoolExecutor(NUM_FETCHERS, "declip-fetcher")  # starts threads when asked to fetch
+
+    def begin(self, tasks: Sequence[Task]) -> tuple[Room, list[Callable[[], Filled]]]:
+        """See `Loader`."""
+        shapes = room_shapes(self._config)
+        texts = (np.empty(shapes[name], np.int64) for name in Room._fields[1:])
+        room = Room(self._empty(shapes["images"]), *texts)
+        if self._pool is None:
+            return room, [partial(self._fill, room, task) for task in tasks]
+        return room, [self._pool.submit(self._fill, room, task).result for task in tasks]
+
+    def finish(self, ticket: tuple[Room, list[Callable[[], Filled]]]) -> tuple[Room, list[Filled]]:
+        """See `Loader`."""
+        room, results = ticket
+        return room, [result() for result in results]
+
+    def drop(self, ticket: tuple[Room, list[Callable[[], Filled]]]) -> None:
+        """See `Loader`."""
+        for result in ticket[1]:
+            task = getattr(result, "__self__", None)
+            if isinstance(task, Future):
+                task.cancel()
+
+    def fetch(self, pieces: Sequence[int]) -> None:
+        """See `Loader`."""
+        for piece in pieces:
+            self._fetchers.submit(fetch_piece, self._samples, piece)
+
+    def release(self, pieces: Sequence[int]) -> None:
+        """See `Loader`."""
+        for piece in pieces:
+            self._fetchers.submit(release_piece, self._samples, piece)
+
+    def close(self) -> None:
+        """See `Loader`."""
+        for pool in (self._pool, self._fetchers):
+            if pool is not None:
+                pool.shutdown(cancel_futures=True)

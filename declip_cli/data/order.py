@@ -1,0 +1,334 @@
+"""Which sample stands at each position of each epoch: exactly shuffled, or in blocks that are read in one piece."""
+
+import threading
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from declip_cli.data.draws import scattered, shuffled
+
+Integers: TypeAlias = NDArray[np.int64]
+
+ROW_BITS = 32
+"""Bits of the row in the number of a sample whose shard is not counted yet; the shard stands above them."""
+_ALL_PIECES = 0
+
+
+class Window(NamedTuple):
+    """Samples of one stream that are shuffled with each other; later windows of a stream compare greater."""
+
+    stream: int
+    epoch: int
+    number: int
+
+
+class Order(ABC):
+    """Which sample stands at each position of each epoch; the same on every rank."""
+
+    num_streams = 1
+    """C. Position p belongs to stream p mod C, so that equal shares of each batch come from each stream."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must find again, fit for JSON."""
+
+    @abstractmethod
+    def numbers(self, epoch: int, positions: Integers) -> Integers:
+        """Return the sample numbers at some positions of an epoch, int64, (n,)."""
+
+    @abstractmethod
+    def reaches(self, epoch: int, end: int) -> bool:
+        """Say whether an epoch has so many samples."""
+
+    def stand_in(self, epoch: int, position: int, attempt: int, stride: int) -> int:
+        """Choose the sample that takes the row of one that cannot be used: that row of a later batch.
+
+        Args:
+            epoch: from 0.
+            position: of the unusable sample.
+            attempt: from 1; the how-manieth sample is asked for.
+            stride: positions in a global batch.
+
+        Returns:
+            Its number; a function of the order alone, so that ranks agree.
+        """
+        first, size = self._range_around(epoch, position)
+        # One row further after each lap: a range of few batches must not offer the same pair again.
+        laps = attempt // max(1, size // stride)
+        place = first + (position - first + attempt * stride + laps) % size
+        return int(self.numbers(epoch, np.array([place]))[0])
+
+    @abstractmethod
+    def _range_around(self, epoch: int, position: int) -> tuple[int, int]:
+        """Return the first position, and the number of positions, among which stand-ins are sought."""
+
+    def windows(self, epoch: int, positions: Integers) -> list[Window]:
+        """List the windows that some positions lie in; none where nothing can be read ahead."""
+        return []
+
+    def after(self, window: Window) -> Window:
+        """Return the window of the same stream that follows, in the next epoch if need be."""
+        raise NotImplementedError
+
+    def pieces(self, window: Window) -> list[int]:
+        """List the blocks (of uncounted sets, shards) that a window reads."""
+        raise NotImplementedError
+
+
+class ExactOrder(Order):
+    """An exact shuffle of the whole data set.
+
+    Args:
+        num: samples in the data set, at least 1.
+        seed: of the run.
+    """
+
+    def __init__(self, num: int, seed: int) -> None:
+        self._num, self._seed = num, seed
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `Order`."""
+        return {"kind": "exact"}
+
+    def numbers(self, epoch: int, positions: Integers) -> Integers:
+        """See `Order`."""
+        return shuffled(self._num, self._seed, epoch, positions=positions)
+
+    def reaches(self, epoch: int, end: int) -> bool:
+        """See `Order`."""
+        return end <= self._num
+
+    def _range_around(self, epoch: int, position: int) -> tuple[int, int]:
+        return 0, self._num
+
+
+@dataclass(slots=True)
+class _Plan:
+    """One epoch: all pieces laid out in a row, stream after stream, each cut into windows."""
+
+    pieces: Integers
+    """Blocks or shards in their order."""
+    starts: Integers
+    """Where each of them begins in the row, and where the last ends; grows while shards are counted."""
+    bounds: Integers
+    """Where windows begin in the row, and where the last ends; likewise."""
+    streams: Integers
+    """Where streams begin in the row, and where the last ends, (C + 1,)."""
+    stream_windows: Integers
+    """The first window of each stream, and the number of windows, (C + 1,)."""
+    edges: Integers
+    """The first piece of each window, and the number of pieces; of shards only."""
+    shuffles: dict[int, Integers] = field(default_factory=dict)
+    """Window → its shuffle, of those used last."""
+
+
+class _WindowedOrder(Order):
+    """Pieces are permuted over the epoch; samples are shuffled exactly inside windows of several pieces."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._plans: dict[int, _Plan] = {}
+        self._lock = threading.RLock()
+
+    @abstractmethod
+    def _draw_up(self, epoch: int) -> _Plan: ...
+
+    @abstractmethod
+    def _number(self, pieces: Integers, rows: Integers) -> Integers: ...
+
+    def _reach(self, plan: _Plan, end: int) -> None:
+        """Make sure that the plan knows where so many samples of an epoch lie, if it has them."""
+
+    def numbers(self, epoch: int, positions: Integers) -> Integers:
+        """See `Order`."""
+        plan = self._plan(epoch, int(positions.max()) + 1)
+        places = self._places(plan, positions)
+        windows = np.searchsorted(plan.bounds, places, "right") - 1
+        rows = np.argsort(windows, kind="stable")
+        cuts = [0, *(np.flatnonzero(np.diff(windows[rows])) + 1).tolist(), len(rows)]
+        for begin, end in pairwise(cuts):
+            here, window = rows[begin:end], int(windows[rows[begin]])
+            first = plan.bounds[window]
+            places[here] = first + self._shuffle(plan, epoch, window)[places[here] - first]
+        piece = np.searchsorted(plan.starts, places, "right") - 1
+        return self._number(plan.pieces[piece], places - plan.starts[piece])
+
+    def _shuffle(self, plan: _Plan, epoch: int, window: int) -> Integers:
+        """Return the shuffle inside a window, which is asked for again and again until it is used up."""
+        table = plan.shuffles.get(window)
+        if table is None:
+            first, end = plan.bounds[window : window + 2].tolist()
+            table = scattered(end - first, self._seed, epoch, first + 1)
+            with self._lock:
+                while len(plan.shuffles) >= 2 * self.num_streams:
+                    del plan.shuffles[next(iter(plan.shuffles))]
+                plan.shuffles[window] = table
+        return table
+
+    def windows(self, epoch: int, positions: Integers) -> list[Window]:
+        """See `Order`."""
+        plan = self._plan(epoch, int(positions.max()) + 1)
+        found = np.unique(np.searchsorted(plan.bounds, self._places(plan, positions), "right") - 1)
+        streams = np.searchsorted(plan.stream_windows, found, "right") - 1
+        return [Window(stream, epoch, index) for stream, index in zip(streams.tolist(), found.tolist(), strict=True)]
+
+    def after(self, window: Window) -> Window:
+        """See `Order`."""
+        stream, epoch, index = window
+        if index + 1 < self._plan(epoch).stream_windows[stream + 1]:
+            return Window(stream, epoch, index + 1)
+        return Window(stream, epoch + 1, int(self._plan(epoch + 1).stream_windows[stream]))
+
+    def _places(self, plan: _Plan, positions: Integers) -> Integers:
+        return plan.streams[positions % self.num_streams] + positions // self.num_streams
+
+    def _plan(self, epoch: int, end: int = 0) -> _Plan:
+        with self._lock:
+            if epoch not in self._plans:
+                self._plans = {kept: plan for kept, plan in self._plans.items() if abs(kept - epoch) <= 1}
+                self._plans[epoch] = self._draw_up(epoch)
+            self._reach(self._plans[epoch], end)
+            return self._plans[epoch]
+
+
+class BlockOrder(_WindowedOrder):
+    """A shuffle that reads every block of the shards in one piece and once.
+
+    Blocks are permuted over the epoch and cut into C streams of equal length. Each stream is cut into windows of
+    consecutive blocks, and the samples of a window are shuffled exactly: every sample once an epoch, from at least
+    `open_blocks` blocks at any time. Windows of different streams, and of different epochs, begin at different times.
+
+    Args:
+        block_firsts: the numbers of the samples at which blocks begin, and their sum, int64, (blocks + 1,).
+        seed: of the run.
+        num_streams: C.
+        open_blocks: blocks between which samples are shuffled, over all streams together; if there are no more blocks
+            than these, the shuffle is exact.
+    """
+
+    def __init__(self, block_firsts: Integers, seed: int, *, num_streams: int, open_blocks: int) -> None:
+        super().__init__(seed)
+        self._firsts, self._num = block_firsts, int(block_firsts[-1])
+        is_exact = open_blocks >= len(block_firsts) - 1
+        self.num_streams = 1 if is_exact else num_streams
+        self._width = len(block_firsts) if is_exact else -(-open_blocks // num_streams)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `Order`."""
+        blocks = zlib.crc32(np.ascontiguousarray(self._firsts).data)
+        return {"kind": "blocks", "streams": self.num_streams, "width": self._width, "blocks": blocks}
+
+    def reaches(self, epoch: int, end: int) -> bool:
+        """See `Order`."""
+        return end <= self._num
+
+    def pieces(self, window: Window) -> list[int]:
+        """See `Order`."""
+        plan = self._plan(window.epoch)
+        first = np.searchsorted(plan.starts, plan.bounds[window.number], "right") - 1
+        last = np.searchsorted(plan.starts, plan.bounds[window.number + 1], "left")
+        found: list[int] = plan.pieces[first:last].tolist()
+        return found
+
+    def _range_around(self, epoch: int, position: int) -> tuple[int, int]:
+        return 0, self._num
+
+    def _number(self, pieces: Integers, rows: Integers) -> Integers:
+        return self._firsts[pieces] + rows
+
+    def _draw_up(self, epoch: int) -> _Plan:
+        num, width, num_streams = len(self._firsts) - 1, self._width, self.num_streams
+        blocks = scattered(num, self._seed, epoch, _ALL_PIECES)
+        starts = np.concatenate([[0], np.cumsum(np.diff(self._firsts)[blocks])])
+        streams = np.concatenate(
+            [[0], np.cumsum((self._num - np.arange(num_streams) + num_streams - 1) // num_streams)]
+        )
+        bounds, counts = [], [0]
+        for stream in range(num_streams):
+            first = int(np.searchsorted(starts, streams[stream], "right")) - 1
+            last = int(np.searchsorted(starts, streams[stream + 1], "left"))
+            phase = (int(blocks[0]) + width * stream // num_streams) % width  # any number that changes with the epoch
+            edges = starts[first + _edges(max(0, last - first), width, width + phase)]
+            edges[0] = streams[stream]
+            bounds.append(edges[:-1])
+            counts.append(len(edges) - 1)
+        bounds.append(np.array([self._num]))
+        return _Plan(blocks, starts, np.concatenate(bounds), streams, np.cumsum(counts), np.empty(0, np.int64))
+
+
+class ShardOrder(_WindowedOrder):
+    """A shuffle of shards that are counted only when their turn comes.
+
+    Whole shards are permuted over the epoch, and the samples of several consecutive ones are shuffled exactly. In the
+    first epoch the first windows are smaller (1, 2, 4 … shards), so that training starts when one shard has come.
+
+    Args:
+        num_shards: of the data set.
+        seed: of the run.
+        open_shards: shards between which samples are shuffled.
+        count: counts the samples of a shard; the same on every rank.
+    """
+
+    def __init__(self, num_shards: int, seed: int, *, open_shards: int, count: Callable[[int], int]) -> None:
+        super().__init__(seed)
+        self._width, self._count = open_shards, count
+        self.counts: Integers = np.full(num_shards, -1, dtype=np.int64)
+        """Samples of each shard, -1 where they are not counted yet; part of a stream's state."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `Order`."""
+        return {"kind": "shards", "width": self._width}
+
+    def reaches(self, epoch: int, end: int) -> bool:
+        """See `Order`."""
+        return bool(end <= self._plan(epoch, end).bounds[-1])
+
+    def pieces(self, window: Window) -> list[int]:
+        """See `Order`."""
+        plan = self._plan(window.epoch)
+        found: list[int] = plan.pieces[plan.edges[window.number] : plan.edges[window.number + 1]].tolist()
+        return found
+
+    def _range_around(self, epoch: int, position: int) -> tuple[int, int]:
+        bounds = self._plan(epoch, position + 1).bounds
+        index = int(np.searchsorted(bounds, position, "right")) - 1
+        return int(bounds[index]), int(bounds[index + 1] - bounds[index])
+
+    def _number(self, pieces: Integers, rows: Integers) -> Integers:
+        return pieces << ROW_BITS | rows
+
+    def _draw_up(self, epoch: int) -> _Plan:
+        num = len(self.counts)
+        shards = scattered(num, self._seed, epoch, _ALL_PIECES)
+        edges = _edges(num, self._width, self._width)
+        if epoch == 0:
+            ramp = 2 ** np.arange(self._width.bit_length()) - 1
+            edges = np.concatenate([ramp[2 * ramp < edges[1]], edges[1:]])
+        nothing, none = np.zeros(1, np.int64), np.zeros(2, np.int64)
+        return _Plan(shards, nothing, nothing, none, np.array([0, len(edges) - 1]), edges)
+
+    def _reach(self, plan: _Plan, end: int) -> None:
+        while plan.bounds[-1] < end and len(plan.bounds) < len(plan.edges):
+            window = len(plan.bounds) - 1
+            shards = plan.pieces[plan.edges[window] : plan.edges[window + 1]]
+            for shard in shards.tolist():
+                if self.counts[shard] < 0:
+                    self.counts[shard] = self._count(shard)
+            ends = plan.starts[-1] + np.cumsum(self.counts[shards])
+            plan.starts = np.append(plan.starts, ends)
+            plan.bounds = np.append(plan.bounds, ends[-1])
+
+
+def _edges(num: int, width: int, first: int) -> Integers:
+    """Cut a row of pieces into windows, the first of `first`, the others of `width`, the last of what is left."""
+    return np.concatenate([[0], np.arange(first, num - width + 1, width), [num]])
