@@ -102,6 +102,16 @@ class DataConfig:
     """Shard folders made by `declip prepare`, tar patterns, or `demo`."""
     workers: int | None = None
     """Loader threads beside the training thread; 0 loads in line; None chooses from the cores there are."""
+    loader: Literal["threads", "processes"] | None = None
+    """Where those threads are: in this process, or a few in each of some worker processes, so that they do not slow
+    down the thread that launches a GPU's work. None: processes beside a GPU, else threads."""
+    order: Literal["exact", "blocks"] | None = None
+    """`exact`: one shuffle of all pairs, each read by itself; `blocks`: shards are read in blocks of some MB, shuffled,
+    and pairs are shuffled among the open ones. None: blocks for remote shards and for more than the memory holds."""
+    streams: int | None = None
+    """Streams into which `blocks` are divided; ranks read different ones. None: up to 64, a divisor of the batch."""
+    open_blocks: int = 128
+    """Blocks among which pairs are shuffled, at least, in all streams together; all blocks make an exact shuffle."""
     cache_dir: str | None = None
     """Where remote shards are kept; None: `$DECLIP_CACHE`, else `~/.cache/declip`."""
     max_bad: float = 0.05
@@ -112,6 +122,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         require_fractions("data", {"max_bad": self.max_bad})
         require_at_least(0, "data", {"workers": self.workers})
+        require_at_least(1, "data", {"streams": self.streams, "open_blocks": self.open_blocks})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,10 +1,10 @@
-"""What the switches of a method are where nobody set them: the default mode, and the original's way."""
+"""What settings are where nobody made them: the switches of a method by its mode, the order of the data."""
 
 import math
 from dataclasses import replace
 from typing import Any
 
-from declip_cli.config import MethodConfig
+from declip_cli.config import DataConfig, MethodConfig
 
 PRESETS: dict[bool, dict[str, dict[str, Any]]] = {
     False: {
@@ -58,3 +58,22 @@ def settle_method(config: MethodConfig) -> MethodConfig:
     """Put the preset's values in the place of None; what is settled already stays."""
     preset = PRESETS[config.faithful]["method"]
     return replace(config, **{key: value for key, value in preset.items() if getattr(config, key) is None})
+
+
+def settle_data(config: DataConfig, num_blocks: int, global_batch: int, *, suits_blocks: bool) -> DataConfig:
+    """Choose the order of the pairs.
+
+    Args:
+        config: what was asked.
+        num_blocks: of the data.
+        global_batch: pairs per step on all processes together.
+        suits_blocks: what to choose where nothing was asked.
+
+    Returns:
+        The same with `order` and `streams` settled.
+    """
+    # Equal shares of each batch, and enough blocks in each stream that few are shared between two.
+    most = max(1, num_blocks // 8)
+    streams = max(num for num in (1, 2, 4, 8, 16, 32, 64) if num <= most and global_batch % num == 0)
+    order = config.order or ("blocks" if suits_blocks else "exact")
+    return replace(config, order=order, streams=config.streams or streams)

@@ -21,7 +21,7 @@ from declip_cli.config_files import (
 from declip_cli.errors import ConfigError
 from declip_cli.methods.registry import METHODS
 from declip_cli.model.architectures import find_architecture
-from declip_cli.presets import PRESETS, settle_method
+from declip_cli.presets import PRESETS, settle_data, settle_method
 from declip_cli.recipes import load_recipe
 
 T = TypeVar("T")
@@ -48,6 +48,10 @@ class DataFacts:
 
     num_pairs: int
     fingerprint: str
+    num_blocks: int = 0
+    """Pieces that are read as one."""
+    suits_blocks: bool = False
+    """It is remote, or more than the memory can hold."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +66,8 @@ class Machine:
     """Cores of this process."""
     threads: int
     workers: int
-    """Loader threads."""
+    """Loader threads, in this process or, if `loader` is processes, in others."""
+    loader: str = "threads"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +99,8 @@ class ResolvedRun:
         train = replace(
             self.config.train, threads=None, processes=None, tracker=None, device="auto", init=None, time_limit_s=None
         )
-        settings = replace(self.config, train=train, data=replace(self.config.data, workers=None, cache_dir=None))
+        data = replace(self.config.data, workers=None, loader=None, cache_dir=None)
+        settings = replace(self.config, train=train, data=data)
         content = [to_plain(settings), asdict(self.data), self.schedule_batch]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -117,8 +123,8 @@ def resolved_from_json(content: Mapping[str, Any]) -> ResolvedRun:
     return ResolvedRun(
         asked=build_config(RunConfig, without_retired(content["asked"])),
         config=build_config(RunConfig, without_retired(content["config"])),
-        data=DataFacts(**{key: run[key] for key in DataFacts.__dataclass_fields__}),
-        machine=Machine(**{key: run[key] for key in Machine.__dataclass_fields__}),
+        data=DataFacts(**{key: run[key] for key in DataFacts.__dataclass_fields__ if key in run}),
+        machine=Machine(**{key: run[key] for key in Machine.__dataclass_fields__ if key in run}),
         schedule_batch=int(run["schedule_batch"]),
     )
 
@@ -238,7 +244,7 @@ def resolve(
     samples = _length(config, global_batch, data, step=step, samples_seen=samples_seen)
     whole = RunConfig(
         model=model,
-        data=config.data,
+        data=settle_data(config.data, data.num_blocks, global_batch, suits_blocks=data.suits_blocks and before is None),
         augment=config.augment,
         method=method,
         optim=_settle_optim(config, samples=samples, global_batch=global_batch, schedule_batch=schedule_batch),

@@ -130,7 +130,7 @@ class Loader(Protocol):
 
 def make_order(samples: Dataset, config: StreamConfig) -> Order:
     """Choose the order that a configuration asks for; the exact one where a data set has no blocks."""
-    if config.order == "blocks" and hasattr(samples, "count"):
+    if config.order == "blocks" and hasattr(samples, "num_shards"):
         open_shards = max(2, config.open_blocks // _BLOCKS_PER_SHARD)
         return ShardOrder(samples.num_shards, config.seed, open_shards=open_shards, count=samples.count)  # type: ignore[attr-defined]
     if config.order == "blocks" and hasattr(samples, "block_firsts"):
@@ -198,9 +198,9 @@ def room_shapes(config: StreamConfig) -> dict[str, tuple[int, ...]]:
 
 
 def fetch_piece(samples: Any, piece: int) -> None:  # noqa: ANN401  (only data sets with blocks have the methods)
-    """Bring a block near, or a shard and its count; what cannot be had is missed when it is read."""
+    """Bring a block or a shard near; what cannot be had is missed when it is read."""
     with suppress(DataError):
-        samples.count(piece) if hasattr(samples, "count") else samples.fetch(piece)
+        samples.fetch(piece)
 
 
 def release_piece(samples: Any, piece: int) -> None:  # noqa: ANN401

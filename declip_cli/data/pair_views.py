@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from declip_cli.config import Views
-from declip_cli.data.dataset import UNREAD, Dataset, Pixels
+from declip_cli.data.dataset import UNREAD, Dataset
 from declip_cli.data.draws import sample_rng
 from declip_cli.data.image_views import ImageViews, Picture
 from declip_cli.data.text_views import TextViews
@@ -127,19 +127,13 @@ class PairViews:
             raise UnreadablePair(self._bad[number])
         try:
             example = self._samples.read(number)
-            opened = self._picture(example.image), example.captions
+            opened = self._image_views.open(example.image), example.captions
             if not example.captions:
                 raise DataError(f"{example.key} has no caption", remedy="give it one", cause="no caption")
         except DataError as error:
             raise self._unreadable(number, error) from error
         self._keep(number, *opened)
         return opened
-
-    def _picture(self, image: bytes | Pixels) -> Picture:
-        if isinstance(image, bytes):
-            return self._image_views.open(image)
-        height, width, _ = image.shape
-        return Picture(width, height, image)
 
     def _keep(self, number: int, picture: Picture, captions: tuple[str, ...]) -> None:
         size = picture.pixels.nbytes

@@ -1,8 +1,9 @@
 """Open the pairs that the user names: prepared shards, foreign tars or the demo corpus."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
+from declip_cli.data.dataset import Dataset, Example, Skips
 from declip_cli.data.demo import demo_samples
 from declip_cli.data.samples import SampleStore
 from declip_cli.data.shards.indexing import Say
@@ -52,3 +53,33 @@ def _open_demo(paths: Sequence[str], part: str) -> SampleStore:
             remedy="declip prepare the demo pictures first, or leave demo away",
         )
     return demo_samples(part)
+
+
+def open_pairs(paths: Sequence[str], *, part: str | None, cache_dir: str | None, say: Say) -> Dataset:
+    """Open the pairs to train on; see `open_samples`."""
+    opened: Any = open_samples(paths, part=part, cache_dir=cache_dir, say=say)
+    return opened if isinstance(opened, Dataset) else _Pairs(opened)
+
+
+class _Pairs(Dataset):
+    """A store as a data set."""
+
+    def __init__(self, store: SampleStore) -> None:
+        self._store, self.skipped = store, Skips(store.skipped)
+
+    @property
+    def fingerprint(self) -> str:
+        """See `Dataset`."""
+        return self._store.fingerprint
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def read(self, number: int) -> Example:
+        """See `Dataset`."""
+        sample = self._store.read(number)
+        return Example(sample.key, sample.image, sample.captions)
+
+    def key(self, number: int) -> str:
+        """See `Dataset`."""
+        return self._store.read(number).key

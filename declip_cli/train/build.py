@@ -14,8 +14,9 @@ from torch import Tensor
 from declip_cli.config import RunConfig, TrainConfig
 from declip_cli.config_checks import require
 from declip_cli.cores import own_cores
-from declip_cli.data.samples import SampleStore
-from declip_cli.data.stream import StreamConfig, TrainStream
+from declip_cli.data.dataset import Dataset
+from declip_cli.data.loader import StreamConfig
+from declip_cli.data.stream import TrainStream
 from declip_cli.distributed import copy_from_main, rank, world_size
 from declip_cli.errors import TrainError
 from declip_cli.methods.base import Method
@@ -77,7 +78,7 @@ def find_machine(config: RunConfig, *, num_processes: int | None = None) -> Mach
     """Settle device, number format and threads.
 
     Args:
-        config: `train.device`, `train.precision`, `train.threads`, `data.workers`.
+        config: `train.device`, `train.precision`, `train.threads`, `data.workers`, `data.loader`.
         num_processes: how many there will be; None: those there are.
 
     Returns:
@@ -105,6 +106,7 @@ def find_machine(config: RunConfig, *, num_processes: int | None = None) -> Mach
         cores=cores,
         threads=threads,
         workers=workers,
+        loader=config.data.loader or ("processes" if device.type == "cuda" else "threads"),
     )
 
 
@@ -138,7 +140,7 @@ def count_cores(num_local: int = 1) -> int:
     return max(1, len(mine) // num_local)
 
 
-def build_training(run: ResolvedRun, samples: SampleStore, *, path: Path, is_resumed: bool = False) -> Training:
+def build_training(run: ResolvedRun, samples: Dataset, *, path: Path, is_resumed: bool = False) -> Training:
     """Make everything a run needs.
 
     Args:
@@ -202,7 +204,7 @@ def _build_accelerator(run: ResolvedRun, path: Path) -> Accelerator:
     )
 
 
-def _build_stream(run: ResolvedRun, samples: SampleStore, method: Method, accelerator: Accelerator) -> TrainStream:
+def _build_stream(run: ResolvedRun, samples: Dataset, method: Method, accelerator: Accelerator) -> TrainStream:
     config, architecture = run.config, method.encoder.architecture
     return TrainStream(
         samples,
@@ -216,6 +218,10 @@ def _build_stream(run: ResolvedRun, samples: SampleStore, method: Method, accele
             rank=rank(),
             world_size=world_size(),
             workers=run.machine.workers,
+            loader=run.machine.loader,  # type: ignore[arg-type]
+            order=settled(config.data.order),
+            num_streams=config.data.streams or 1,
+            open_blocks=config.data.open_blocks,
             mask_special_ids=bool(config.method.mask_special_ids),
             max_bad=config.data.max_bad,
             pin_memory=accelerator.device.type == "cuda",

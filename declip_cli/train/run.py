@@ -1,6 +1,7 @@
 """One run from what was asked to its last report: resolve, open or resume, train, record."""
 
 import math
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,8 +15,8 @@ import torch
 from declip_cli.config import RunConfig
 from declip_cli.config_checks import require
 from declip_cli.config_files import to_plain
-from declip_cli.data.samples import SampleStore
-from declip_cli.data.stores import open_samples
+from declip_cli.data.dataset import Dataset
+from declip_cli.data.stores import open_pairs
 from declip_cli.distributed import rank
 from declip_cli.errors import TrainError
 from declip_cli.model.resnet import ModifiedResNet
@@ -28,6 +29,10 @@ from declip_cli.train.loop import train
 from declip_cli.train.meter import StepReport
 from declip_cli.train.run_dir import RunDir, SavedState
 
+_BLOCK_BYTES = 8 << 20
+"""Of a data set, about."""
+_LARGE_BYTES = 100e9
+"""What is larger is read in blocks, however much memory there is."""
 Say = Callable[[str], None]
 """Tells people something; called on rank 0 only."""
 
@@ -155,15 +160,22 @@ def _before(request: Request, run_dir: RunDir, held: ExitStack) -> tuple[Resolve
     return before, load_same_state(run_dir) if has_state else None
 
 
-def _open(config: RunConfig, say: Say) -> SampleStore:
+def _open(config: RunConfig, say: Say) -> Dataset:
     require(
         bool(config.data.path), "no data to train on", remedy="--data shards/ (made by declip prepare), or --data demo"
     )
-    return open_samples(config.data.path, part=config.data.part, cache_dir=config.data.cache_dir, say=say)
+    return open_pairs(config.data.path, part=config.data.part, cache_dir=config.data.cache_dir, say=say)
 
 
-def _facts(samples: SampleStore) -> DataFacts:
-    return DataFacts(num_pairs=len(samples), fingerprint=samples.fingerprint)
+def _facts(samples: Dataset) -> DataFacts:
+    num_blocks = len(getattr(samples, "block_firsts", (0,))) - 1
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return DataFacts(
+        num_pairs=len(samples),
+        fingerprint=samples.fingerprint,
+        num_blocks=num_blocks,
+        suits_blocks=getattr(samples, "is_remote", False) or num_blocks * _BLOCK_BYTES > min(memory / 2, _LARGE_BYTES),
+    )
 
 
 def _open_folder(

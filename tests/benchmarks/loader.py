@@ -28,9 +28,10 @@ from open_clip_train.data import get_wds_dataset
 from PIL import Image, ImageFilter
 
 from declip_cli.config import AugmentConfig, Views
-from declip_cli.data.samples import SampleStore
-from declip_cli.data.stores import open_samples
-from declip_cli.data.stream import StreamConfig, TrainStream
+from declip_cli.data.dataset import Dataset
+from declip_cli.data.loader import StreamConfig
+from declip_cli.data.stores import open_pairs
+from declip_cli.data.stream import TrainStream
 
 BATCH_SIZE, SIDE_PX = 64, 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -73,7 +74,7 @@ def write_shards(folder: Path, num: int, *, num_shards: int = 4) -> list[str]:
     return [str(path) for path in paths]
 
 
-def our_batches(samples: SampleStore, workers: int) -> Iterator[object]:
+def our_batches(samples: Dataset, workers: int) -> Iterator[object]:
     """Two views of pictures and of texts, augmented, masked and tokenized."""
     return TrainStream(
         samples,
@@ -110,7 +111,7 @@ def open_clip_batches(paths: list[str], workers: int) -> Iterator[object]:
 class OriginalsPairs(torch.utils.data.Dataset[tuple[torch.Tensor, str]]):
     """DeCLIP's way: Pillow and torchvision, picture by picture; captions stay words until the model."""
 
-    def __init__(self, samples: SampleStore) -> None:
+    def __init__(self, samples: Dataset) -> None:
         self.samples = samples
         self.draw = transforms.Compose(
             [
@@ -140,7 +141,7 @@ def soften(image: Image.Image) -> Image.Image:
     return image.filter(ImageFilter.GaussianBlur(radius=np.random.uniform(0.1, 2.0)))
 
 
-def originals_batches(samples: SampleStore, workers: int) -> Iterator[object]:
+def originals_batches(samples: Dataset, workers: int) -> Iterator[object]:
     """Two views of pictures, texts as words."""
     pairs = OriginalsPairs(samples)
     yield from torch.utils.data.DataLoader(pairs, BATCH_SIZE, shuffle=True, num_workers=workers)
@@ -177,7 +178,7 @@ def main() -> None:
     open_clip_train.data._SAMPLE_SHUFFLE_SIZE = open_clip_train.data._SAMPLE_SHUFFLE_INITIAL = 500
     with tempfile.TemporaryDirectory() as folder:
         paths = write_shards(Path(folder), options.pairs)
-        samples = open_samples(paths)
+        samples = open_pairs(paths, part=None, cache_dir=None, say=lambda message: None)
         peers = {
             f"open_clip {open_clip.__version__}, one plain view": lambda: open_clip_batches(paths, workers),
             f"torchvision {importlib.metadata.version('torchvision')} and Pillow, the original's two views": (

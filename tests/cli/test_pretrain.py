@@ -85,6 +85,7 @@ def test_the_run_folder_has_what_the_documentation_promises(done):
     open_settings = {
         "part",
         "workers",
+        "loader",
         "cache_dir",
         "text_optimizer",
         "micro_batch_size",

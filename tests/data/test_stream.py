@@ -119,7 +119,8 @@ def assert_same(one, other):
     assert len(one) == len(other)
     for a, b in zip(one, other, strict=True):
         for field in dataclasses.fields(a):
-            assert torch.equal(getattr(a, field.name), getattr(b, field.name)), field.name
+            values = [getattr(batch, field.name) for batch in (a, b)]
+            assert values == [None, None] or torch.equal(*values), field.name
 
 
 def assert_joined(parts, batch):
