@@ -13,7 +13,7 @@ import numpy as np
 
 from declip_cli.data.shards.dataset import ShardDataset
 from declip_cli.data.shards.files import Shard
-from declip_cli.data.shards.index import IndexBuilder, write_indexes
+from declip_cli.data.shards.index import IndexBuilder, ShardIndex, write_indexes
 
 SHARD_SAMPLES = 10_000
 _OPEN = """
@@ -49,8 +49,9 @@ def indexes(num_shards):
     builder = IndexBuilder()
     for row in range(SHARD_SAMPLES):
         builder.add(f"{row:09d}", (row * 25_600 + 512, 24_000), (row * 25_600 + 25_088, 200), is_json=True)
+    index = builder.build("", SHARD_SAMPLES * 25_600 + 1024)
     for number in range(num_shards):
-        yield builder.build(f"{number:05d}.tar", SHARD_SAMPLES * 25_600 + 1024)
+        yield ShardIndex(index.facts | {"name": f"{number:05d}.tar"}, index.body)
 
 
 def main():

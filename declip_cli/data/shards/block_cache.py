@@ -38,6 +38,15 @@ def locked(path: str) -> Iterator[bool]:
         os.close(file)
 
 
+@contextmanager
+def _removed(path: str) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.remove(path)
+
+
 class BlockCache:
     """Files by name; what has been released goes first, then what was fetched longest ago.
 
@@ -79,22 +88,15 @@ class BlockCache:
         Raises:
             DataError: as `download` raises.
         """
+        lock = self.path(f"{name}.lock")
         if self._touch(name):
             return
-        with locked(self.path(f"{name}.lock")) as is_locked:
-            if not is_locked or self._touch(name):
-                return
-            temporary = self._reserve(name, num_bytes)
-            try:
-                if temporary:
+        with locked(lock) as is_locked, _removed(lock):
+            temporary = self._reserve(name, num_bytes) if is_locked and not self._touch(name) else ""
+            if temporary:
+                with _removed(temporary), suppress(OSError):  # of a full disk
                     self._fill(temporary, download)
                     os.replace(temporary, self.path(name))
-            except OSError:
-                pass  # a full disk
-            finally:
-                for path in (temporary, self.path(f"{name}.lock")):
-                    with suppress(OSError):
-                        os.remove(path)
 
     def release(self, name: str) -> None:
         """Let a piece be the first to go."""

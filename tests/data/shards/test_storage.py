@@ -24,7 +24,7 @@ def test_files_are_alike_on_disk_and_behind_urls(folder):
     assert storage.names_in(folder) == ["a.txt", "b.txt", "sub.txt"]
     assert storage.folders_in(folder) == ["sub"]
     assert storage.read_bytes(storage.join(folder, "sub/c.txt")) == b"sub/c.txt"
-    assert storage.num_bytes(storage.join(folder, "a.txt")) == 5
+    assert storage.facts(storage.join(folder, "a.txt")).num_bytes == 5
     assert storage.is_folder(storage.join(folder, "sub"))
     assert not storage.is_file(storage.join(folder, "sub"))
     assert storage.parent(storage.join(folder, "a.txt")) == folder

@@ -259,3 +259,37 @@ def test_a_local_read_is_tried_again_with_a_new_handle(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "pread", read)
     assert store.read(1).key == "0001"
     assert len(stale) == 3
+
+
+def test_members_that_are_too_big_are_counted_and_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("declip_cli.data.shards.tar_samples.MAX_MEMBER_BYTES", 50)
+    write_tar(
+        tmp_path / "a.tar", [*pairs([0]), ("1.jpg", bytes(51)), ("1.txt", b"t"), *pairs([2]), ("2.npy", bytes(99))]
+    )
+    store = open_shards([str(tmp_path / "a.tar")])
+    assert [store.key(number) for number in range(len(store))] == ["0000", "0002"]
+    assert store.skipped == {"too big": (1, "1"), "missing image": (1, "3")}
+
+
+def test_one_read_gives_image_and_captions_unless_much_lies_between(tmp_path, monkeypatch):
+    for gap in (1 << 10, 1 << 20):
+        write_tar(tmp_path / f"{gap}.tar", [("0.jpg", b"image"), ("0.npy", bytes(gap)), ("0.txt", b"text")])
+    pread, sizes = os.pread, []
+    monkeypatch.setattr(os, "pread", lambda *args: sizes.append(args[1]) or pread(*args))
+    for gap in (1 << 10, 1 << 20):
+        example = open_shards([str(tmp_path / f"{gap}.tar")]).read(0)
+        assert (example.image, example.captions) == (b"image", ("text",))
+    assert sizes == [512 + 512 + (1 << 10) + 512 + len(b"text"), len(b"image"), len(b"text")]
+
+
+def test_captions_and_keys_are_had_without_the_image(tmp_path, monkeypatch):
+    metadata = json.dumps({"captions": ["a", "b"], "width": 3}).encode()
+    write_tar(tmp_path / "a.tar", [("0.jpg", bytes(9000)), ("0.txt", b"a"), ("0.json", metadata), *pairs([1])])
+    store = open_shards([str(tmp_path / "a.tar")])
+    pread, sizes = os.pread, []
+    monkeypatch.setattr(os, "pread", lambda *args: sizes.append(args[1]) or pread(*args))
+    assert [store.key(number) for number in range(2)] == ["0", "0001"]
+    assert sizes == []
+    assert [store.captions(number) for number in range(2)] == [("a", "b"), ("text 1",)]
+    assert [store.metadata(number) for number in range(2)] == [{"captions": ["a", "b"], "width": 3}, {}]
+    assert max(sizes) == len(metadata)
