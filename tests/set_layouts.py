@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
+import h5py
 import numpy as np
 import scipy.io
 
-from declip_cli.data.benchmarks.base import names_from_assets
 from declip_cli.data.benchmarks.imagenet import wordnet_ids
+from declip_cli.data.benchmarks.known import names_from_assets
 
 
 def put_picture(path: Path) -> Path:
@@ -76,7 +77,7 @@ def flowers102(root: Path) -> list[tuple[str, int]]:
     base.mkdir(parents=True)
     labels = np.array([[77, 1, 102, 5]], dtype=np.uint8)
     scipy.io.savemat(base / "imagelabels.mat", {"labels": labels})
-    ids = {"trnid": np.array([[1]]), "valid": np.array([[2]]), "tstid": np.array([[4, 3]], dtype=np.uint16)}
+    ids = {"trnid": np.array([[1, 2]]), "valid": np.array([[2, 1]]), "tstid": np.array([[4, 3]], dtype=np.uint16)}
     scipy.io.savemat(base / "setid.mat", ids, do_compression=True)
     for number in range(1, 5):
         put_picture(base / "jpg" / f"image_{number:05d}.jpg")
@@ -93,7 +94,7 @@ def cars(root: Path) -> list[tuple[str, int]]:
     for number, label in enumerate((196, 1, 20)):
         rows[0, number] = (np.uint8(3), np.uint8(label), f"{number:05d}.jpg")
     scipy.io.savemat(base / "cars_test_annos_withlabels.mat", {"annotations": rows})
-    scipy.io.savemat(base / "devkit" / "cars_train_annos.mat", {"annotations": rows[:, :1]})
+    scipy.io.savemat(base / "devkit" / "cars_train_annos.mat", {"annotations": rows[:, :2]})
     for split in ("train", "test"):
         for number in range(3):
             put_picture(base / f"cars_{split}" / f"{number:05d}.jpg")
@@ -149,12 +150,10 @@ def gtsrb(root: Path) -> list[tuple[str, int]]:
 
 def country211(root: Path) -> list[tuple[str, int]]:
     codes = [f"{chr(65 + n // 26)}{chr(65 + n % 26)}" for n in range(211)]
-    for split in ("train", "valid"):
+    for split in ("train", "valid", "test"):
         for code in codes:
             (root / "country211" / split / code).mkdir(parents=True)
-        put_picture(root / "country211" / split / codes[3] / "2.jpg")
-    for code in codes:
-        put_picture(root / "country211" / "test" / code / "1.jpg")
+            put_picture(root / "country211" / split / code / "1.jpg")
     return [(f"{code}/1.jpg", label) for label, code in enumerate(codes)]
 
 
@@ -209,7 +208,7 @@ def cifar(folder: Path, files: Sequence[str], label_key: bytes, num_classes: int
 def cifar10(root: Path) -> list[tuple[str, int]]:
     files = ["test_batch", *(f"data_batch_{n}" for n in range(1, 6))]
     cifar(root / "cifar-10-batches-py", files, b"labels", 10)
-    return [("test_batch/0", 0), ("test_batch/1", 9), ("test_batch/2", 0)]
+    return [("test/0", 0), ("test/1", 9), ("test/2", 0)]
 
 
 def cifar100(root: Path) -> list[tuple[str, int]]:
@@ -276,3 +275,15 @@ def objectnet(root: Path) -> list[tuple[str, int]]:
     put_picture(base / "images" / "object_001" / "not_in_imagenet.png")
     put_picture(base / "images" / "object_201" / "x.png")
     return [("object_201/x.png", 1)]
+
+
+def pcam(root: Path) -> list[tuple[str, int]]:
+    folder = root / "pcam"
+    folder.mkdir(parents=True)
+    for seed, split in enumerate(("train", "valid", "test")):
+        pixels = np.random.default_rng(seed).integers(0, 256, (2, 96, 96, 3), dtype=np.uint8)
+        labels = np.array([1, 0], dtype=np.uint8).reshape(2, 1, 1, 1)
+        for kind, data in (("x", pixels), ("y", labels)):
+            with h5py.File(folder / f"camelyonpatch_level_2_split_{split}_{kind}.h5", "w") as file:
+                file[kind] = data
+    return [("test/0", 1), ("test/1", 0)]

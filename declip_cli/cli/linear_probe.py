@@ -27,7 +27,7 @@ def linear_probe(
     shots: Annotated[int, typer.Option(min=0, help="Training pictures per class; 0 takes all.")] = 0,
     seed: Annotated[int, typer.Option(help="Draws the shots and, without a val split, the held-out pictures.")] = 0,
     baseline: Annotated[
-        bool, typer.Option("--baseline", help="Also score raw pixels; always done for `demo`.")
+        bool, typer.Option("--baseline", help="Also score raw pixels; `demo` does so by itself.")
     ] = False,
     batch_size: BatchSize = 128,
     threads: Threads = 0,
@@ -39,9 +39,9 @@ def linear_probe(
     Example: `declip linear-probe cifar100 --model runs/declip-vit-b32 --json`
     """
     with user_errors():
-        from declip_cli.data.probe_sets import open_probe_sets
         from declip_cli.evaluate import linear_probe as probe
         from declip_cli.evaluate.features import FeatureOptions
+        from declip_cli.evaluate.probe_split import open_probe_sets
 
         sets = open_probe_sets(dataset, data_root=data_root)
         opened = open_model(model, threads=threads)

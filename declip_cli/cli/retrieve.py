@@ -12,8 +12,7 @@ from declip_cli.cli.loading import open_model
 from declip_cli.cli.options import BatchSize, DataRoot, Json, Model, Threads
 
 if TYPE_CHECKING:
-    from declip_cli.data.picture_lists import PictureList
-    from declip_cli.data.retrieval_sets import RetrievalSet
+    from declip_cli.data.dataset import Dataset
     from declip_cli.evaluate.features import FeatureOptions
     from declip_cli.evaluate.retrieve import RetrievalReport
     from declip_cli.evaluate.search import Query, SearchReport
@@ -74,15 +73,14 @@ def retrieve(
 
         options = FeatureOptions(batch_size=batch_size, threads=threads, use_cache=not no_cache)
         if not is_search:
-            dataset = _open_set(source, data_root)
-            report = _score(dataset, open_model(model, threads=threads), options)
+            report = _score(_open(source, data_root), open_model(model, threads=threads), options)
             emit(report.to_json(), as_json=as_json)
             return
         asked = Query(text=text, image=query_image)
         is_saved = index_dir is None and _is_index(source)
         settings = _Settings(k, index, Path(source) if is_saved else index_dir)
-        listed = None if is_saved else _list(source, data_root)
-        found = _search(listed, asked, open_model(model, threads=threads), settings, options)
+        dataset = None if is_saved else _open(source, data_root)
+        found = _search(dataset, asked, open_model(model, threads=threads), settings, options)
         if html is not None:
             _write(html, found, asked)
         _show(found, k, as_json=as_json)
@@ -107,13 +105,14 @@ def _refuse(options: dict[str, object]) -> None:
             raise typer.BadParameter(f"{option} needs --query TEXT or --query-image FILE")
 
 
-def _open_set(source: str, data_root: Path | None) -> "RetrievalSet":
-    from declip_cli.data.retrieval_sets import open_retrieval
+def _open(source: str, data_root: Path | None) -> "Dataset":
+    from declip_cli.data.catalogue import open_dataset
+    from declip_cli.data.files_dataset import open_list
 
-    return open_retrieval(source, data_root=data_root)
+    return open_list(sys.stdin) if source == "-" else open_dataset(source, data_root=data_root)
 
 
-def _score(dataset: "RetrievalSet", model: "PretrainedModel", options: "FeatureOptions") -> "RetrievalReport":
+def _score(dataset: "Dataset", model: "PretrainedModel", options: "FeatureOptions") -> "RetrievalReport":
     from declip_cli.evaluate.retrieve import retrieve
 
     with progress_of(dataset.name) as tell:
@@ -122,14 +121,8 @@ def _score(dataset: "RetrievalSet", model: "PretrainedModel", options: "FeatureO
     return report
 
 
-def _list(source: str, data_root: Path | None) -> "PictureList":
-    from declip_cli.data.picture_lists import list_pictures
-
-    return list_pictures(source, lines=sys.stdin if source == "-" else (), data_root=data_root)
-
-
 def _search(
-    listed: "PictureList | None",
+    dataset: "Dataset | None",
     query: "Query",
     model: "PretrainedModel",
     settings: "_Settings",
@@ -137,15 +130,15 @@ def _search(
 ) -> "SearchReport":
     from declip_cli.evaluate.search import search, search_saved
 
-    with progress_of(listed.name if listed is not None else "index") as tell:
+    with progress_of(dataset.name if dataset is not None else "index") as tell:
         options = replace(options, progress=tell)
         if settings.index_dir is not None:
             report = search_saved(
-                model, listed, query, folder=settings.index_dir, k=settings.k, index=settings.index, options=options
+                model, dataset, query, folder=settings.index_dir, k=settings.k, index=settings.index, options=options
             )
         else:
-            assert listed is not None
-            report = search(model, listed, query, k=settings.k, index=settings.index or "Flat", options=options)
+            assert dataset is not None
+            report = search(model, dataset, query, k=settings.k, index=settings.index or "Flat", options=options)
     _tell_skipped(report.skipped)
     return report
 

@@ -12,7 +12,7 @@ from declip_cli.cli.options import BatchSize, DataRoot, Json, Model, Threads
 from declip_cli.errors import EvaluateError
 
 if TYPE_CHECKING:
-    from declip_cli.data.benchmarks import ClassificationSet
+    from declip_cli.data.dataset import Dataset
     from declip_cli.evaluate.features import FeatureOptions
     from declip_cli.evaluate.zeroshot import ZeroshotReport
     from declip_cli.model.checkpoint import PretrainedModel
@@ -107,42 +107,31 @@ def _show_list(entries: list[dict[str, Any]], *, as_json: bool) -> None:
 def _listed(data_root: Path | None) -> list[dict[str, Any]]:
     from dataclasses import asdict
 
-    from declip_cli.data.benchmarks.base import resolve_data_root
-    from declip_cli.data.benchmarks.registry import Listed, list_known
-    from declip_cli.data.retrieval_sets import KNOWN_RETRIEVAL, locate_known
+    from declip_cli.data.catalogue import list_known
 
-    listed = list_known(data_root)
-    root = resolve_data_root(data_root)
-    for known in KNOWN_RETRIEVAL.values():
-        path = locate_known(known, root)
-        expected = str(path or root / known.files[0])
-        listed.append(Listed(known.name, "retrieval", 0, "recall", expected, path is not None))
-    return [asdict(entry) for entry in listed]
+    return [asdict(entry) for entry in list_known(data_root)]
 
 
 def _download(names: list[str], data_root: Path | None) -> None:
-    from declip_cli.data.benchmarks.registry import download
+    from declip_cli.data.catalogue import download
 
     for name in names:
-        note(f"{name} is in {download(name, data_root=data_root)}/")
+        note(f"{name} is in {download(name, data_root=data_root)}")
 
 
-def _open(name: str, data_root: Path | None, classes: Path | None) -> "ClassificationSet":
-    from declip_cli.data.benchmarks import available_splits, open_classification
-    from declip_cli.data.retrieval_sets import KNOWN_RETRIEVAL
+def _open(name: str, data_root: Path | None, classes: Path | None) -> "Dataset":
+    from declip_cli.data.benchmarks.known import known_sets
+    from declip_cli.data.catalogue import classified, evaluation_split, open_dataset
 
-    if name in KNOWN_RETRIEVAL:
+    if name in known_sets() and not known_sets()[name].num_classes:
         raise EvaluateError(
-            f"{name} has captions and no classes, so there is nothing to classify",
-            remedy=f"declip retrieve {name}",
+            f"{name} has captions and no classes, so there is nothing to classify", remedy=f"declip retrieve {name}"
         )
-    splits = available_splits(name, data_root=data_root)
-    split = next((split for split in ("test", "val", "train") if split in splits), "test")
-    return open_classification(name, data_root=data_root, split=split, classes_file=classes)
+    return classified(open_dataset(name, evaluation_split(name), data_root=data_root), classes)
 
 
 def _score(
-    datasets: "list[ClassificationSet]", model: "PretrainedModel", templates: str, options: "FeatureOptions"
+    datasets: "list[Dataset]", model: "PretrainedModel", templates: str, options: "FeatureOptions"
 ) -> "list[ZeroshotReport]":
     from dataclasses import replace
 

@@ -8,6 +8,8 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from declip_cli.errors import DataError
+
 Pixels: TypeAlias = NDArray[np.uint8]
 """RGB, upright, (height, width, 3)."""
 Metric: TypeAlias = Literal["accuracy", "mean_per_class"]
@@ -26,6 +28,13 @@ class Example:
     captions: tuple[str, ...] = ()
     label: int = -1
     """The number of its class, -1 if it has none."""
+
+    @property
+    def encoded(self) -> bytes:
+        """The image where it is an encoded file, as it is in shards and in the sources of `prepare`."""
+        if not isinstance(self.image, bytes):
+            raise TypeError(f"{self.key} holds pixels")
+        return self.image
 
 
 class Skips(dict[str, tuple[int, str]]):
@@ -120,3 +129,10 @@ class Dataset(ABC):
     def stamp(self, number: int) -> str:
         """Return what changes when an image may have changed, and is had without reading it; empty if unknown."""
         return f"{self.fingerprint}:{number}"
+
+    def named(self, number: int) -> str:
+        """Return the key of one example for a message, or its number where the key cannot be read."""
+        try:
+            return self.key(number)
+        except DataError:
+            return f"number {number}"

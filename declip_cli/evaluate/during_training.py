@@ -7,11 +7,8 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 
-from declip_cli.data.benchmarks import ClassificationSet, available_splits, open_classification
-from declip_cli.data.benchmarks.folders import class_folders
-from declip_cli.data.benchmarks.known import KNOWN
-from declip_cli.data.retrieval_sets import KNOWN_RETRIEVAL, RetrievalSet, has_shards, open_retrieval
-from declip_cli.data.sources.folder import CAPTIONS_FILE
+from declip_cli.data.catalogue import classified, evaluation_split, has_captions, open_dataset
+from declip_cli.data.dataset import Classes, Dataset
 from declip_cli.errors import EvaluateError
 from declip_cli.evaluate.features import FeatureOptions
 from declip_cli.evaluate.ranking import Ranks
@@ -71,8 +68,8 @@ def make_evaluator(names: Sequence[str], *, data_root: Path | None = None, threa
     """Open evaluation sets now, so that a wrong name is told before training, and score models on them later.
 
     Args:
-        names: as `zeroshot` and `retrieve` take them: known names, `demo` (both), folders of class folders,
-            folders with captions.
+        names: as `zeroshot` and `retrieve` take them: known names, folders of class folders, folders and shards
+            with captions. What has classes and captions is scored both ways.
         data_root: where known sets lie; None takes `$DECLIP_DATA`, else `data/`.
         threads: threads of this rank that read and decode images; 0 takes one for each core that it may use.
 
@@ -80,7 +77,7 @@ def make_evaluator(names: Sequence[str], *, data_root: Path | None = None, threa
         What scores a model.
 
     Raises:
-        EvaluateError: a set is unknown or not there.
+        DataError: a set is unknown or not there.
     """
     parts = [(name, part) for name in dict.fromkeys(names) for part in _open(name, data_root)]
     return Evaluator(parts, FeatureOptions(threads=threads, split_over_ranks=True))
@@ -128,18 +125,22 @@ class _Part(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Classification:
-    dataset: ClassificationSet
+    dataset: Dataset
 
     def score(self, model: PretrainedModel, options: FeatureOptions) -> Scores:
         return _that_change(zeroshot(model, self.dataset, options=options).to_json())
 
     def score_paths(self) -> tuple[str, ...]:
-        return ("top1", *(("top5",) if has_top5(len(self.dataset.class_names)) else ()), "mean_per_class")
+        return (
+            "top1",
+            *(("top5",) if has_top5(len((self.dataset.classes or Classes(names=())).names)) else ()),
+            "mean_per_class",
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class _Retrieval:
-    dataset: RetrievalSet
+    dataset: Dataset
 
     def score(self, model: PretrainedModel, options: FeatureOptions) -> Scores:
         return _that_change(retrieve(model, self.dataset, options=options).to_json())
@@ -148,7 +149,7 @@ class _Retrieval:
         one = torch.ones(1)
         scores = BothDirections.of(Ranks(image_to_text=one, text_to_image=one)).to_json()
         paths = [path for path, _ in _flat(scores) if not path.endswith(_FALLING)]
-        folds = num_folds(self.dataset)
+        folds = num_folds(len(self.dataset), self.dataset.fold_size)
         return (*paths, *(f"mean_of_{folds}_folds.{path}" for path in paths if folds))
 
 
@@ -157,18 +158,9 @@ def _that_change(report: dict[str, Any]) -> Scores:
 
 
 def _open(name: str, data_root: Path | None) -> list[_Part]:
-    if name == "demo":
-        retrieval = _Retrieval(open_retrieval(name, data_root=data_root))
-        return [_Classification(open_classification(name, data_root=data_root)), retrieval]
-    if name in KNOWN_RETRIEVAL or (name not in KNOWN and _has_captions(Path(name))):
-        return [_Retrieval(open_retrieval(name, data_root=data_root))]
-    splits = available_splits(name, data_root=data_root)
-    split = next((split for split in ("test", "val", "train") if split in splits), "test")
-    return [_Classification(open_classification(name, data_root=data_root, split=split))]
-
-
-def _has_captions(folder: Path) -> bool:
-    """Say whether a folder holds captions rather than classes."""
-    return folder.is_dir() and (
-        has_shards(str(folder)) or (folder / CAPTIONS_FILE).exists() or not class_folders(folder)
-    )
+    dataset = open_dataset(name, evaluation_split(name), data_root=data_root)
+    is_retrieval = has_captions(dataset)
+    parts: list[_Part] = []
+    if dataset.classes is not None or not is_retrieval:
+        parts.append(_Classification(classified(dataset)))
+    return parts + ([_Retrieval(dataset)] if is_retrieval else [])

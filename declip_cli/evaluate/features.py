@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import overload
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from declip_cli.data.dataset import Dataset, Pixels
 from declip_cli.data.tokenizer import END, Tokenizer
 from declip_cli.errors import EvaluateError
 from declip_cli.evaluate.feature_cache import cached_tensor, content_key, store_features
@@ -17,7 +19,7 @@ from declip_cli.model.checkpoint import PretrainedModel
 from declip_cli.model.precision import autocast, resolve_precision
 
 __all__ = [
-    "BLOCK_SIZE", "FeatureOptions", "ImageFeatures", "ImageInput", "Progress", "Skipped",
+    "BLOCK_SIZE", "DatasetImages", "FeatureOptions", "ImageFeatures", "ImageInput", "Progress", "Skipped",
     "count_cut", "image_features", "length_sorted_batches", "map_images", "text_features",
 ]  # fmt: skip
 
@@ -45,6 +47,29 @@ class ImageFeatures:
     def skipped_to_json(self) -> dict[str, dict[str, int | str]]:
         """Return the unreadable pictures as nested dicts."""
         return {cause: {"count": s.count, "first": s.first} for cause, s in self.skipped.items()}
+
+
+class DatasetImages(Sequence[ImageInput]):
+    """The images of a data set as inputs of the functions below."""
+
+    def __init__(self, dataset: Dataset, numbers: Sequence[int] | None = None) -> None:
+        self._dataset = dataset
+        self._numbers = range(len(dataset)) if numbers is None else numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, number: int) -> ImageInput: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[ImageInput]: ...
+    def __getitem__(self, number: int | slice) -> ImageInput | Sequence[ImageInput]:
+        if isinstance(number, slice):
+            return DatasetImages(self._dataset, self._numbers[number])
+        return self._dataset.named(self._numbers[number]), partial(self._read, self._numbers[number])
+
+    def _read(self, number: int) -> bytes | Pixels:
+        return self._dataset.read(number).image
 
 
 def image_features(

@@ -7,6 +7,7 @@ from typing import Any
 
 import cv2
 
+from declip_cli.data.dataset import Pixels
 from declip_cli.data.decode import decode_image
 from declip_cli.errors import DataError, EvaluateError
 from declip_cli.evaluate.search import Hit, SearchReport
@@ -110,9 +111,9 @@ def _render_hit(hit: Hit) -> str:
     )
 
 
-def _thumbnail(data: bytes) -> str:
+def _thumbnail(data: bytes | Pixels) -> str:
     """Return a JPEG of a picture as a data URI."""
-    image = decode_image(data)  # (H, W, 3)
+    image = decode_image(data) if isinstance(data, bytes) else data  # (H, W, 3)
     scale = THUMBNAIL_SIDE_PX / max(image.shape[:2])
     small: Any = image
     if scale < 1:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from declip_cli.cores import own_cores
+from declip_cli.data.dataset import Pixels
 from declip_cli.data.image_views import evaluation_view
 from declip_cli.distributed import world_size
 from declip_cli.errors import DataError
@@ -20,7 +21,7 @@ from declip_cli.files import parse_json
 from declip_cli.model.checkpoint import PretrainedModel
 from declip_cli.model.precision import Precision, resolve_precision
 
-ImageInput: TypeAlias = tuple[str, Callable[[], bytes]]
+ImageInput: TypeAlias = tuple[str, Callable[[], bytes | Pixels]]
 """A picture's key, for messages, and how to read its encoded bytes (JPEG, PNG, …)."""
 
 Progress: TypeAlias = Callable[[int, int], None]
@@ -70,7 +71,7 @@ class FeatureOptions:
 class _Content:
     """A picture's bytes with their digest, or the cause why there are none."""
 
-    data: bytes
+    data: bytes | Pixels
     digest: bytes
     cause: str = ""
 
@@ -198,7 +199,7 @@ class ImageJob:
             self.options.progress(num_done, num_all)
 
 
-def _read(load: Callable[[], bytes]) -> _Content:
+def _read(load: Callable[[], bytes | Pixels]) -> _Content:
     try:
         data = load()
     except DataError as error:
@@ -207,7 +208,7 @@ def _read(load: Callable[[], bytes]) -> _Content:
         return _without_data("missing file")
     except OSError as error:
         return _without_data(f"unreadable file: {error.strerror}")
-    return _Content(data, hashlib.sha256(data).digest())
+    return _Content(data, hashlib.sha256(data if isinstance(data, bytes) else data.tobytes()).digest())
 
 
 def _without_data(cause: str) -> _Content:

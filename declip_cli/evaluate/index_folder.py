@@ -14,11 +14,12 @@ from typing import TypeAlias
 
 import numpy as np
 
+from declip_cli.data.dataset import Pixels
 from declip_cli.data.decode import decode_image
-from declip_cli.data.picture_lists import ListedPicture
 from declip_cli.errors import DataError, EvaluateError
 from declip_cli.evaluate.features import ImageFeatures, ImageInput
 from declip_cli.evaluate.index_database import DATABASE, IndexDatabase
+from declip_cli.evaluate.listed import ListedPicture
 from declip_cli.evaluate.nearest import EXACT, ApproximateIndex, Vectors, search_exact
 
 _BLOCK = 512
@@ -184,7 +185,7 @@ class IndexFolder:
         return found[:k]
 
     def _add(self, block: Sequence[ListedPicture], encode: Encode) -> int:
-        contents = [_read(picture) for picture in block]
+        contents = [c if isinstance(c := _read(picture), bytes | str) else c.tobytes() for picture in block]
         digests = [hashlib.sha256(c).digest() if isinstance(c, bytes) else None for c in contents]
         new = {
             digest: (picture.path, content)
@@ -280,7 +281,7 @@ def _cause(content: bytes) -> str:
     return ""
 
 
-def _read(picture: ListedPicture) -> bytes | str:
+def _read(picture: ListedPicture) -> bytes | Pixels | str:
     """Return a picture's bytes, or why there are none."""
     try:
         return picture.read()

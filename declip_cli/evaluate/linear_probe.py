@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from declip_cli.data.benchmarks.base import ClassificationSet, Metric
-from declip_cli.data.probe_sets import ProbeSets
-from declip_cli.evaluate.features import FeatureOptions, ImageFeatures, Skipped, map_images
+from declip_cli.data.dataset import Dataset, Metric, Skips
+from declip_cli.data.files_dataset import Subset
+from declip_cli.evaluate.features import DatasetImages, FeatureOptions, ImageFeatures, map_images
 from declip_cli.evaluate.logistic import LogisticFit, LogisticProblem
 from declip_cli.evaluate.metrics import mean_per_class_accuracy, top_k_accuracy
-from declip_cli.evaluate.probe_split import choose_shots, hold_out
+from declip_cli.evaluate.probe_split import ProbeSets, choose_shots, hold_out
 from declip_cli.model.checkpoint import PretrainedModel
 
 FeatureKind: TypeAlias = Literal["pre", "post"]
@@ -146,7 +146,7 @@ def linear_probe(
         features: before the projection, as CLIP did, or after it.
         shots: training pictures per class; 0 takes all. The validation pictures are the same for every number.
         seed: draws the held-out pictures and the shots.
-        with_baseline: also score raw pixels; None does so for the demo.
+        with_baseline: also score raw pixels; None does so where the set asks for it.
         options: batch size, precision, threads, cache.
 
     Returns:
@@ -161,7 +161,7 @@ def linear_probe(
     options = options or FeatureOptions()
     job = _Job(model, sets, shots=shots, seed=seed)
     found = job.run(model, _encoder(model, features), f"probe {features}", options)
-    is_wanted = sets.test.name == "demo" if with_baseline is None else with_baseline
+    is_wanted = sets.raw_pixels if with_baseline is None else with_baseline
     baseline = _raw_pixels(job, options) if is_wanted else None
     return _report(job, found, features=features, baseline=baseline, started=started)
 
@@ -170,25 +170,25 @@ def _report(
     job: "_Job", found: "_Found", *, features: FeatureKind, baseline: Baseline | None, started: float
 ) -> LinearProbeReport:
     return LinearProbeReport(
-        dataset=job.sets.test.name,
+        dataset=job.sets.name,
         model=job.model.name,
         features=features,
         num_train=len(found.train.labels),
         num_val=len(found.val.labels),
         num_test=len(found.test.labels),
-        num_classes=len(job.sets.train.class_names),
+        num_classes=len(job.sets.class_names),
         feature_dim=found.train.features.shape[1],
         shots=job.shots,
         seed=job.seed,
         l2=found.fit.l2,
         val_accuracy=found.val_score,
-        metric=job.sets.test.metric,
+        metric=job.sets.metric,
         top1=found.top1,
         mean_per_class=found.mean_per_class,
         majority_top1=_majority(found.train.labels, found.test.labels),
         has_converged=found.fit.has_converged,
         baseline=baseline,
-        skipped=job.skipped_to_json(),
+        skipped=job.skipped.to_json(),
         notes=job.notes(),
         seconds=time.perf_counter() - started,
     )
@@ -261,30 +261,30 @@ class _Job:
 
     def __init__(self, model: PretrainedModel, sets: ProbeSets, *, shots: int, seed: int) -> None:
         self.model, self.sets, self.shots, self.seed = model, sets, shots, seed
-        self.skipped: dict[str, Skipped] = {}
+        self.skipped = Skips()
         numbers = list(range(len(sets.train)))
         self.is_held_out = sets.val is None
         if self.is_held_out:
             numbers, held = hold_out(sets.train.labels, seed=seed)
-            self.val = _subset(sets.train, held)
+            self.val: Dataset = Subset(sets.train, held)
         else:
             assert sets.val is not None
             self.val = sets.val
         if shots:
-            numbers = choose_shots(sets.train.labels, numbers, shots=shots, seed=seed, names=sets.train.class_names)
-        self.train = _subset(sets.train, numbers)
+            numbers = choose_shots(sets.train.labels, numbers, shots=shots, seed=seed, names=sets.class_names)
+        self.train = Subset(sets.train, numbers)
 
     def run(
         self, model: PretrainedModel, encode: Callable[[Tensor], Tensor], label: str, options: FeatureOptions
     ) -> _Found:
         """Encode the pictures, choose the penalty, fit again, test once."""
-        self.skipped = {}
+        self.skipped = Skips()
         parts = (self.train, self.val, self.sets.test)
         train, val, test = (
-            self._labelled(part, map_images(model, part.pictures, encode, label=label, options=options))
+            self._labelled(part, map_images(model, DatasetImages(part), encode, label=label, options=options))
             for part in parts
         )
-        num_classes, metric = len(self.sets.train.class_names), self.sets.test.metric
+        num_classes, metric = len(self.sets.class_names), self.sets.metric
         chosen, val_score = search_l2(LogisticProblem(train.features, train.labels, num_classes), val, metric)
         final = train if self.shots else _joined(train, val)
         problem = LogisticProblem(final.features, final.labels, num_classes)
@@ -292,27 +292,18 @@ class _Job:
         top1, mean_per_class = _scores(fit.logits(test.features), test.labels, num_classes)
         return _Found(train, val, test, fit, val_score, top1, mean_per_class)
 
-    def _labelled(self, part: ClassificationSet, images: ImageFeatures) -> Labelled:
+    def _labelled(self, part: Dataset, images: ImageFeatures) -> Labelled:
         for cause, skipped in images.skipped.items():
-            before = self.skipped.get(cause, Skipped(0, skipped.first))
-            self.skipped[cause] = Skipped(before.count + skipped.count, before.first)
+            self.skipped.add(cause, skipped.first, count=skipped.count)
         device = next(self.model.encoder.parameters()).device
         labels = torch.tensor([part.labels[number] for number in images.kept], device=device)  # (N,)
         return Labelled(images.features.to(device), labels)
-
-    def skipped_to_json(self) -> dict[str, dict[str, int | str]]:
-        return {cause: {"count": s.count, "first": s.first} for cause, s in self.skipped.items()}
 
     def notes(self) -> tuple[str, ...]:
         said = [part.note for part in (self.sets.train, self.sets.test) if part.note]
         if self.is_held_out:
             said.append("no validation split: a fifth of the training pictures of each class was held out")
         return tuple(dict.fromkeys(said))
-
-
-def _subset(part: ClassificationSet, numbers: list[int]) -> ClassificationSet:
-    pictures = [part.pictures[number] for number in numbers]
-    return replace(part, pictures=pictures, labels=[part.labels[number] for number in numbers])
 
 
 def _joined(first: Labelled, second: Labelled) -> Labelled:

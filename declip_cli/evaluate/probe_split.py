@@ -1,9 +1,99 @@
-"""Which training pictures a linear probe learns from and which it validates on."""
+"""The images that a linear probe learns from, validates and is tested on."""
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
+from declip_cli.data.benchmarks.known import known_sets
+from declip_cli.data.catalogue import classified, open_dataset, splits_of
+from declip_cli.data.dataset import Classes, Dataset, Metric
+from declip_cli.data.files_dataset import Subset
 from declip_cli.errors import EvaluateError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeSets:
+    """Images to learn from and images to score, with labels that mean the same."""
+
+    name: str
+    """As the user typed it."""
+    train: Dataset
+    val: Dataset | None
+    """None where the data set comes without one; a part of `train` is then held out."""
+    test: Dataset
+    raw_pixels: bool = False
+    """Score the pixels themselves, too, unless told otherwise."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes of all three, in label order."""
+        return self._classes.names
+
+    @property
+    def metric(self) -> Metric:
+        """What papers report for the set."""
+        return self._classes.metric
+
+    @property
+    def _classes(self) -> Classes:
+        return self.train.classes or Classes(names=())
+
+
+def open_probe_sets(name: str, *, data_root: Path | None = None) -> ProbeSets:
+    """Open the splits of a classification data set.
+
+    Args:
+        name: a known name, or a folder with `train/`, `test/` and optionally `val/` that have one subfolder per
+            class.
+        data_root: where known sets lie; None takes `$DECLIP_DATA`, else `data/`.
+
+    Returns:
+        The splits; those of the set that the table names for the probe, if it does.
+
+    Raises:
+        DataError: there is no such set.
+        EvaluateError: a split is missing, or the test images have classes that were not trained.
+    """
+    known = known_sets().get(name)
+    known = known_sets()[known.probe] if known is not None and known.probe else known
+    asked = known.name if known is not None else name
+    splits = splits_of(asked)
+    for wanted in ("train", "test"):
+        if wanted not in splits:
+            raise EvaluateError(
+                f"{name} has no split {wanted!r} (found: {', '.join(splits) or 'none'})",
+                remedy="choose a set with training images, such as cifar100 or pets"
+                if known is not None
+                else f"put the images of each class into {Path(name) / wanted / 'CLASS'}/",
+            )
+    train, test = (classified(open_dataset(asked, split, data_root=data_root)) for split in ("train", "test"))
+    val = classified(open_dataset(asked, "val", data_root=data_root)) if "val" in splits else None
+    return ProbeSets(
+        name=name,
+        train=train,
+        val=val and _aligned(val, train),
+        test=_aligned(test, train),
+        raw_pixels=known is not None and known.raw_pixels,
+    )
+
+
+def _aligned(part: Dataset, train: Dataset) -> Dataset:
+    """Number a split's classes as the training split does."""
+    assert part.classes is not None
+    assert train.classes is not None
+    if part.classes.names == train.classes.names:
+        return part
+    numbers = {name: number for number, name in enumerate(train.classes.names)}
+    unknown = [name for name in part.classes.names if name not in numbers]
+    if unknown:
+        raise EvaluateError(
+            f"the {part.split} images of {part.name} have the class {unknown[0]!r}, which has no training images "
+            f"({len(unknown)} such classes)",
+            remedy=f"add training images of {unknown[0]!r} or take its {part.split} images away",
+        )
+    labels = [numbers[part.classes.names[label]] for label in part.labels]
+    return Subset(part, range(len(part)), labels=labels, classes=train.classes)
 
 
 def hold_out(labels: Sequence[int], *, seed: int) -> tuple[list[int], list[int]]:

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from declip_cli.data.retrieval_sets import RetrievalSet
-from declip_cli.evaluate.features import FeatureOptions, ImageFeatures, image_features, text_features
+from declip_cli.data.dataset import Dataset, Skips
+from declip_cli.data.files_dataset import Subset
+from declip_cli.errors import DataError, EvaluateError
+from declip_cli.evaluate.features import DatasetImages, FeatureOptions, ImageFeatures, image_features, text_features
 from declip_cli.evaluate.metrics import median_rank, recall_at
 from declip_cli.evaluate.ranking import Ranks, paired_ranks
 from declip_cli.evaluate.token_wise import encode_image_tokens, encode_text_tokens, token_wise_ranks
@@ -116,9 +118,7 @@ def _mean(entries: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def retrieve(
-    model: PretrainedModel, dataset: RetrievalSet, *, options: FeatureOptions | None = None
-) -> RetrievalReport:
+def retrieve(model: PretrainedModel, dataset: Dataset, *, options: FeatureOptions | None = None) -> RetrievalReport:
     """Score how well pictures and captions find each other.
 
     A picture counts as found by any of its captions' queries, a caption if any of the picture's captions is
@@ -126,56 +126,100 @@ def retrieve(
 
     Args:
         model: a trained model; token-wise ones (FILIP) are compared token by token.
-        dataset: pictures and captions.
+        dataset: images and captions; images without any are counted as skipped.
         options: batch size, precision, threads, cache.
 
     Returns:
         Recalls and ranks, both ways.
 
     Raises:
-        EvaluateError: none of the pictures can be read.
+        EvaluateError: no image has a caption, or none of them can be read.
     """
     started = time.perf_counter()
     options = options or FeatureOptions()
-    encoded: _Encoded = (_TokenWise if model.token_wise else _Whole)(model, dataset, options)
+    pairs = read_pairs(dataset)
+    encoded: _Encoded = (_TokenWise if model.token_wise else _Whole)(model, pairs, options)
     size = dataset.fold_size
-    folds = [encoded.scores(fold * size, (fold + 1) * size) for fold in range(num_folds(dataset))]
+    folds = [encoded.scores(fold * size, (fold + 1) * size) for fold in range(num_folds(len(pairs.images), size))]
     return RetrievalReport(
         dataset=dataset.name,
         model=model.name,
         num_images=len(encoded.images.kept),
         num_texts=len(encoded.texts),
-        scores=encoded.scores(0, len(dataset.pictures)),
+        scores=encoded.scores(0, len(pairs.images)),
         folds=tuple(folds),
         fold_size=size,
-        skipped=_skipped(dataset, encoded.images),
+        skipped=pairs.skipped.to_json() | encoded.images.skipped_to_json(),
         seconds=time.perf_counter() - started,
     )
 
 
-def num_folds(dataset: RetrievalSet) -> int:
+def num_folds(num_images: int, fold_size: int) -> int:
     """Count the folds that a set is also scored in: none where it would be a single one."""
-    folds = len(dataset.pictures) // dataset.fold_size if dataset.fold_size else 0
+    folds = num_images // fold_size if fold_size else 0
     return folds if folds > 1 else 0
 
 
-def _skipped(dataset: RetrievalSet, images: ImageFeatures) -> dict[str, dict[str, int | str]]:
-    skipped: dict[str, dict[str, int | str]] = {
-        cause: {"count": count, "first": first} for cause, (count, first) in dataset.skipped.items()
-    }
-    return skipped | images.skipped_to_json()
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """The images of a data set that have captions."""
+
+    images: Dataset
+    texts: list[str]
+    """M captions, those of an image together."""
+    owners: list[int]
+    """The image of each caption, M numbers."""
+    skipped: Skips
+
+
+def read_pairs(dataset: Dataset) -> Pairs:
+    """Read the captions of a data set.
+
+    Args:
+        dataset: any.
+
+    Returns:
+        The images with captions, and what was skipped.
+
+    Raises:
+        EvaluateError: there are none.
+    """
+    texts: list[str] = []
+    owners: list[int] = []
+    numbers: list[int] = []
+    skipped = Skips(dataset.skipped)
+    for number in range(len(dataset)):
+        try:
+            captions = dataset.captions(number)
+        except DataError as error:
+            skipped.add(error.cause, dataset.named(number))
+            continue
+        if not captions:
+            skipped.add("missing caption", dataset.named(number))
+            continue
+        texts += captions
+        owners += [len(numbers)] * len(captions)
+        numbers.append(number)
+    if not numbers:
+        raise EvaluateError(
+            f"no image with a caption in {dataset.name} ({skipped or 'empty'})",
+            remedy='give it a captions.jsonl with lines {"file": "a.jpg", "captions": ["…"]}, '
+            "or search it with --query TEXT",
+        )
+    images = dataset if len(numbers) == len(dataset) else Subset(dataset, numbers)
+    return Pairs(images, texts, owners, skipped)
 
 
 class _Encoded(ABC):
     """Encoded pictures and the captions of those that can be read."""
 
-    def __init__(self, dataset: RetrievalSet, images: ImageFeatures, device: torch.device) -> None:
+    def __init__(self, pairs: Pairs, images: ImageFeatures, device: torch.device) -> None:
         self.images = images
         rows = {number: row for row, number in enumerate(images.kept)}
-        pairs = [(text, rows[own]) for text, own in zip(dataset.texts, dataset.owners, strict=True) if own in rows]
-        self.texts = [text for text, _ in pairs]
+        kept = [(text, rows[own]) for text, own in zip(pairs.texts, pairs.owners, strict=True) if own in rows]
+        self.texts = [text for text, _ in kept]
         self._numbers = torch.tensor(images.kept, device=device)  # (N',)
-        self._owners = torch.tensor([row for _, row in pairs], device=device)  # (M',)
+        self._owners = torch.tensor([row for _, row in kept], device=device)  # (M',)
 
     def scores(self, first: int, last: int) -> BothDirections:
         """Score pictures number first to last - 1 of the set, and their captions, among themselves."""
@@ -191,9 +235,9 @@ class _Encoded(ABC):
 class _Whole(_Encoded):
     """One embedding per picture and per text."""
 
-    def __init__(self, model: PretrainedModel, dataset: RetrievalSet, options: FeatureOptions) -> None:
+    def __init__(self, model: PretrainedModel, pairs: Pairs, options: FeatureOptions) -> None:
         device = next(model.encoder.parameters()).device
-        super().__init__(dataset, image_features(model, dataset.pictures, options=options), device)
+        super().__init__(pairs, image_features(model, DatasetImages(pairs.images), options=options), device)
         self._image_embeds = self.images.features.to(device)  # (N', D)
         self._text_embeds = text_features(model, self.texts, options=options).to(device)  # (M', D)
 
@@ -204,9 +248,9 @@ class _Whole(_Encoded):
 class _TokenWise(_Encoded):
     """One embedding per patch and per token."""
 
-    def __init__(self, model: PretrainedModel, dataset: RetrievalSet, options: FeatureOptions) -> None:
+    def __init__(self, model: PretrainedModel, pairs: Pairs, options: FeatureOptions) -> None:
         device = next(model.encoder.parameters()).device
-        super().__init__(dataset, encode_image_tokens(model, dataset.pictures, options=options), device)
+        super().__init__(pairs, encode_image_tokens(model, DatasetImages(pairs.images), options=options), device)
         self._image_tokens = self.images.features.to(device)  # (N', P, Q)
         self._text_tokens = encode_text_tokens(model, self.texts, options=options).to(device)
 

@@ -11,8 +11,8 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
-from declip_cli.data.benchmarks.base import read_file
-from declip_cli.data.picture_lists import ListedPicture, PictureList
+from declip_cli.data.dataset import Dataset, Pixels
+from declip_cli.data.sources.records import read_picture
 from declip_cli.errors import EvaluateError
 from declip_cli.evaluate.feature_cache import content_key, to_bytes
 from declip_cli.evaluate.features import (
@@ -24,6 +24,7 @@ from declip_cli.evaluate.features import (
     text_features,
 )
 from declip_cli.evaluate.index_folder import IndexFolder, Match
+from declip_cli.evaluate.listed import ListedPicture, PictureList, list_dataset
 from declip_cli.evaluate.nearest import EXACT, ApproximateIndex, Rows, Vectors, search_exact
 from declip_cli.evaluate.token_wise import encode_image_tokens, encode_text_tokens
 from declip_cli.model.checkpoint import PretrainedModel
@@ -52,7 +53,7 @@ class Hit:
     """Cosine similarity (token-wise models: their token-wise score)."""
     path: str
     caption: str
-    read: Callable[[], bytes] = field(repr=False)
+    read: Callable[[], bytes | Pixels] = field(repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """Return rank, score, path and, if there is one, the caption."""
@@ -97,18 +98,18 @@ class SearchReport:
 
 def search(
     model: PretrainedModel,
-    listed: PictureList,
+    dataset: Dataset,
     query: Query,
     *,
     k: int = 10,
     index: str = EXACT,
     options: FeatureOptions | None = None,
 ) -> SearchReport:
-    """Find the pictures of a list that are most like a query.
+    """Find the images of a data set that are most like a query.
 
     Args:
         model: a trained model; token-wise ones (FILIP) compare token by token, always exactly.
-        listed: the collection.
+        dataset: the collection.
         query: text or picture.
         k: how many hits are wanted; there are fewer in a smaller collection.
         index: `Flat`, or another description for faiss's index factory.
@@ -120,7 +121,7 @@ def search(
     Raises:
         EvaluateError: no picture can be read, or the index cannot be made.
     """
-    started = time.perf_counter()
+    started, listed = time.perf_counter(), list_dataset(dataset)
     options = options or FeatureOptions()
     inputs = [(picture.path, picture.read) for picture in listed.pictures]
     if model.token_wise:
@@ -142,14 +143,14 @@ def search(
         hits=make_hits(pictures, best.tolist()),
         num_indexed=len(found.kept),
         changes={},
-        skipped=_skipped(listed) | found.skipped_to_json(),
+        skipped=listed.skipped.to_json() | found.skipped_to_json(),
         seconds=time.perf_counter() - started,
     )
 
 
 def search_saved(
     model: PretrainedModel,
-    listed: PictureList | None,
+    dataset: Dataset | None,
     query: Query,
     *,
     folder: Path,
@@ -157,11 +158,11 @@ def search_saved(
     index: str = "",
     options: FeatureOptions | None = None,
 ) -> SearchReport:
-    """Bring a saved index up to date with a list of pictures and search it.
+    """Bring a saved index up to date with a data set and search it.
 
     Args:
         model: a trained model with one embedding per picture.
-        listed: what the index shall hold; None searches what it holds, without a look at the pictures.
+        dataset: what the index shall hold; None searches what it holds, without a look at the pictures.
         query: text or picture.
         folder: of the index; made if it does not exist.
         k: how many hits are wanted.
@@ -178,6 +179,7 @@ def search_saved(
     if model.token_wise:
         _need_exact(index or "--index-dir")
     options = replace(options or FeatureOptions(), use_cache=False)
+    listed = list_dataset(dataset) if dataset is not None else None
     encode = partial(image_features, model, options=replace(options, progress=None))
     with IndexFolder(folder, fingerprint=model.fingerprint, model_name=model.name) as saved:
         changes = saved.update(listed.pictures, encode, progress=options.progress).to_json() if listed else {}
@@ -191,7 +193,7 @@ def search_saved(
             hits=make_hits(_matched(matches, listed), [match.score for match in matches]),
             num_indexed=len(saved),
             changes=changes,
-            skipped=(_skipped(listed) if listed else {}) | saved.skipped(),
+            skipped=(listed.skipped.to_json() if listed else {}) | saved.skipped(),
             seconds=time.perf_counter() - started,
         )
 
@@ -199,7 +201,7 @@ def search_saved(
 def _matched(matches: Sequence[Match], listed: PictureList | None) -> list[ListedPicture]:
     readers = {picture.path: picture.read for picture in listed.pictures} if listed else {}
     return [
-        ListedPicture(match.path, readers.get(match.path) or partial(read_file, match.path), "", match.caption)
+        ListedPicture(match.path, readers.get(match.path) or partial(read_picture, match.path), "", match.caption)
         for match in matches
     ]
 
@@ -218,10 +220,6 @@ def _nearest(features: Vectors, vector: Vectors, k: int, index: str) -> tuple[Ve
     if index == EXACT:
         return search_exact(features, vector, k, dead=none_dead)
     return ApproximateIndex.build(index, features).search(features, vector, k, dead=none_dead)
-
-
-def _skipped(listed: PictureList) -> dict[str, dict[str, int | str]]:
-    return {cause: {"count": count, "first": first} for cause, (count, first) in listed.skipped.items()}
 
 
 def make_hits(pictures: Sequence[ListedPicture], scores: Sequence[float]) -> list[Hit]:
@@ -257,7 +255,7 @@ def query_vector(model: PretrainedModel, query: Query, options: FeatureOptions) 
     quiet = replace(options, progress=None)
     if query.image is None:
         return text_features(model, [query.text], options=quiet)[0]
-    inputs = [(str(query.image), partial(read_file, str(query.image)))]
+    inputs = [(str(query.image), partial(read_picture, str(query.image)))]
     return image_features(model, inputs, options=quiet).features[0]
 
 
@@ -269,7 +267,7 @@ def _token_wise_scores(
     if query.image is None:
         tokens = encode_text_tokens(model, [query.text], options=quiet).tokens  # (L, Q)
     else:
-        own = [(str(query.image), partial(read_file, str(query.image)))]
+        own = [(str(query.image), partial(read_picture, str(query.image)))]
         tokens = encode_image_tokens(model, own, options=quiet).features[0]  # (P, Q)
     tokens = tokens.to(next(model.encoder.parameters()).device)
 

@@ -9,8 +9,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from declip_cli.data.benchmarks.base import Picture
-from declip_cli.evaluate.features import FeatureOptions, ImageFeatures, length_sorted_batches, map_images
+from declip_cli.evaluate.features import (
+    FeatureOptions,
+    ImageFeatures,
+    ImageInput,
+    length_sorted_batches,
+    map_images,
+)
 from declip_cli.evaluate.ranking import Ranks, ranks_in_rows
 from declip_cli.evaluate.shares import Part, encode_shares, take
 from declip_cli.model.checkpoint import PretrainedModel
@@ -51,7 +56,7 @@ class TokenTexts:
 
 
 def encode_image_tokens(
-    model: PretrainedModel, pictures: Sequence[Picture], *, options: FeatureOptions
+    model: PretrainedModel, pictures: Sequence[ImageInput], *, options: FeatureOptions
 ) -> ImageFeatures:
     """Encode pictures patch by patch.
 

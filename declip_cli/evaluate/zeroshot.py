@@ -8,10 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from declip_cli.data.benchmarks.base import ClassificationSet, Metric
+from declip_cli.data.catalogue import classified
+from declip_cli.data.dataset import Classes, Dataset, Metric
 from declip_cli.errors import EvaluateError
 from declip_cli.evaluate.feature_cache import content_key, to_bytes
-from declip_cli.evaluate.features import FeatureOptions, ImageFeatures, count_cut, image_features, map_images
+from declip_cli.evaluate.features import (
+    DatasetImages,
+    FeatureOptions,
+    ImageFeatures,
+    count_cut,
+    image_features,
+    map_images,
+)
 from declip_cli.evaluate.metrics import chance_accuracy, mean_per_class_accuracy, top_k_accuracy
 from declip_cli.evaluate.prompts import Prompts, build_classifier, build_token_classifier, make_prompts
 from declip_cli.model.checkpoint import PretrainedModel
@@ -104,7 +112,7 @@ class ZeroshotReport:
 
 def zeroshot(
     model: PretrainedModel,
-    dataset: ClassificationSet,
+    dataset: Dataset,
     *,
     templates: str | Sequence[str] = "",
     options: FeatureOptions | None = None,
@@ -113,7 +121,7 @@ def zeroshot(
 
     Args:
         model: a trained model; token-wise ones (FILIP) are compared token by token.
-        dataset: pictures with labels.
+        dataset: images with labels.
         templates: as of `make_prompts`; empty takes the set's own, else OpenAI's 80.
         options: batch size, precision, threads, cache.
 
@@ -127,10 +135,12 @@ def zeroshot(
     """
     started = time.perf_counter()
     options = options or FeatureOptions()
-    chosen = templates or dataset.templates or DEFAULT_TEMPLATES
-    prompts = make_prompts(dataset.class_names, chosen)
+    dataset = classified(dataset)
+    classes = dataset.classes or Classes(names=())
+    chosen = templates or classes.templates or DEFAULT_TEMPLATES
+    prompts = make_prompts(classes.names, chosen)
     predictions, skipped = _predict(model, dataset, prompts, options)
-    ranked, labels, num_classes = predictions.ranked, predictions.labels, len(dataset.class_names)
+    ranked, labels, num_classes = predictions.ranked, predictions.labels, len(classes.names)
     return ZeroshotReport(
         dataset=dataset.name,
         split=dataset.split,
@@ -141,7 +151,7 @@ def zeroshot(
         templates=chosen if isinstance(chosen, str) else "own",
         num_cut=count_cut(prompts.flat(), model.context_length),
         precision=resolve_precision(options.precision, next(model.encoder.parameters()).device),
-        metric=dataset.metric,
+        metric=classes.metric,
         top1=top_k_accuracy(ranked, labels, 1),
         top5=top_k_accuracy(ranked, labels, _TOP_K) if has_top5(num_classes) else None,
         mean_per_class=mean_per_class_accuracy(ranked[:, 0], labels, num_classes),
@@ -158,36 +168,37 @@ def has_top5(num_classes: int) -> bool:
 
 
 def _predict(
-    model: PretrainedModel, dataset: ClassificationSet, prompts: Prompts, options: FeatureOptions
+    model: PretrainedModel, dataset: Dataset, prompts: Prompts, options: FeatureOptions
 ) -> tuple[Predictions, dict[str, dict[str, int | str]]]:
-    if len(dataset.class_names) < 2:
+    names = dataset.classes.names if dataset.classes is not None else ()
+    if len(names) < 2:
         raise EvaluateError(
-            f"{dataset.name} has only the class {dataset.class_names[0]!r}, there is nothing to tell apart",
+            f"{dataset.name} has only the class {names[0]!r}, there is nothing to tell apart",
             remedy="add a second class",
         )
     rank = _rank_token_wise if model.token_wise else _rank_whole
     ranked, scores, images = rank(model, dataset, prompts, options)
     predictions = Predictions(
-        keys=[dataset.pictures[number][0] for number in images.kept],
+        keys=[dataset.named(number) for number in images.kept],
         labels=torch.tensor([dataset.labels[number] for number in images.kept]),  # (N',)
         ranked=ranked,
         scores=scores,
-        class_names=dataset.class_names,
+        class_names=names,
     )
     return predictions, images.skipped_to_json()
 
 
 def _rank_whole(
-    model: PretrainedModel, dataset: ClassificationSet, prompts: Prompts, options: FeatureOptions
+    model: PretrainedModel, dataset: Dataset, prompts: Prompts, options: FeatureOptions
 ) -> tuple[Tensor, Tensor, ImageFeatures]:
     classes = build_classifier(model, prompts, options=options)  # (C, D)
-    images = image_features(model, dataset.pictures, options=options)
+    images = image_features(model, DatasetImages(dataset), options=options)
     ranked, scores = _rank(images.features, classes)
     return ranked, scores, images
 
 
 def _rank_token_wise(
-    model: PretrainedModel, dataset: ClassificationSet, prompts: Prompts, options: FeatureOptions
+    model: PretrainedModel, dataset: Dataset, prompts: Prompts, options: FeatureOptions
 ) -> tuple[Tensor, Tensor, ImageFeatures]:
     classes = build_token_classifier(model, prompts, options=options)
     here = classes.to(next(model.encoder.parameters()).device)
@@ -196,7 +207,7 @@ def _rank_token_wise(
         return here.score(model.encoder.encode_image_tokens(pixels))
 
     label = content_key(["token-wise", to_bytes(classes.tokens), to_bytes(classes.mask)])
-    images = map_images(model, dataset.pictures, encode, label=label, options=options)
+    images = map_images(model, DatasetImages(dataset), encode, label=label, options=options)
     scores, ranked = images.features.topk(min(_TOP_K, images.features.shape[1]))
     return ranked, scores, images
 

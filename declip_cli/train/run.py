@@ -15,10 +15,11 @@ import torch
 from declip_cli.config import RunConfig
 from declip_cli.config_checks import require
 from declip_cli.config_files import to_plain
+from declip_cli.data.catalogue import open_dataset
 from declip_cli.data.dataset import Dataset
-from declip_cli.data.stores import open_pairs
+from declip_cli.data.shards.dataset import Shards
 from declip_cli.distributed import rank
-from declip_cli.errors import TrainError
+from declip_cli.errors import DataError, TrainError
 from declip_cli.model.resnet import ModifiedResNet
 from declip_cli.process_group import from_first
 from declip_cli.resolve import DataFacts, ResolvedRun, kept_settings, resolve
@@ -164,7 +165,14 @@ def _open(config: RunConfig, say: Say) -> Dataset:
     require(
         bool(config.data.path), "no data to train on", remedy="--data shards/ (made by declip prepare), or --data demo"
     )
-    return open_pairs(config.data.path, part=config.data.part, cache_dir=config.data.cache_dir, say=say)
+    split = config.data.part or "train"
+    dataset = open_dataset(config.data.path, split, cache_dir=config.data.cache_dir, say=say, together=True)
+    if not isinstance(dataset, Shards):
+        raise DataError(
+            f"{dataset.name} holds images, a model is trained on shards",
+            remedy=f"declip prepare {dataset.name} --out SHARDS, then --data SHARDS",
+        )
+    return dataset
 
 
 def _facts(samples: Dataset) -> DataFacts:

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from lines import seconds_of
 from torch import Tensor
 
-from declip_cli.assets import asset_path
 from declip_cli.config import AugmentConfig, ModelConfig, TextView
+from declip_cli.data.catalogue import open_dataset
 from declip_cli.data.text_views import TextViews
 from declip_cli.data.tokenizer import Tokenizer
 from declip_cli.model import neighbours
@@ -37,7 +37,9 @@ Search = Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor]
 
 def read_captions(files: list[Path]) -> list[str]:
     """Read distinct captions from JSON lines with the key `caption`."""
-    files = files or [asset_path(f"demo/{folder}/captions.jsonl") for folder in ("emoji", "openclipart")]
+    if not files:
+        demo = [open_dataset("demo", split) for split in ("train", "test")]
+        return list(dict.fromkeys(text for part in demo for n in range(len(part)) for text in part.captions(n)))
     lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     return list(dict.fromkeys(json.loads(line)["caption"] for line in lines))
 

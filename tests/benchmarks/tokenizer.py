@@ -13,6 +13,7 @@ from lines import compare
 from open_clip.tokenizer import SimpleTokenizer
 
 from declip_cli.assets import asset_path
+from declip_cli.data.catalogue import open_dataset
 from declip_cli.data.tokenizer import Tokenizer
 
 SCENES = (
@@ -47,11 +48,8 @@ RARE_SCENES = (
 
 def read_captions() -> list[str]:
     """Read the captions of the demo corpus, each once."""
-    captions = {}
-    for part in ("emoji", "openclipart"):
-        with open(asset_path(f"demo/{part}/captions.jsonl"), encoding="utf-8") as lines:
-            captions |= dict.fromkeys(json.loads(line)["caption"] for line in lines)
-    return list(captions)
+    demo = [open_dataset("demo", split) for split in ("train", "test")]
+    return list(dict.fromkeys(text for part in demo for n in range(len(part)) for text in part.captions(n)))
 
 
 def mix_captions(num: int, seed: int = 0) -> list[str]:

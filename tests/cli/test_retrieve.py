@@ -112,7 +112,7 @@ def test_missing_folder_is_an_error_with_a_fix(tiny_run: Path):
     result = run("nowhere", "--model", tiny_run, "--query", "x")
     assert result.exit_code == 1
     assert result.stdout == ""
-    assert result.stderr.startswith("error: there is no folder named 'nowhere'")
+    assert result.stderr.startswith("error: there is no data set, folder or shard named 'nowhere'")
     assert "\n  fix: " in result.stderr
 
 
@@ -131,6 +131,6 @@ def test_a_hit_is_one_line_of_cells_whatever_its_caption_and_name_hold(tmp_path:
     words = (tmp_path, "--model", tiny_run, "--query", "a bus", "-k", "1")
     path, _, shown = run(*words).stdout.removesuffix("\n").split("\t")
     assert path == str(tmp_path / r"a\tb\n.jpg")
-    assert shown.startswith(r"a\tb\nc\x1b]0;title\x07\u202exxx")
+    assert shown.startswith(r"a b c\x1b]0;title\x07\u202exxx")
     assert shown.endswith("x…")
-    assert json.loads(run(*words, "--json").stdout)["hits"][0]["caption"] == caption
+    assert json.loads(run(*words, "--json").stdout)["hits"][0]["caption"] == " ".join(caption.split())

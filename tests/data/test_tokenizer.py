@@ -1,4 +1,3 @@
-import json
 import random
 import string
 import threading
@@ -7,9 +6,9 @@ import pytest
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 
-from declip_cli.assets import asset_path
 from declip_cli.data.tokenizer import END, MASK, NUM_ORDINARY, PAD, START, VOCAB_SIZE, Tokenizer, pad
 from declip_cli.errors import ConfigError
+from tests.data_sets import demo_metadata
 
 AWKWARD = [
     "",
@@ -41,11 +40,9 @@ def theirs():
 
 
 def demo_captions():
-    for part in ("emoji", "openclipart"):
-        for line in asset_path(f"demo/{part}/captions.jsonl").read_text("utf-8").splitlines():
-            record = json.loads(line)
-            yield record["caption"]
-            yield ", ".join(record["keywords"])
+    for record in demo_metadata():
+        yield record["caption"]
+        yield ", ".join(record["keywords"])
 
 
 def made_up_texts(num, seed):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from declip_cli.errors import EvaluateError
+from declip_cli.data.files_dataset import Subset
+from declip_cli.errors import DataError, EvaluateError
 from declip_cli.evaluate.during_training import Evaluator, _Retrieval, find_score, make_evaluator
 from declip_cli.evaluate.features import FeatureOptions
 from declip_cli.model.checkpoint import PretrainedModel
@@ -42,7 +43,7 @@ def test_a_folder_with_captions_is_scored_by_retrieval(tmp_path: Path, tiny_mode
 
 
 def test_a_wrong_name_is_told_before_training(tmp_path: Path):
-    with pytest.raises(EvaluateError, match="no data set or folder named"):
+    with pytest.raises(DataError, match="no data set, folder or shard named"):
         make_evaluator(["demmo"])
 
 
@@ -63,8 +64,8 @@ def test_names_and_scores_are_known_before_training(tmp_path: Path, tiny_model: 
 def test_scores_of_folds_are_known_before_training(tiny_model: PretrainedModel):
     demo = make_evaluator(["demo"])
     (retrieval,) = (part for _, part in demo._parts if isinstance(part, _Retrieval))
-    few = dataclasses.replace(retrieval.dataset, pictures=retrieval.dataset.pictures[:6], texts=list("abcdef"))
-    few = dataclasses.replace(few, owners=range(6), fold_size=3)
+    few = Subset(retrieval.dataset, range(6))
+    few.fold_size = 3
     evaluate = Evaluator([("few", _Retrieval(few))], FeatureOptions(threads=1))
     assert "few.mean_of_2_folds.image_to_text.recall_at_1" in evaluate.score_paths
     scores = evaluate(tiny_model)

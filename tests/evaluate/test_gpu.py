@@ -6,8 +6,9 @@ import dataclasses
 import pytest
 import torch
 
-from declip_cli.data.benchmarks import open_classification
-from declip_cli.evaluate.features import FeatureOptions, image_features, text_features
+from declip_cli.data.catalogue import open_dataset
+from declip_cli.data.files_dataset import Subset
+from declip_cli.evaluate.features import DatasetImages, FeatureOptions, image_features, text_features
 from declip_cli.evaluate.zeroshot import zeroshot
 from declip_cli.model.checkpoint import PretrainedModel
 
@@ -24,7 +25,7 @@ def on_gpu(model: PretrainedModel) -> PretrainedModel:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_features_are_those_of_the_cpu(tiny_model: PretrainedModel, precision: str):
-    pictures = open_classification("demo").pictures[:300]
+    pictures = DatasetImages(open_dataset("demo"))[:300]
     options = dataclasses.replace(FP32, precision=precision)
     here, there = (image_features(m, pictures, options=options) for m in (tiny_model, on_gpu(tiny_model)))
     assert there.features.device.type == "cpu"
@@ -35,7 +36,6 @@ def test_features_are_those_of_the_cpu(tiny_model: PretrainedModel, precision: s
 
 
 def test_token_wise_scores_are_those_of_the_cpu(tiny_token_model: PretrainedModel):
-    demo = open_classification("demo")
-    few = dataclasses.replace(demo, pictures=demo.pictures[:20], labels=demo.labels[:20])
+    few = Subset(open_dataset("demo"), range(20))
     here, there = (zeroshot(m, few, options=FP32).predictions for m in (tiny_token_model, on_gpu(tiny_token_model)))
     torch.testing.assert_close(here.scores, there.scores, atol=1e-3, rtol=1e-3)

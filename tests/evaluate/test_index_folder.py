@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from declip_cli.data.picture_lists import ListedPicture
 from declip_cli.errors import EvaluateError
 from declip_cli.evaluate import index_database, index_folder
 from declip_cli.evaluate.features import ImageFeatures
 from declip_cli.evaluate.index_folder import IndexFolder, is_index_folder
+from declip_cli.evaluate.listed import ListedPicture
 
 DIM = 8
 

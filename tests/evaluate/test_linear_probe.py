@@ -7,13 +7,12 @@ import torch
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
-from declip_cli.data.probe_sets import open_probe_sets
 from declip_cli.errors import EvaluateError
 from declip_cli.evaluate import linear_probe as module
-from declip_cli.evaluate.features import FeatureOptions, image_features
+from declip_cli.evaluate.features import DatasetImages, FeatureOptions, image_features
 from declip_cli.evaluate.linear_probe import L2_GRID, Labelled, linear_probe, search_l2
 from declip_cli.evaluate.logistic import LogisticProblem
-from declip_cli.evaluate.probe_split import choose_shots, hold_out
+from declip_cli.evaluate.probe_split import choose_shots, hold_out, open_probe_sets
 
 COLOURS = {"red": (220, 30, 30), "green": (20, 200, 40), "dark_blue": (10, 20, 120)}
 FRESH = FeatureOptions(use_cache=False, threads=1)
@@ -52,7 +51,7 @@ def test_result_is_scikit_learns_on_train_and_validation_together(tmp_path, tiny
     report = linear_probe(tiny_model, sets, options=FRESH)
 
     def encode(part):
-        return image_features(tiny_model, part.pictures, projected=False, normalise=False, options=FRESH).features
+        return image_features(tiny_model, DatasetImages(part), projected=False, normalise=False, options=FRESH).features
 
     features = torch.cat([encode(sets.train), encode(sets.val)]).double()
     labels = [*sets.train.labels, *sets.val.labels]
@@ -103,14 +102,14 @@ def test_test_split_without_a_class_keeps_the_numbers_of_the_training_split(tmp_
     draw_classes(tmp_path, {"train": 2})
     draw_classes(tmp_path, {"test": 2}, names=("red",))
     sets = open_probe_sets(str(tmp_path))
-    assert sets.train.class_names == ("dark blue", "green", "red")
+    assert sets.class_names == ("dark blue", "green", "red")
     assert list(sets.test.labels) == [2, 2]
 
 
 def test_class_without_training_pictures_is_refused(tmp_path):
     draw_classes(tmp_path, {"train": 2}, names=("red", "green"))
     draw_classes(tmp_path, {"test": 2})
-    with pytest.raises(EvaluateError, match="'dark blue', which has no training pictures"):
+    with pytest.raises(EvaluateError, match="'dark blue', which has no training images"):
         open_probe_sets(str(tmp_path))
 
 
@@ -123,16 +122,18 @@ def test_missing_split_is_named(tmp_path):
 
 def test_demo_tests_on_other_emoji_by_another_vendor():
     sets = open_probe_sets("demo")
-    assert len(sets.train.class_names) == 9
+    assert len(sets.class_names) == 9
+    assert sets.raw_pixels
     shown = []
     for part, vendors in (
         (sets.train, {"google", "emojione2"}),
         (sets.val, {"google", "emojione2"}),
         (sets.test, {"twitter"}),
     ):
-        assert {Path(key).parent.name for key, _ in part.pictures} == vendors
+        keys = [Path(part.key(number)) for number in range(len(part))]
+        assert {key.parent.name for key in keys} == vendors
         assert set(part.labels) == set(range(9))
-        shown.append({Path(key).stem for key, _ in part.pictures})
+        shown.append({key.stem for key in keys})
     assert not shown[0] & shown[1]
     assert not shown[0] & shown[2]
     assert not shown[1] & shown[2]

@@ -2,24 +2,21 @@
 
 import torch
 
-from declip_cli.data.retrieval_sets import RetrievalSet, open_retrieval
-from declip_cli.evaluate.features import FeatureOptions, image_features, text_features
+from declip_cli.data.catalogue import open_dataset
+from declip_cli.data.files_dataset import Subset
+from declip_cli.evaluate.features import DatasetImages, FeatureOptions, image_features, text_features
 from declip_cli.evaluate.ranking import paired_ranks
-from declip_cli.evaluate.retrieve import retrieve
+from declip_cli.evaluate.retrieve import read_pairs, retrieve
+from tests.data_sets import MemoryDataset
 
 FRESH = FeatureOptions(use_cache=False, threads=1, precision="fp32")
 WORDS = ["red", "green", "blue", "cat", "dog", "tree", "house", "car"]
 
 
-def make_set(make_picture, num: int, *, fold_size: int = 0, broken: tuple[int, ...] = ()) -> RetrievalSet:
-    def read(number):
-        return b"junk" if number in broken else make_picture(number)
-
-    return RetrievalSet(
-        name="made up",
-        pictures=[(f"{number}.jpg", lambda number=number: read(number)) for number in range(num)],
-        texts=[f"a {WORDS[number % 8]} and {WORDS[caption]} {number}" for number in range(num) for caption in (1, 2)],
-        owners=[number for number in range(num) for _ in (1, 2)],
+def make_set(make_picture, num: int, *, fold_size: int = 0, broken: tuple[int, ...] = ()) -> MemoryDataset:
+    return MemoryDataset(
+        [b"junk" if number in broken else make_picture(number) for number in range(num)],
+        captions=[tuple(f"a {WORDS[number % 8]} and {WORDS[c]} {number}" for c in (1, 2)) for number in range(num)],
         fold_size=fold_size,
     )
 
@@ -39,9 +36,9 @@ def test_report_has_the_promised_fields(tiny_model, make_picture):
 def test_scores_are_those_of_the_features(tiny_model, make_picture):
     made = make_set(make_picture, 15)
     report = retrieve(tiny_model, made, options=FRESH)
-    images = image_features(tiny_model, made.pictures, options=FRESH).features
-    texts = text_features(tiny_model, made.texts, options=FRESH)
-    ranks = paired_ranks(images, texts, torch.tensor(made.owners))
+    images = image_features(tiny_model, DatasetImages(made), options=FRESH).features
+    texts = text_features(tiny_model, [text for captions in made.texts for text in captions], options=FRESH)
+    ranks = paired_ranks(images, texts, torch.arange(30) // 2)
     assert report.scores.text_to_image.mean_rank == float(ranks.text_to_image.double().mean())
     assert report.scores.image_to_text.recall[5] == float((ranks.image_to_text <= 5).double().mean())
 
@@ -60,12 +57,7 @@ def test_folds_are_scored_among_themselves_and_averaged(tiny_model, make_picture
     made = make_set(make_picture, 12)
     ranks = []
     for fold in range(3):
-        part = RetrievalSet(
-            name="part",
-            pictures=made.pictures[4 * fold : 4 * fold + 4],
-            texts=made.texts[8 * fold : 8 * fold + 8],
-            owners=[owner - 4 * fold for owner in made.owners[8 * fold : 8 * fold + 8]],
-        )
+        part = Subset(made, range(4 * fold, 4 * fold + 4))
         ranks.append(retrieve(tiny_model, part, options=FRESH).scores.text_to_image.mean_rank)
     assert abs(folds["text_to_image"]["mean_rank"] - sum(ranks) / 3) < 1e-9
 
@@ -77,6 +69,6 @@ def test_token_wise_models_are_scored_token_by_token(tiny_token_model, make_pict
 
 
 def test_demo_is_the_vendor_never_trained_on():
-    demo = open_retrieval("demo")
-    assert len(demo.pictures) == len(demo.texts) == 1217
-    assert demo.pictures[0][0].startswith("twitter/")
+    demo = read_pairs(open_dataset("demo"))
+    assert len(demo.images) == len(demo.texts) == 1217
+    assert demo.images.key(0).startswith("twitter/")

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from declip_cli.data.picture_lists import list_pictures
+from declip_cli.data.catalogue import open_dataset
 from declip_cli.errors import EvaluateError
-from declip_cli.evaluate.features import FeatureOptions, image_features, text_features
+from declip_cli.evaluate.features import DatasetImages, FeatureOptions, image_features, text_features
 from declip_cli.evaluate.search import Query, search, search_saved
 
 FRESH = FeatureOptions(use_cache=False, threads=1, precision="fp32")
@@ -23,12 +23,12 @@ def photos(tmp_path: Path, make_picture) -> Path:
 
 
 def test_hits_are_the_nearest_pictures_by_cosine(photos, tiny_model):
-    listed = list_pictures(str(photos))
+    listed = open_dataset(str(photos))
     report = search(tiny_model, listed, Query(text="a red bus"), k=5, options=FRESH)
-    images = image_features(tiny_model, [(p.path, p.read) for p in listed.pictures], options=FRESH).features
+    images = image_features(tiny_model, DatasetImages(listed), options=FRESH).features
     cosines = (images @ text_features(tiny_model, ["a red bus"], options=FRESH)[0]).numpy()
     order = np.argsort(-cosines, kind="stable")[:5]
-    assert [hit.path for hit in report.hits] == [listed.pictures[number].path for number in order]
+    assert [hit.path for hit in report.hits] == [listed.key(number) for number in order]
     assert [hit.score for hit in report.hits] == pytest.approx(cosines[order], abs=1e-5)
     assert [hit.rank for hit in report.hits] == [1, 2, 3, 4, 5]
     assert report.num_indexed == 12
@@ -37,21 +37,21 @@ def test_hits_are_the_nearest_pictures_by_cosine(photos, tiny_model):
 @pytest.mark.parametrize("kind", ["tiny_model", "tiny_token_model"])
 def test_picture_finds_itself_first(photos, kind, request):
     model = request.getfixturevalue(kind)
-    report = search(model, list_pictures(str(photos)), Query(image=photos / "07.jpg"), k=3, options=FRESH)
+    report = search(model, open_dataset(str(photos)), Query(image=photos / "07.jpg"), k=3, options=FRESH)
     assert report.hits[0].path.endswith("07.jpg")
     assert report.hits[0].score == pytest.approx(1.0, abs=1e-5)
     assert report.query == str(photos / "07.jpg")
 
 
 def test_token_wise_model_scores_a_text_by_its_tokens_best_patches(photos, tiny_token_model):
-    report = search(tiny_token_model, list_pictures(str(photos)), Query(text="a bus"), k=12, options=FRESH)
+    report = search(tiny_token_model, open_dataset(str(photos)), Query(text="a bus"), k=12, options=FRESH)
     scores = [hit.score for hit in report.hits]
     assert len(scores) == 12
     assert scores == sorted(scores, reverse=True)
 
 
 def test_token_wise_model_takes_no_index(photos, tiny_token_model, tmp_path):
-    listed = list_pictures(str(photos))
+    listed = open_dataset(str(photos))
     with pytest.raises(EvaluateError, match="--index HNSW8 needs one vector per picture"):
         search(tiny_token_model, listed, Query(text="x"), index="HNSW8", options=FRESH)
     with pytest.raises(EvaluateError, match="--index-dir needs one vector per picture"):
@@ -59,7 +59,7 @@ def test_token_wise_model_takes_no_index(photos, tiny_token_model, tmp_path):
 
 
 def test_saved_index_gives_the_same_hits_and_tells_what_changed(photos, tiny_model, tmp_path, make_picture):
-    listed = list_pictures(str(photos))
+    listed = open_dataset(str(photos))
     plain = search(tiny_model, listed, Query(text="a red bus"), k=4, options=FRESH)
     folder = tmp_path / "index"
     saved = search_saved(tiny_model, listed, Query(text="a red bus"), folder=folder, k=4, options=FRESH)
@@ -68,14 +68,14 @@ def test_saved_index_gives_the_same_hits_and_tells_what_changed(photos, tiny_mod
     assert saved.to_json()["num_added"] == 12
     (photos / "12.jpg").write_bytes(make_picture(12))
     again = search_saved(
-        tiny_model, list_pictures(str(photos)), Query(image=photos / "12.jpg"), folder=folder, k=1, options=FRESH
+        tiny_model, open_dataset(str(photos)), Query(image=photos / "12.jpg"), folder=folder, k=1, options=FRESH
     )
     assert again.hits[0].path.endswith("12.jpg")
     assert (again.changes["num_added"], again.changes["num_encoded"]) == (1, 1)
 
 
 def test_saved_index_is_searched_without_its_pictures(photos, tiny_model, tmp_path):
-    listed = list_pictures(str(photos))
+    listed = open_dataset(str(photos))
     first = search_saved(tiny_model, listed, Query(text="x"), folder=tmp_path / "index", options=FRESH)
     alone = search_saved(tiny_model, None, Query(text="x"), folder=tmp_path / "index", options=FRESH)
     assert [hit.path for hit in alone.hits] == [hit.path for hit in first.hits]
@@ -85,7 +85,7 @@ def test_saved_index_is_searched_without_its_pictures(photos, tiny_model, tmp_pa
 
 def test_unreadable_pictures_are_counted(photos, tiny_model):
     (photos / "03.jpg").write_bytes(b"junk")
-    report = search(tiny_model, list_pictures(str(photos)), Query(text="x"), k=20, options=FRESH).to_json()
+    report = search(tiny_model, open_dataset(str(photos)), Query(text="x"), k=20, options=FRESH).to_json()
     assert len(report["hits"]) == report["num_indexed"] == 11
     assert report["num_skipped"] == 1
 
@@ -93,4 +93,4 @@ def test_unreadable_pictures_are_counted(photos, tiny_model):
 def test_unreadable_query_picture_is_an_error(photos, tiny_model, tmp_path):
     (tmp_path / "query.jpg").write_bytes(b"junk")
     with pytest.raises(EvaluateError, match="query.jpg"):
-        search(tiny_model, list_pictures(str(photos)), Query(image=tmp_path / "query.jpg"), options=FRESH)
+        search(tiny_model, open_dataset(str(photos)), Query(image=tmp_path / "query.jpg"), options=FRESH)

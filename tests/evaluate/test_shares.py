@@ -55,7 +55,7 @@ def test_each_of_two_ranks_ends_with_what_one_process_finds(ranks, case):
 def test_the_cases_hold_what_they_are_meant_to(ranks):
     skipped = ranks[0]["classes"]["report"]["skipped"]
     assert [entry["count"] for entry in skipped.values()] == [3, 2]
-    assert [entry["first"] for entry in skipped.values()] == ["image 1", "image 2"]
+    assert [entry["first"] for entry in skipped.values()] == ["1.jpg", "2.jpg"]
     assert ranks[0]["classes"]["report"]["num_prompts_cut"] > 0
     assert ranks[0]["classes, all of a rank unreadable"]["keys"] == ["image 1"]
     assert ranks[0]["pairs"]["num_images"] == 6

@@ -1,5 +1,6 @@
 """Zero-shot classification, against OpenCLIP and against plain loops."""
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +13,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from declip_cli.config import ModelConfig
-from declip_cli.data.benchmarks import ClassificationSet, open_classification
-from declip_cli.data.benchmarks.base import FilePictures
+from declip_cli.data.catalogue import open_dataset
+from declip_cli.data.dataset import Classes, Metric
 from declip_cli.data.image_views import evaluation_view
 from declip_cli.data.tokenizer import Tokenizer
 from declip_cli.errors import EvaluateError
@@ -24,23 +25,20 @@ from declip_cli.evaluate.zeroshot import ZeroshotReport, zeroshot
 from declip_cli.model.architectures import find_architecture
 from declip_cli.model.checkpoint import PretrainedModel, load_model, save_model
 from declip_cli.model.clip import DualEncoder
+from tests.data_sets import MemoryDataset
 
 FP32 = FeatureOptions(precision="fp32", use_cache=False)
 
 
-def demo_set(num_pictures: int, *, num_classes: int = 40, **changes: object) -> ClassificationSet:
-    """Pictures of the demo corpus; names beyond the pictures' own are distractors."""
-    demo = open_classification("demo")
-    fields = {
-        "name": "some emoji",
-        "split": "test",
-        "class_names": demo.class_names[:num_classes],
-        "templates": (),
-        "metric": "accuracy",
-        "pictures": FilePictures([demo.pictures[n][0] for n in range(num_pictures)]),
-        "labels": list(demo.labels[:num_pictures]),
-    }
-    return ClassificationSet(**{**fields, **changes})
+def demo_set(num_images: int, *, num_classes: int = 40, metric: Metric = "accuracy") -> MemoryDataset:
+    """Images of the demo corpus; names beyond the images' own are distractors."""
+    demo = open_dataset("demo")
+    return MemoryDataset(
+        [demo.read(number).image for number in range(num_images)],
+        labels=list(demo.labels[:num_images]),
+        classes=Classes(names=demo.classes.names[:num_classes], metric=metric),
+        name="some emoji",
+    )
 
 
 def test_predictions_equal_those_of_open_clip(tiny_run: Path):
@@ -62,11 +60,11 @@ def test_predictions_of_a_trained_model_equal_those_of_open_clip(tmp_path: Path)
     assert_equal_to_open_clip(report, tmp_path / "model", dataset, ("{}",))
 
 
-def train_on(encoder: DualEncoder, dataset: ClassificationSet, *, num_steps: int) -> None:
+def train_on(encoder: DualEncoder, dataset: MemoryDataset, *, num_steps: int) -> None:
     """Fit pictures to their names with CLIP's loss."""
-    views = [evaluation_view(load(), side_px=32, resize_px=32) for _, load in dataset.pictures]
+    views = [evaluation_view(image, side_px=32, resize_px=32) for image in dataset.images]
     images = torch.stack([torch.from_numpy(view) for view in views])
-    names = [dataset.class_names[label] for label in dataset.labels]
+    names = [dataset.classes.names[label] for label in dataset.labels]
     tokens = Tokenizer(encoder.architecture.text.context_length).encode(names, pad_to_context=False)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-3)
     right = torch.arange(len(images))
@@ -80,16 +78,16 @@ def train_on(encoder: DualEncoder, dataset: ClassificationSet, *, num_steps: int
 
 
 def assert_equal_to_open_clip(
-    report: ZeroshotReport, folder: Path, dataset: ClassificationSet, templates: Sequence[str]
+    report: ZeroshotReport, folder: Path, dataset: MemoryDataset, templates: Sequence[str]
 ) -> None:
     """Let OpenCLIP read weights, pictures and prompts by itself and compare predictions."""
     name = f"local-dir:{folder}"
     peer, _, preprocess = open_clip.create_model_and_transforms(name)
     fills = [template.format for template in templates]
     classifier = open_clip.build_zero_shot_classifier(
-        peer.eval(), open_clip.get_tokenizer(name), dataset.class_names, fills
+        peer.eval(), open_clip.get_tokenizer(name), dataset.classes.names, fills
     )  # (D, C)
-    pictures = torch.stack([preprocess(open_on_white(path)) for path, _ in dataset.pictures])
+    pictures = torch.stack([preprocess(open_on_white(image)) for image in dataset.images])
     with torch.no_grad():
         scores, ranked = (peer.encode_image(pictures, normalize=True) @ classifier).topk(5)  # (N, 5)
     assert torch.equal(report.predictions.ranked, ranked)
@@ -118,14 +116,16 @@ def test_a_model_of_open_clip_predicts_here_what_it_predicts_there(tmp_path: Pat
     assert_equal_to_open_clip(report, tmp_path, dataset, load_templates("8"))
 
 
-def open_on_white(path: str) -> Image.Image:
-    picture = Image.open(path).convert("RGBA")
+def open_on_white(data: bytes) -> Image.Image:
+    picture = Image.open(io.BytesIO(data)).convert("RGBA")
     white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, picture).convert("RGB")
 
 
 def test_report_has_the_fields_of_the_command(tiny_model: PretrainedModel):
-    report = zeroshot(tiny_model, demo_set(6, note="told apart"), options=FP32).to_json()
+    dataset = demo_set(6)
+    dataset.note = "told apart"
+    report = zeroshot(tiny_model, dataset, options=FP32).to_json()
     assert report["dataset"] == "some emoji"
     assert report["model"] == "random-0"
     assert (report["num_images"], report["num_classes"], report["num_templates"]) == (6, 40, 80)
@@ -164,19 +164,18 @@ def test_a_single_class_is_refused(tiny_model: PretrainedModel):
         zeroshot(tiny_model, demo_set(1, num_classes=1), options=FP32)
 
 
-def test_unreadable_pictures_are_left_out_and_reported(tiny_model: PretrainedModel, tmp_path: Path):
-    broken = tmp_path / "broken.jpg"
-    broken.write_bytes(b"no picture")
-    whole = demo_set(3)
-    paths = [whole.pictures[0][0], str(broken), whole.pictures[1][0], whole.pictures[2][0]]
-    dataset = demo_set(3, pictures=FilePictures(paths), labels=[0, 3, 1, 2])
+def test_unreadable_images_are_omitted_and_reported(tiny_model: PretrainedModel):
+    dataset = demo_set(3)
+    dataset.images.insert(1, b"no picture")
+    dataset.labels.insert(1, 3)
+    dataset.keys = ["a", "broken", "b", "c"]
     report = zeroshot(tiny_model, dataset, options=FP32)
     assert report.num_images == 3
     assert report.predictions.labels.tolist() == [0, 1, 2]
-    assert report.predictions.keys == [paths[0], paths[2], paths[3]]
+    assert report.predictions.keys == ["a", "b", "c"]
     assert report.to_json()["num_skipped"] == 1
     (entry,) = report.to_json()["skipped"].values()
-    assert entry == {"count": 1, "first": str(broken)}
+    assert entry == {"count": 1, "first": "broken"}
 
 
 def test_token_wise_models_are_scored_token_by_token(tiny_token_model: PretrainedModel):
@@ -186,8 +185,8 @@ def test_token_wise_models_are_scored_token_by_token(tiny_token_model: Pretraine
     for _ in range(2):
         again = zeroshot(tiny_token_model, dataset, options=cached)
         assert torch.equal(first.predictions.ranked, again.predictions.ranked)
-    classes = build_token_classifier(tiny_token_model, make_prompts(dataset.class_names, "80"), options=FP32)
-    view = torch.from_numpy(evaluation_view(dataset.pictures[2][1](), side_px=16, resize_px=18))
+    classes = build_token_classifier(tiny_token_model, make_prompts(dataset.classes.names, "80"), options=FP32)
+    view = torch.from_numpy(evaluation_view(dataset.images[2], side_px=16, resize_px=18))
     with torch.no_grad():
         scores = classes.score(tiny_token_model.encoder.encode_image_tokens(view[None]))
     torch.testing.assert_close(first.predictions.scores[2], scores[0].topk(5).values, atol=1e-6, rtol=1e-5)
@@ -214,7 +213,9 @@ def test_predictions_cannot_go_into_a_missing_folder(tiny_model: PretrainedModel
 
 
 def test_class_report_counts_classes_and_confusions(tiny_model: PretrainedModel):
-    predictions = zeroshot(tiny_model, demo_set(5, labels=[0, 0, 0, 1, 1]), options=FP32).predictions
+    dataset = demo_set(5)
+    dataset.labels = [0, 0, 0, 1, 1]
+    predictions = zeroshot(tiny_model, dataset, options=FP32).predictions
     ranked = torch.tensor([[0], [7], [7], [1], [1]])
     known = type(predictions)(
         keys=predictions.keys,

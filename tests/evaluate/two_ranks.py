@@ -10,54 +10,53 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from declip_cli.data.benchmarks import ClassificationSet, open_classification
-from declip_cli.data.retrieval_sets import RetrievalSet
-from declip_cli.errors import EvaluateError
+from declip_cli.data.catalogue import open_dataset
+from declip_cli.data.dataset import Classes, Dataset
+from declip_cli.errors import DataError, EvaluateError
 from declip_cli.evaluate.during_training import make_evaluator
-from declip_cli.evaluate.features import FeatureOptions, image_features, text_features
+from declip_cli.evaluate.features import DatasetImages, FeatureOptions, image_features, text_features
 from declip_cli.evaluate.retrieve import retrieve
 from declip_cli.evaluate.zeroshot import zeroshot
 from declip_cli.model.checkpoint import PretrainedModel
 from tests.conftest import random_model
+from tests.data_sets import MemoryDataset
 
 OPTIONS = FeatureOptions(precision="fp32", batch_size=2, threads=1, split_over_ranks=True)
 WORDS = ["red", "green", "blue", "cat", "dog", "tree", "house", "car"]
 
 
-def read(path: str) -> bytes:
-    return Path(path).read_bytes()
+def not_there() -> bytes:
+    raise DataError("no image", remedy="none", cause="missing file")
 
 
-def images(num: int, *, junk: tuple[int, ...] = (), missing: tuple[int, ...] = ()) -> list[tuple[str, Any]]:
+def some_images(num: int, *, junk: tuple[int, ...] = (), missing: tuple[int, ...] = ()) -> list[Any]:
     """Images of the demo corpus, some of which cannot be read, for two causes."""
-    loads = {number: (lambda: b"junk") for number in junk} | {number: (lambda: read("none")) for number in missing}
-    demo = open_classification("demo").pictures
-    return [(f"image {number}", loads.get(number, demo[number][1])) for number in range(num)]
+    others = {number: b"junk" for number in junk} | {number: not_there for number in missing}
+    demo = open_dataset("demo")
+    return [others.get(number) or demo.read(number).image for number in range(num)]
 
 
-def classes(num: int, *, num_classes: int = 7, **causes: tuple[int, ...]) -> ClassificationSet:
-    return ClassificationSet(
-        name="made up",
-        split="",
-        class_names=tuple(f"{word} {word[0] * 9} {number}" for number, word in enumerate(WORDS[:num_classes])),
-        templates=("{}", "a photo of a {}.", "one two three four five six seven {}"),
-        metric="accuracy",
-        pictures=images(num, **causes),
+def images(num: int, **causes: tuple[int, ...]) -> DatasetImages:
+    return DatasetImages(MemoryDataset(some_images(num, **causes)))
+
+
+def classes(num: int, *, num_classes: int = 7, **causes: tuple[int, ...]) -> Dataset:
+    return MemoryDataset(
+        some_images(num, **causes),
         labels=[number % num_classes for number in range(num)],
+        classes=Classes(
+            names=tuple(f"{word} {word[0] * 9} {number}" for number, word in enumerate(WORDS[:num_classes])),
+            templates=("{}", "a photo of a {}.", "one two three four five six seven {}"),
+        ),
     )
 
 
-def pairs(num: int, **causes: tuple[int, ...]) -> RetrievalSet:
-    return RetrievalSet(
-        name="made up",
-        pictures=images(num, **causes),
-        texts=[f"a {WORDS[number % 8]}{' and' * caption} {number}" for number in range(num) for caption in (1, 2)],
-        owners=[number for number in range(num) for _ in (1, 2)],
-        fold_size=4,
-    )
+def pairs(num: int, **causes: tuple[int, ...]) -> Dataset:
+    texts = [tuple(f"a {WORDS[number % 8]}{' and' * many} {number}" for many in (1, 2)) for number in range(num)]
+    return MemoryDataset(some_images(num, **causes), captions=texts, fold_size=4)
 
 
-def classified(model: PretrainedModel, dataset: ClassificationSet) -> dict[str, Any]:
+def classified(model: PretrainedModel, dataset: Dataset) -> dict[str, Any]:
     report = zeroshot(model, dataset, options=OPTIONS)
     found = report.predictions
     return {
@@ -69,7 +68,7 @@ def classified(model: PretrainedModel, dataset: ClassificationSet) -> dict[str, 
     }
 
 
-def retrieved(model: PretrainedModel, dataset: RetrievalSet) -> dict[str, Any]:
+def retrieved(model: PretrainedModel, dataset: Dataset) -> dict[str, Any]:
     report = retrieve(model, dataset, options=OPTIONS).to_json()
     return {key: value for key, value in report.items() if key != "seconds"}
 

@@ -1,19 +1,18 @@
-"""Sets that are one subfolder of pictures per class: the user's own, and known ones that come that way."""
+"""Folders of images: one subfolder per class, or captions beside the images, or neither."""
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from declip_cli.data.benchmarks.base import (
-    ClassificationSet,
-    FilePictures,
-    Listing,
-    is_picture,
-    list_folder,
-    read_lines,
-)
-from declip_cli.errors import EvaluateError
+from declip_cli.data import storage
+from declip_cli.data.benchmarks.known import Known, missing_file
+from declip_cli.data.dataset import Classes, Dataset, Skips
+from declip_cli.data.files_dataset import FilesDataset, is_image
+from declip_cli.data.shards.tar_samples import clean_captions
+from declip_cli.data.sources.folder import CAPTIONS_FILE, captions_beside, group_by_stem, read_lists
+from declip_cli.data.sources.records import FileRecord
+from declip_cli.errors import DataError
 
 _SPLIT_FOLDERS = {
     "train": ("train", "training"),
@@ -22,56 +21,91 @@ _SPLIT_FOLDERS = {
 }
 
 
-def open_class_folder(folder: Path, *, split: str, classes_file: Path | None = None) -> ClassificationSet:
-    """Open the user's own folder with one subfolder per class.
+def open_folder(folder: str, split: str | None = None) -> FilesDataset:
+    """Open all images in and below a folder.
+
+    The subfolders are classes, `_` read as a space, unless there is a `captions.jsonl` beside them or they are
+    splits. Captions stand in files `captions.jsonl`, else in text files beside the images.
 
     Args:
-        folder: holds the class folders, or `train/`, `val/`, `test/` that hold them.
-        split: which of these; a folder without them is all there is, whatever the split.
-        classes_file: class names in the order of the sorted subfolders, one a line; or lines
-            `subfolder<TAB>class name`. None reads names off the subfolders, `_` as a space.
+        folder: local path or URL.
+        split: one of `folder_splits`; None opens all that is there.
 
     Returns:
-        The set, with no templates of its own.
+        The images in a fixed order; the label of those in no class is -1.
 
     Raises:
-        EvaluateError: no folder, no such split, no class, no picture, or names that do not fit.
+        DataError: no such split, or no image.
     """
     places = folder_splits(folder)
-    if places and split not in places:
-        raise EvaluateError(
-            f"{folder} has no split {split!r}, only {', '.join(places)}",
-            remedy=f"make a folder {folder / split} with one subfolder per class",
+    if split == "train" and not places:
+        split = None  # all of it is the training part, as of shards that are not divided
+    if split is not None and split not in places:
+        raise DataError(
+            f"{folder} has no split {split!r}, only {', '.join(places) or 'all its images'}",
+            remedy=f"make a folder {storage.join(folder, split)} with one subfolder per class",
         )
-    root = places.get(split, folder)
-    classes = class_folders(root)
-    if not classes:
-        raise EvaluateError(f"{root} has no subfolders, so there are no classes", remedy=_remedy(root))
-    names = _class_names(root, classes, classes_file)
-    files = [(path, label) for label, name in enumerate(classes) for path in walk_pictures(root / name)]
-    if not files:
-        raise EvaluateError(
-            f"the {len(classes)} class folders of {root} hold no pictures",
-            remedy="put JPEG, PNG, WebP, BMP, GIF or TIFF files into them",
+    root = places[split] if split is not None else folder
+    names = list(storage.walk(root))
+    images = [name for name in names if is_image(name)]
+    if not images:
+        raise DataError(
+            f"there is no image in {root}",
+            remedy="images end in .jpg, .png, .webp, .gif, .bmp, .tif or .avif; subfolders are searched too",
         )
-    return ClassificationSet(
-        name=str(folder),
-        split=split if places else "",
-        class_names=names,
-        templates=(),
-        metric="accuracy",
-        pictures=FilePictures([path for path, _ in files]),
-        labels=[label for _, label in files],
+    folders = [] if CAPTIONS_FILE in names or (places and split is None) else class_folders(root)
+    labels = {name: label for label, name in enumerate(folders)}
+    found = _with_captions(root, names, images)
+    if labels:
+        found.labels = [labels.get(name.partition("/")[0], -1) if "/" in name else -1 for name in images]
+        found.classes = Classes(names=tuple(name.replace("_", " ") for name in folders))
+    return found
+
+
+def _with_captions(root: str, names: Sequence[str], images: Sequence[str]) -> FilesDataset:
+    paths = [storage.join(root, name) for name in images]
+    lists = [storage.join(root, name) for name in names if name.rpartition("/")[2] == CAPTIONS_FILE]
+    if lists:
+        return _from_lists(root, lists, paths)
+    texts = group_by_stem(names)
+    beside = {number: texts[stem] for number, name in enumerate(images) if (stem := name.rpartition(".")[0]) in texts}
+    if not beside:
+        return FilesDataset(paths)
+    return FilesDataset(
+        paths, captions=lambda number: captions_beside(paths[number], beside[number]) if number in beside else ()
     )
 
 
-def _remedy(root: Path) -> str:
-    if (root / "captions.jsonl").exists():
-        return f"a folder with captions.jsonl is scored by: declip retrieve {root}"
-    return f"put the pictures of each class into a folder of its own, such as {root / 'red_panda'}"
+def _from_lists(root: str, lists: list[str], paths: list[str]) -> FilesDataset:
+    """Take captions from lists; lines that cannot be used, or name no image that is there, are skipped."""
+    captions: dict[str, tuple[str, ...]] = {os.path.normpath(path): () for path in paths}
+    failed: dict[str, list[DataError]] = {}
+    skipped = Skips()
+    for record in read_lists(lists, root=root):
+        try:
+            found = clean_captions(list(record.captions), record.key) if isinstance(record, FileRecord) else ()
+        except DataError as error:
+            failed.setdefault(os.path.normpath(getattr(record, "path", "")), []).append(error)
+            continue
+        path = os.path.normpath(record.path) if isinstance(record, FileRecord) else ""
+        if path in captions:
+            captions[path] += found
+        else:
+            skipped.add("missing file" if path else getattr(record, "cause", "unreadable"), record.key)
+    for path, errors in failed.items():
+        for reason in errors[0 if captions.get(path, True) else 1 :]:  # the first of an image without others is raised
+            skipped.add(reason.cause, path)
+
+    def captions_of(number: int) -> tuple[str, ...]:
+        path = os.path.normpath(paths[number])
+        if path in failed and not captions[path]:
+            raise failed[path][0]
+        return captions[path]
+
+    return FilesDataset(paths, captions=captions_of, skipped=skipped)
 
 
-def folder_splits(folder: Path) -> dict[str, Path]:
+def folder_splits(folder: str) -> dict[str, str]:
     """Find the split folders of a user's folder.
 
     Args:
@@ -82,79 +116,57 @@ def folder_splits(folder: Path) -> dict[str, Path]:
     """
     subfolders = class_folders(folder)
     found = {
-        split: folder / name for split, names in _SPLIT_FOLDERS.items() for name in subfolders if name.lower() in names
+        split: storage.join(folder, name)
+        for split, names in _SPLIT_FOLDERS.items()
+        for name in subfolders
+        if name.lower() in names
     }
     return found if len(found) == len(subfolders) else {}
 
 
-def class_folders(root: Path) -> list[str]:
-    """List the subfolders of a folder, sorted; hidden ones are left out."""
-    if not root.is_dir():
-        return []
-    with os.scandir(root) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith((".", "__")))
+def class_folders(root: str | os.PathLike[str]) -> list[str]:
+    """List the subfolders of a folder, sorted; hidden ones are omitted."""
+    root = os.fspath(root)
+    return [name for name in storage.folders_in(root) if not name.startswith("__")] if storage.is_folder(root) else []
 
 
-def walk_pictures(folder: Path) -> list[str]:
-    """List the picture files in and below a folder, in a fixed order."""
-    found: list[str] = []
-    for place, subfolders, names in os.walk(folder):
-        subfolders.sort()
-        found += [os.path.join(place, name) for name in sorted(names) if is_picture(name)]
-    return found
+def list_classes(root: Path, folders: Sequence[str], classes: Classes) -> FilesDataset:
+    """List the images of known class folders; the label is the place in `folders`."""
+    files = [(path, label) for label, name in enumerate(folders) for path in list_images(root / name)]
+    return FilesDataset([path for path, _ in files], labels=[label for _, label in files], classes=classes)
 
 
-def _class_names(root: Path, classes: list[str], classes_file: Path | None) -> tuple[str, ...]:
-    if classes_file is None:
-        names = [name.replace("_", " ") for name in classes]
-    else:
-        names = read_class_names(classes_file)
-        if any("\t" in line for line in names):
-            names = _by_folder(classes_file, names, root, classes)
-        if len(names) != len(classes):
-            raise EvaluateError(
-                f"{classes_file} names {len(names)} classes, {root} has {len(classes)} class folders",
-                remedy="write one name per subfolder in sorted order, or lines `subfolder<TAB>class name`",
-            )
-    return tuple(names)
+def list_images(folder: Path) -> list[str]:
+    """List the image files directly in a folder of a known set, sorted by name."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.path for entry in entries if is_image(entry.name) and entry.is_file())
+    except OSError as error:
+        raise missing_file(folder) from error
 
 
-def _by_folder(classes_file: Path, lines: list[str], root: Path, classes: list[str]) -> list[str]:
-    table = dict(line.split("\t", 1) for line in lines if "\t" in line)
-    without = [name for name in classes if name not in table]
-    if without:
-        raise EvaluateError(
-            f"{classes_file} names no class for the folder {without[0]!r} of {root} "
-            f"({len(without)} of {len(classes)} are missing)",
-            remedy=f"add a line `{without[0]}<TAB>class name`",
-        )
-    return [table[name].strip() for name in classes]
-
-
-def read_class_names(path: Path) -> list[str]:
-    """Read a user's file of class names.
+def read_class_folders(known: Known, root: Path, split: str, classes: Classes) -> Dataset:
+    """Read one split of a set of class folders that was published without any: so many files per class.
 
     Args:
-        path: one name a line.
+        known: its splits say `per_class`, -1 for the rest; one marker is the folder itself.
+        root: the folder that a marker lies in.
+        split: which one.
+        classes: of the set, in the order of the sorted folders.
 
     Returns:
-        The names; empty lines are left out.
-
-    Raises:
-        EvaluateError: the file cannot be read or names nothing.
+        The images of the split.
     """
-    if not path.is_file():
-        raise EvaluateError(f"there is no file of class names {path}", remedy="check the path of --classes")
-    lines = read_lines(path)
-    if not lines:
-        raise EvaluateError(f"{path} names no classes", remedy="write one class name a line")
-    return lines
-
-
-def list_classes(root: Path, classes: tuple[str, ...]) -> Listing:
-    """List the pictures of known class folders; the label is the place in `classes`."""
-    files = [(path, label) for label, name in enumerate(classes) for path in list_folder(root / name)]
-    return Listing(pictures=FilePictures([path for path, _ in files]), labels=[label for _, label in files])
+    base = next((root / marker for marker in known.markers if (root / marker).is_dir()), root / known.markers[0])
+    sizes = {name: int(facts["per_class"]) for name, facts in known.splits.items()}
+    paths: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(class_folders(base)):
+        files = {f"{name}/{os.path.basename(path)}": path for path in list_images(base / name)}
+        chosen = hashed_split(list(files), sizes)[split]
+        paths += [files[key] for key in chosen]
+        labels += [label] * len(chosen)
+    return FilesDataset(paths, labels=labels, classes=classes)
 
 
 def hashed_split(names: list[str], sizes: Mapping[str, int]) -> dict[str, list[str]]:
@@ -169,71 +181,7 @@ def hashed_split(names: list[str], sizes: Mapping[str, int]) -> dict[str, list[s
     """
     ranked = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
     dealt: dict[str, set[str]] = {}
-    for split, size in sizes.items():
-        dealt[split] = set(ranked[:size] if size >= 0 else [])
-        ranked = ranked[size:] if size >= 0 else ranked
-    for split, size in sizes.items():
-        if size < 0:
-            dealt[split] = set(ranked)
+    for split, size in sorted(sizes.items(), key=lambda item: item[1] < 0):
+        dealt[split] = set(ranked if size < 0 else ranked[:size])
+        ranked = ranked[size:] if size >= 0 else []
     return {split: [name for name in names if name in chosen] for split, chosen in dealt.items()}
-
-
-def own_split(root: Path, split: str, sizes: Mapping[str, int], note: str) -> Listing:
-    """List one split of a set that was published without any.
-
-    Args:
-        root: holds the class folders, sorted in label order.
-        split: which part.
-        sizes: split → files per class; -1 takes the rest.
-        note: says that the split is ours.
-
-    Returns:
-        The split's pictures and labels.
-    """
-    paths: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(class_folders(root)):
-        files = {f"{name}/{path.name}": path for path in list_folder(root / name)}
-        chosen = hashed_split(list(files), sizes)[split]
-        paths += [files[key] for key in chosen]
-        labels += [label] * len(chosen)
-    return Listing(pictures=FilePictures(paths), labels=labels, note=note)
-
-
-def read_caltech101(root: Path, split: str) -> Listing:
-    """Read `101_ObjectCategories/`, background class included as in CLIP: 30 per class to train."""
-    note = "own split: 30 pictures per class to train, the others to test"
-    return own_split(
-        _first(root, "caltech101", "caltech-101") / "101_ObjectCategories",
-        split,
-        {"train": 30, "test": -1},
-        note,
-    )
-
-
-def read_eurosat(root: Path, split: str) -> Listing:
-    """Read `eurosat/2750/`: of each class 1,000 to train, 500 to validate, 500 to test."""
-    note = "own split: per class 1,000 pictures to train, 500 to validate, 500 to test"
-    return own_split(root / "eurosat" / "2750", split, {"test": 500, "val": 500, "train": 1000}, note)
-
-
-def read_resisc45(root: Path, split: str) -> Listing:
-    """Read `NWPU-RESISC45/`: of each class 70 to train, 70 to validate, 560 to test."""
-    note = "own split: per class 70 pictures to train, 70 to validate, 560 to test"
-    return own_split(root / "NWPU-RESISC45", split, {"train": 70, "val": 70, "test": -1}, note)
-
-
-def read_country211(root: Path, split: str) -> Listing:
-    """Read `country211/{train,valid,test}/`, one folder per country code."""
-    folder = root / "country211" / {"val": "valid"}.get(split, split)
-    return list_classes(folder, tuple(class_folders(folder)))
-
-
-def read_sst2(root: Path, split: str) -> Listing:
-    """Read `rendered-sst2/{train,valid,test}/{negative,positive}/`."""
-    folder = root / "rendered-sst2" / {"val": "valid"}.get(split, split)
-    return list_classes(folder, ("negative", "positive"))
-
-
-def _first(root: Path, *names: str) -> Path:
-    return next((root / name for name in names if (root / name).is_dir()), root / names[0])

@@ -1,22 +1,18 @@
-"""ImageNet and its relatives: v2, A, R, Sketch, ObjectNet."""
+"""ImageNet and its relatives (v2, A, R, Sketch, ObjectNet), and SUN397's official split."""
 
 import csv
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 from declip_cli.assets import asset_path
-from declip_cli.data.benchmarks.base import (
-    FilePictures,
-    Listing,
-    list_folder,
-    missing_file,
-    names_from_assets,
-    read_lines,
-)
-from declip_cli.data.benchmarks.folders import class_folders, list_classes
-from declip_cli.data.benchmarks.matlab import read_mat, to_int
-from declip_cli.errors import EvaluateError
+from declip_cli.data.benchmarks.folders import class_folders, list_classes, list_images
+from declip_cli.data.benchmarks.known import Known, missing_file, names_from_assets, need_package, read_lines
+from declip_cli.data.dataset import Classes
+from declip_cli.data.files_dataset import FilesDataset
+from declip_cli.errors import DataError
 from declip_cli.files import parse_json
 
 
@@ -32,19 +28,21 @@ def subset_labels(name: str) -> tuple[int, ...]:
     return tuple(json.loads(asset_path("class_subsets.json").read_text(encoding="utf-8"))[name])
 
 
-def read_imagenet(root: Path, split: str) -> Listing:
+def read_imagenet(known: Known, root: Path, split: str, classes: Classes) -> FilesDataset:
     """Read ImageNet-1k; `test` is the validation set of 50,000, as in every paper.
 
     Args:
+        known: the row of the table.
         root: holds `imagenet/` (with `train/`, `val/` of one folder per WordNet identifier; or a flat `val/`
             beside `ILSVRC2012_devkit_t12/`), or Kaggle's `ILSVRC/` with `LOC_val_solution.csv`.
         split: `train` or `test`.
+        classes: of the set.
 
     Returns:
-        Pictures and labels.
+        The images.
 
     Raises:
-        EvaluateError: the layout is none of these.
+        DataError: the layout is none of these.
     """
     base = root / "imagenet" if (root / "imagenet").is_dir() else root
     folder = base / {"test": "val"}.get(split, split)
@@ -52,93 +50,70 @@ def read_imagenet(root: Path, split: str) -> Listing:
     if not folder.is_dir() and kaggle.is_dir():
         folder = kaggle / folder.name
     if set(class_folders(folder)) & set(wordnet_ids()):
-        return list_classes(folder, wordnet_ids_in(folder, wordnet_ids()))
-    files = list_folder(folder) if folder.is_dir() else []
+        return _classes_in(folder, wordnet_ids(), classes)
+    files = list_images(folder)
     if not files:
         raise missing_file(folder)
-    return Listing(pictures=FilePictures(files), labels=_flat_labels(base, files))
+    return FilesDataset(files, labels=_flat_labels(base, [Path(file).stem for file in files]), classes=classes)
 
 
-def wordnet_ids_in(folder: Path, expected: tuple[str, ...]) -> tuple[str, ...]:
-    """Check that a folder has one subfolder for every expected class.
-
-    Args:
-        folder: holds the class folders.
-        expected: their names, in label order.
-
-    Returns:
-        The expected names.
-
-    Raises:
-        EvaluateError: some are missing.
-    """
+def _classes_in(folder: Path, expected: Sequence[str], classes: Classes) -> FilesDataset:
+    """List the images of class folders, all of which must be there."""
     missing = sorted(set(expected) - set(class_folders(folder)))
     if missing:
-        raise EvaluateError(
+        raise DataError(
             f"{folder} lacks {len(missing)} of {len(expected)} class folders, the first is {missing[0]}",
-            remedy="unpack the data set again; scores over fewer pictures cannot be compared",
+            remedy="unpack the data set again; scores over fewer images cannot be compared",
         )
-    return expected
+    return list_classes(folder, expected, classes)
 
 
-def _flat_labels(base: Path, files: list[Path]) -> list[int]:
+def _flat_labels(base: Path, stems: Sequence[str]) -> list[int]:
     """Look up the labels of a validation folder without class folders."""
     table = base / "LOC_val_solution.csv"
     labels = {name: label for label, name in enumerate(wordnet_ids())}
     if table.is_file():
         with table.open(encoding="utf-8", newline="") as file:
             rows = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
-        return [labels[rows[path.stem]] for path in files]
+        return [labels[rows[stem]] for stem in stems]
     kit = base / "ILSVRC2012_devkit_t12" / "data"
     if not kit.is_dir():
-        raise EvaluateError(
-            f"the pictures in {files[0].parent} are not in class folders and their labels are missing",
+        raise DataError(
+            f"the images in {base} are not in class folders and their labels are missing",
             remedy=f"put ILSVRC2012_devkit_t12/ or LOC_val_solution.csv into {base}",
         )
-    synsets = read_mat(kit / "meta.mat")["synsets"]
-    assert isinstance(synsets, dict)
-    by_number = dict(zip(map(to_int, synsets["ILSVRC2012_ID"]), map(str, synsets["WNID"]), strict=True))
+    need_package("scipy", "the development kit of ImageNet")
+    from scipy.io import loadmat
+
+    try:
+        synsets = loadmat(kit / "meta.mat", squeeze_me=True)["synsets"]
+    except (OSError, ValueError, KeyError) as error:
+        raise missing_file(kit / "meta.mat") from error
+    by_number = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
     truth = [int(line) for line in read_lines(kit / "ILSVRC2012_validation_ground_truth.txt")]
-    return [labels[by_number[truth[int(path.stem.rpartition("_")[2]) - 1]]] for path in files]
+    return [labels[by_number[truth[int(stem.rpartition("_")[2]) - 1]]] for stem in stems]
 
 
-def read_imagenetv2(root: Path, split: str) -> Listing:
-    """Read `imagenetv2-matched-frequency-format-val/`, one folder per label number."""
-    names = ("imagenetv2-matched-frequency-format-val", "imagenetv2-matched-frequency")
-    folder = next((root / name for name in names if (root / name).is_dir()), root / names[0])
-    return list_classes(folder, wordnet_ids_in(folder, tuple(str(label) for label in range(1000))))
+def read_imagenetv2(known: Known, root: Path, split: str, classes: Classes) -> FilesDataset:
+    """Read `imagenetv2-matched-frequency-format-val/`, one folder per label number; as of `read_imagenet`."""
+    return _classes_in(_marked(known, root), [str(label) for label in range(1000)], classes)
 
 
-def read_sketch(root: Path, split: str) -> Listing:
-    """Read `imagenet-sketch/` or `sketch/`, one folder per WordNet identifier."""
-    folder = next((root / n for n in ("imagenet-sketch", "sketch") if (root / n).is_dir()), root / "sketch")
-    return list_classes(folder, wordnet_ids_in(folder, wordnet_ids()))
+def read_sketch(known: Known, root: Path, split: str, classes: Classes) -> FilesDataset:
+    """Read `imagenet-sketch/` or `sketch/`, one folder per WordNet identifier; as of `read_imagenet`."""
+    return _classes_in(_marked(known, root), wordnet_ids(), classes)
 
 
-def read_subset(root: Path, split: str, *, name: str) -> Listing:
-    """Read `imagenet-a/` or `imagenet-r/`: 200 of the 1,000 classes; only these are told apart.
-
-    Args:
-        root: holds the folder.
-        split: only `test`.
-        name: `imagenet-a` or `imagenet-r`.
-
-    Returns:
-        Pictures, labels among the 200, and their names.
-    """
-    labels = subset_labels(name)
-    folder = root / name
-    names = names_from_assets()["imagenet"]
-    listing = list_classes(folder, wordnet_ids_in(folder, tuple(wordnet_ids()[label] for label in labels)))
-    return Listing(
-        pictures=listing.pictures,
-        labels=listing.labels,
-        class_names=tuple(names[label] for label in labels),
-        note=f"only the {len(labels)} classes of this set are told apart",
-    )
+def read_subset(known: Known, root: Path, split: str, classes: Classes) -> FilesDataset:
+    """Read `imagenet-a/` or `imagenet-r/`: 200 of the 1,000 classes; only these are told apart."""
+    labels, names = subset_labels(known.name), names_from_assets()["imagenet"]
+    classes = replace(classes, names=tuple(names[label] for label in labels))
+    found = _classes_in(root / known.name, [wordnet_ids()[label] for label in labels], classes)
+    found.note = f"only the {len(labels)} classes of this set are told apart"
+    return found
 
 
-def read_objectnet(root: Path, split: str) -> Listing:
+def read_objectnet(known: Known, root: Path, split: str, classes: Classes) -> FilesDataset:
     """Read `objectnet-1.0/`: the 113 classes that ImageNet has too, named as ObjectNet does.
 
     The tables in `mappings/` come in the same archive.
@@ -152,11 +127,39 @@ def read_objectnet(root: Path, split: str) -> Listing:
         except (OSError, ValueError) as error:
             raise missing_file(path) from error
     label_of_folder, imagenet_names = tables
-    folders = tuple(sorted(f for f, label in label_of_folder.items() if label in imagenet_names))
-    listing = list_classes(base / "images", wordnet_ids_in(base / "images", folders))
-    return Listing(
-        pictures=listing.pictures,
-        labels=listing.labels,
-        class_names=tuple(label_of_folder[folder].lower() for folder in folders),
-        note=f"only the {len(folders)} classes that ImageNet has too are told apart",
+    folders = sorted(folder for folder, label in label_of_folder.items() if label in imagenet_names)
+    names = tuple(label_of_folder[folder].lower() for folder in folders)
+    found = _classes_in(base / "images", folders, replace(classes, names=names))
+    found.note = f"only the {len(folders)} classes that ImageNet has too are told apart"
+    return found
+
+
+def _marked(known: Known, root: Path) -> Path:
+    return next(root / marker for marker in known.markers if (root / marker).is_dir())
+
+
+def read_sun397(known: Known, root: Path, split: str, classes: Classes) -> FilesDataset:
+    """Read `SUN397/ClassName.txt` and the official `Training_01.txt` / `Testing_01.txt`.
+
+    The lists come in `Partitions.zip` of the data set's page and may lie in `SUN397/`,
+    `SUN397/Partitions/` or `Partitions/`. Each has 50 images per class; of the ten such pairs, papers use
+    the first.
+    """
+    base = root / "SUN397"
+    folders = read_lines(base / "ClassName.txt")  # "/a/abbey"
+    name = {"train": "Training_01.txt", "test": "Testing_01.txt"}[split]
+    places = [base / name, base / "Partitions" / name, root / "Partitions" / name]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise DataError(
+            f"{base} lacks the official split {name}; without it the score cannot be compared",
+            remedy=f"unpack Partitions.zip of the SUN397 page into {base / 'Partitions'}",
+        )
+    numbers = {folder: number for number, folder in enumerate(folders)}
+    files = read_lines(path)  # "/a/abbey/sun_aaalbzqrimafwbiv.jpg"
+    names = tuple(folder[3:].replace("_", " ").replace("/", " ") for folder in folders)
+    return FilesDataset(
+        [base / file.lstrip("/") for file in files],
+        labels=[numbers[file.rpartition("/")[0]] for file in files],
+        classes=replace(classes, names=names),
     )

@@ -1,280 +1,156 @@
-"""The table of known classification sets: where each lies, how it is read, how papers score it.
+"""The known data sets as `assets/catalogue.toml` lists them: where each lies, who reads it, how papers score it."""
 
-Metrics: CLIP, arXiv 2103.00020, table 9. Splits: those that CLIP used.
-"""
+import json
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
 
-from functools import partial
+from declip_cli.assets import asset_path
+from declip_cli.errors import DataError
 
-from declip_cli.data.benchmarks import arrays, folders, imagenet, lists
-from declip_cli.data.benchmarks.base import Benchmark
 
-_TRAIN_TEST = ("train", "test")
-_THREE = ("train", "val", "test")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """One row of the table; its head says what the fields mean."""
 
-KNOWN: dict[str, Benchmark] = {
-    benchmark.name: benchmark
-    for benchmark in (
-        Benchmark(
-            name="pets",
-            num_classes=37,
-            metric="mean_per_class",
-            splits=_TRAIN_TEST,
-            marker="oxford-iiit-pet/annotations",
-            read=lists.read_pets,
-            wants="images.tar.gz and annotations.tar.gz, unpacked into oxford-iiit-pet/",
-            source="https://www.robots.ox.ac.uk/~vgg/data/pets/",
-            torchvision_name="OxfordIIITPet",
-        ),
-        Benchmark(
-            name="cifar10",
-            num_classes=10,
-            metric="accuracy",
-            splits=_TRAIN_TEST,
-            marker="cifar-10-batches-py",
-            read=arrays.read_cifar10,
-            wants="cifar-10-python.tar.gz, unpacked (cifar-10-batches-py/)",
-            source="https://www.cs.toronto.edu/~kriz/cifar.html",
-            torchvision_name="CIFAR10",
-        ),
-        Benchmark(
-            name="cifar100",
-            num_classes=100,
-            metric="accuracy",
-            splits=_TRAIN_TEST,
-            marker="cifar-100-python",
-            read=arrays.read_cifar100,
-            wants="cifar-100-python.tar.gz, unpacked (cifar-100-python/)",
-            source="https://www.cs.toronto.edu/~kriz/cifar.html",
-            torchvision_name="CIFAR100",
-        ),
-        Benchmark(
-            name="sun397",
-            num_classes=397,
-            metric="accuracy",
-            splits=_TRAIN_TEST,
-            marker="SUN397",
-            read=lists.read_sun397,
-            wants="SUN397.tar.gz, unpacked (SUN397/), and Partitions.zip, unpacked into SUN397/Partitions/",
-            source="https://vision.princeton.edu/projects/2010/SUN/",
-        ),
-        Benchmark(
-            name="food101",
-            num_classes=101,
-            metric="accuracy",
-            splits=_TRAIN_TEST,
-            marker="food-101/meta",
-            read=lists.read_food101,
-            wants="food-101.tar.gz, unpacked (food-101/images/, food-101/meta/)",
-            source="https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/",
-            torchvision_name="Food101",
-        ),
-        Benchmark(
-            name="flowers102",
-            num_classes=102,
-            metric="mean_per_class",
-            splits=_THREE,
-            marker="flowers-102/setid.mat",
-            read=lists.read_flowers102,
-            wants="102flowers.tgz (jpg/), imagelabels.mat and setid.mat, in flowers-102/",
-            source="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/",
-            torchvision_name="Flowers102",
-        ),
-        Benchmark(
-            name="cars",
-            num_classes=196,
-            metric="accuracy",
-            splits=_TRAIN_TEST,
-            marker="stanford_cars/devkit",
-            read=lists.read_cars,
-            wants="cars_train.tgz, cars_test.tgz, car_devkit.tgz (devkit/) and "
-            "cars_test_annos_withlabels.mat, in stanford_cars/",
-            source="the original host is gone; mirrors carry these four files",
-        ),
-        Benchmark(
-            name="caltech101",
-            num_classes=102,
-            metric="mean_per_class",
-            splits=_TRAIN_TEST,
-            marker="caltech101/101_ObjectCategories",
-            other_markers=("caltech-101/101_ObjectCategories",),
-            read=folders.read_caltech101,
-            wants="101_ObjectCategories.tar.gz, unpacked into caltech101/",
-            source="https://data.caltech.edu/records/mzrjq-6wc02",
-            torchvision_name="Caltech101",
-        ),
-        Benchmark(
-            name="aircraft",
-            num_classes=100,
-            metric="mean_per_class",
-            splits=_THREE,
-            marker="fgvc-aircraft-2013b/data",
-            read=lists.read_aircraft,
-            wants="fgvc-aircraft-2013b.tar.gz, unpacked (fgvc-aircraft-2013b/data/)",
-            source="https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/",
-            torchvision_name="FGVCAircraft",
-        ),
-        Benchmark(
-            name="dtd",
-            num_classes=47,
-            metric="accuracy",
-            splits=_THREE,
-            marker="dtd",
-            read=lists.read_dtd,
-            wants="dtd-r1.0.1.tar.gz, unpacked into dtd/ (dtd/dtd/images/, dtd/dtd/labels/)",
-            source="https://www.robots.ox.ac.uk/~vgg/data/dtd/",
-            torchvision_name="DTD",
-        ),
-        Benchmark(
-            name="imagenet",
-            num_classes=1000,
-            metric="accuracy",
-            splits=_TRAIN_TEST,
-            marker="imagenet/val",
-            read=imagenet.read_imagenet,
-            wants="ILSVRC2012_img_val.tar in imagenet/val/, sorted into class folders or beside "
-            "ILSVRC2012_devkit_t12/; for the linear probe also imagenet/train/",
-            other_markers=("val", "imagenet/ILSVRC/Data/CLS-LOC/val", "ILSVRC/Data/CLS-LOC/val"),
-            source="https://image-net.org/download.php (account needed)",
-        ),
-        Benchmark(
-            name="imagenetv2",
-            num_classes=1000,
-            metric="accuracy",
-            splits=("test",),
-            marker="imagenetv2-matched-frequency-format-val",
-            other_markers=("imagenetv2-matched-frequency",),
-            read=imagenet.read_imagenetv2,
-            wants="imagenetv2-matched-frequency.tar.gz, unpacked",
-            source="https://huggingface.co/datasets/vaishaal/ImageNetV2",
-        ),
-        Benchmark(
-            name="imagenet-a",
-            num_classes=200,
-            metric="accuracy",
-            splits=("test",),
-            marker="imagenet-a",
-            read=partial(imagenet.read_subset, name="imagenet-a"),
-            wants="imagenet-a.tar, unpacked",
-            source="https://people.eecs.berkeley.edu/~hendrycks/imagenet-a.tar",
-        ),
-        Benchmark(
-            name="imagenet-r",
-            num_classes=200,
-            metric="accuracy",
-            splits=("test",),
-            marker="imagenet-r",
-            read=partial(imagenet.read_subset, name="imagenet-r"),
-            wants="imagenet-r.tar, unpacked",
-            source="https://people.eecs.berkeley.edu/~hendrycks/imagenet-r.tar",
-        ),
-        Benchmark(
-            name="imagenet-sketch",
-            num_classes=1000,
-            metric="accuracy",
-            splits=("test",),
-            marker="sketch",
-            other_markers=("imagenet-sketch",),
-            read=imagenet.read_sketch,
-            wants="ImageNet-Sketch.zip, unpacked (sketch/)",
-            source="https://github.com/HaohanWang/ImageNet-Sketch",
-        ),
-        Benchmark(
-            name="objectnet",
-            num_classes=113,
-            metric="accuracy",
-            splits=("test",),
-            marker="objectnet-1.0/mappings",
-            read=imagenet.read_objectnet,
-            wants="objectnet-1.0.zip, unpacked (objectnet-1.0/images/, objectnet-1.0/mappings/)",
-            source="https://objectnet.dev/download.html",
-        ),
-        Benchmark(
-            name="stl10",
-            num_classes=10,
-            metric="accuracy",
-            splits=_TRAIN_TEST,
-            marker="stl10_binary",
-            read=arrays.read_stl10,
-            wants="stl10_binary.tar.gz, unpacked (stl10_binary/)",
-            source="https://cs.stanford.edu/~acoates/stl10/",
-            torchvision_name="STL10",
-        ),
-        Benchmark(
-            name="eurosat",
-            num_classes=10,
-            metric="accuracy",
-            splits=_THREE,
-            marker="eurosat/2750",
-            read=folders.read_eurosat,
-            wants="EuroSAT.zip, unpacked into eurosat/ (eurosat/2750/)",
-            source="https://github.com/phelber/EuroSAT",
-            torchvision_name="EuroSAT",
-        ),
-        Benchmark(
-            name="resisc45",
-            num_classes=45,
-            metric="accuracy",
-            splits=_THREE,
-            marker="NWPU-RESISC45",
-            read=folders.read_resisc45,
-            wants="NWPU-RESISC45.rar, unpacked (NWPU-RESISC45/)",
-            source="https://gcheng-nwpu.github.io/#Datasets",
-        ),
-        Benchmark(
-            name="gtsrb",
-            num_classes=43,
-            metric="accuracy",
-            splits=_TRAIN_TEST,
-            marker="gtsrb/GT-final_test.csv",
-            read=lists.read_gtsrb,
-            wants="GTSRB_Final_Test_Images.zip, GTSRB_Final_Test_GT.zip and GTSRB-Training_fixed.zip, "
-            "unpacked into gtsrb/",
-            source="https://benchmark.ini.rub.de/gtsrb_dataset.html",
-            torchvision_name="GTSRB",
-        ),
-        Benchmark(
-            name="country211",
-            num_classes=211,
-            metric="accuracy",
-            splits=_THREE,
-            marker="country211/test",
-            read=folders.read_country211,
-            wants="country211.tgz, unpacked (country211/train/, valid/, test/)",
-            source="https://github.com/openai/CLIP/blob/main/data/country211.md",
-            torchvision_name="Country211",
-        ),
-        Benchmark(
-            name="mnist",
-            num_classes=10,
-            metric="accuracy",
-            splits=_TRAIN_TEST,
-            marker="MNIST/raw",
-            read=arrays.read_mnist,
-            wants="the four files *-ubyte.gz, in MNIST/raw/",
-            source="http://yann.lecun.com/exdb/mnist/",
-            torchvision_name="MNIST",
-        ),
-        Benchmark(
-            name="sst2",
-            num_classes=2,
-            metric="accuracy",
-            splits=_THREE,
-            marker="rendered-sst2/test",
-            read=folders.read_sst2,
-            wants="rendered-sst2.tgz, unpacked (rendered-sst2/train/, valid/, test/)",
-            source="https://github.com/openai/CLIP/blob/main/data/rendered-sst2.md",
-            torchvision_name="RenderedSST2",
-        ),
-        Benchmark(
-            name="pcam",
-            num_classes=2,
-            metric="accuracy",
-            splits=_THREE,
-            marker="pcam",
-            read=arrays.read_pcam,
-            wants="camelyonpatch_level_2_split_{train,valid,test}_{x,y}.h5, unpacked in pcam/",
-            source="https://github.com/basveeling/pcam",
-            torchvision_name="PCAM",
-        ),
+    name: str
+    reader: str
+    splits: Mapping[str, Mapping[str, Any]]
+    num_classes: int = 0
+    metric: str = "accuracy"
+    markers: tuple[str, ...] = ()
+    wants: str = ""
+    source: str = ""
+    torchvision: str = ""
+    names_in_files: bool = False
+    can_download: bool = True
+    needs: str = ""
+    note: str = ""
+    fold_size: int = 0
+    label: str = ""
+    templates: tuple[str, ...] = ()
+    probe: str = ""
+    raw_pixels: bool = False
+
+    @property
+    def tasks(self) -> str:
+        """Which commands score it, for people."""
+        if not self.num_classes:
+            return "retrieval"
+        has_captions = self.reader == "packed"
+        return ", ".join(
+            (
+                "zero-shot",
+                *(("linear-probe",) if "train" in self.splits else ()),
+                *(("retrieval",) if has_captions else ()),
+            )
+        )
+
+    def locate(self, root: Path) -> Path | None:
+        """Find the folder that a marker lies in: the data root, or the one of the set's name in it; None if neither.
+
+        Args:
+            root: the data root.
+        """
+        places = (root, root / self.name)
+        return next((place for marker in self.markers for place in places if (place / marker).exists()), None)
+
+    def how_to_get(self, root: Path) -> str:
+        """Say which files to put where, for people."""
+        can_download = self.torchvision and self.can_download
+        command = f"declip zeroshot {self.name} --data-root {root} --download, or " if can_download else ""
+        return f"{command}put into {root}/: {self.wants}. Source: {self.source}"
+
+
+@cache
+def known_sets() -> Mapping[str, Known]:
+    """Return the known data sets by name, in the order of the table."""
+    table = tomllib.loads(asset_path("catalogue.toml").read_text(encoding="utf-8"))
+    lists = ("markers", "templates")
+    known: dict[str, Known] = {}
+    for name, row in table.items():
+        fields: dict[str, Any] = {key: tuple(value) if key in lists else value for key, value in row.items()}
+        known[name] = Known(name=name, **fields)
+    return known
+
+
+def resolve_data_root(given: Path | None) -> Path:
+    """Return where evaluation sets are looked for.
+
+    Args:
+        given: the option `--data-root`, or None.
+
+    Returns:
+        That folder, else `$DECLIP_DATA`, else `data/`.
+
+    Raises:
+        DataError: a folder was named that does not exist.
+    """
+    told = given or (Path(os.environ["DECLIP_DATA"]) if os.environ.get("DECLIP_DATA") else None)
+    if told is not None and not told.is_dir():
+        raise DataError(
+            f"the data root {told} is not a folder", remedy="name the folder that holds the evaluation sets"
+        )
+    return told or Path("data")
+
+
+def read_lines(path: Path) -> list[str]:
+    """Read the non-empty lines of a list that belongs to a data set.
+
+    Args:
+        path: a text file.
+
+    Returns:
+        Lines without surrounding white space.
+
+    Raises:
+        DataError: the file is missing or is not text.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise missing_file(path) from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def missing_file(path: Path) -> DataError:
+    """Make the error for a file that a data set lacks."""
+    return DataError(
+        f"the data set is incomplete: cannot read {path}",
+        remedy="unpack the data set again; `declip zeroshot --list` shows what is expected where",
     )
-}
+
+
+def need_package(package: str, what: str) -> None:
+    """Raise where a package of the extra `eval` is not installed.
+
+    Args:
+        package: its name, such as `scipy`; empty needs none.
+        what: what is read with it, for the message.
+
+    Raises:
+        DataError: it is missing.
+    """
+    if package:
+        try:
+            __import__(package)
+        except ImportError as error:
+            raise DataError(f"{what} needs the package {package}", remedy="pip install 'declip[eval]'") from error
+
+
+@cache
+def names_from_assets() -> Mapping[str, tuple[str, ...]]:
+    """Return the class names of the known data sets, by set, in label order."""
+    table = json.loads(asset_path("class_names.json").read_text(encoding="utf-8"))
+    return {name: tuple(names) for name, names in table.items()}
+
+
+@cache
+def templates_from_assets() -> Mapping[str, tuple[str, ...]]:
+    """Return the prompt templates of the known data sets, by set."""
+    table = json.loads(asset_path("templates.json").read_text(encoding="utf-8"))
+    return {name: tuple(templates) for name, templates in table.items()}

@@ -66,7 +66,7 @@ def _hashes(folder: str, workers: int) -> Iterator[int]:
 
 def _sample_hash(store: SampleStore, number: int) -> int:
     try:
-        return _hash(store.read(number).image)
+        return _hash(store.read(number).encoded)
     except DataError:
         return -1
 

@@ -62,7 +62,7 @@ def _finish(record: Record, config: PrepareConfig) -> Pair | LeftOut:
         captions = tuple(text for text, problem in kept if not problem)
         if not captions:
             return LeftOut(key, kept[0][1], is_bad=False)
-        small = shrink_picture(sample.image, side_px=config.image_side_px, quality=config.quality)
+        small = shrink_picture(sample.encoded, side_px=config.image_side_px, quality=config.quality)
     except DataError as error:
         return LeftOut(key, error.cause, is_bad=True)
     problem = picture_problem(small.original_width, small.original_height, clean)
@@ -77,6 +77,6 @@ def _finish(record: Record, config: PrepareConfig) -> Pair | LeftOut:
         height=small.height,
         original_width=small.original_width,
         original_height=small.original_height,
-        picture_hash=hash64(sample.image) if clean.duplicates != "keep" else 0,
+        picture_hash=hash64(sample.encoded) if clean.duplicates != "keep" else 0,
         looks_hash=perceptual_hash(small.pixels) if clean.needs_perceptual_hash else 0,
     )

@@ -54,12 +54,13 @@ def read_json(path: str) -> dict[str, Any]:
         ) from error
 
 
-def read_annotations(path: str, *, images: str = "") -> Iterator[Record]:
+def read_annotations(path: str, *, images: str = "", split: str | None = None) -> Iterator[Record]:
     """Read pairs from a caption file of COCO or of Karpathy's splits.
 
     Args:
         path: local path or URL of a JSON file.
         images: folder of the pictures; empty looks around the file.
+        split: the only one of Karpathy's splits that is wanted; None takes all.
 
     Yields:
         One record per picture with all its captions. Pictures of Karpathy's `val` and `test` splits get these
@@ -71,7 +72,8 @@ def read_annotations(path: str, *, images: str = "") -> Iterator[Record]:
     content = read_json(path)
     if "annotations" in content:
         return _coco_records(content, path, images)
-    return _karpathy_records(content["images"], path, images)
+    rows = [row for row in content["images"] if split is None or row.get("split") == split]
+    return _karpathy_records(rows, path, images)
 
 
 def _coco_records(content: dict[str, Any], path: str, images: str) -> Iterator[Record]:

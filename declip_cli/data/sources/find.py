@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterator
 
 from declip_cli.config_checks import require
 from declip_cli.data import storage
-from declip_cli.data.demo import demo_records
+from declip_cli.data.benchmarks.known import known_sets
+from declip_cli.data.catalogue import has_captions, open_dataset
 from declip_cli.data.prepare.config import PrepareConfig, SourceKind
 from declip_cli.data.sources import coco, flickr30k, folder, table, tars, urls, yfcc15m
 from declip_cli.data.sources.locate import locate_pictures
-from declip_cli.data.sources.records import FileRecord, Record, Source, skip_first
+from declip_cli.data.sources.records import BytesRecord, Record, Source, skip_first
 from declip_cli.errors import DataError
 from declip_cli.files import parse_json
 
@@ -28,8 +29,8 @@ def open_source(config: PrepareConfig) -> Source:
     Raises:
         DataError: it is missing, or cannot be read as any kind or as the kind asked for.
     """
-    if config.source == "demo":
-        return Source("demo", skip_first(_demo_records()), len(demo_records("")) + len(demo_records("test")))
+    if config.source in known_sets():
+        return _open_known(config.source)
     path = config.source.rstrip("/") or "/"
     paths = storage.expand(path)
     missing = [found for found in paths if not storage.is_file(found) and not storage.is_folder(found)]
@@ -61,10 +62,21 @@ def _refuse_options(kind: SourceKind, config: PrepareConfig) -> None:
     )
 
 
-def _demo_records() -> Iterator[Record]:
-    for part in ("", "test"):
-        for record in demo_records(part):
-            yield FileRecord(record.key, str(record.path), (record.caption,), part)
+def _open_known(name: str) -> Source:
+    """Read the training and the test split of a known set that has both, and captions."""
+    if "train" not in known_sets()[name].splits:
+        raise DataError(f"{name} has no training pairs to prepare", remedy="name the file with its captions")
+    parts = {"": open_dataset(name, "train"), "test": open_dataset(name, "test")}
+    if not has_captions(parts[""]):
+        raise DataError(f"{name} has classes and no captions to prepare", remedy="declip zeroshot " + name)
+
+    def records() -> Iterator[Record]:
+        for part, dataset in parts.items():
+            for number in range(len(dataset)):
+                found = dataset.read(number)
+                yield BytesRecord(found.key, found.encoded, found.captions, part)
+
+    return Source(name, skip_first(records()), sum(map(len, parts.values())))
 
 
 def _open_captions(paths: list[str], config: PrepareConfig) -> Source:

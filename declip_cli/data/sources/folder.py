@@ -1,10 +1,11 @@
 """Folders of pictures: with a list in `captions.jsonl`, or with a text file beside each picture."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 from declip_cli.data import storage
-from declip_cli.data.samples import RawSample
+from declip_cli.data.dataset import Example
 from declip_cli.data.shards.tar_samples import PICTURE_EXTENSIONS, Group, captions_of, captions_of_row
 from declip_cli.data.sources.records import BadRecord, Record, file_record, read_picture
 from declip_cli.files import parse_json
@@ -66,7 +67,7 @@ def _read_line(line: bytes, folder: str, prefix: str, place: str) -> Record:
 
 @dataclass(frozen=True, slots=True)
 class BesideRecord:
-    """A picture with its captions in files of the same name beside it."""
+    """An image with its captions in files of the same name beside it."""
 
     key: str
     path: str
@@ -74,51 +75,74 @@ class BesideRecord:
     """Of the caption files, as written."""
     part: str = ""
 
-    def load(self) -> RawSample:
+    def load(self) -> Example:
         """Read the pair; see `Record.load`."""
-        stem = self.path.rpartition(".")[0]
-        group = Group(self.key)
-        for extension in self.extensions:
-            group.parts[extension.lower()] = read_picture(f"{stem}.{extension}")
-        return RawSample(self.key, read_picture(self.path), captions_of(group))
+        return Example(self.key, read_picture(self.path), captions_beside(self.path, self.extensions))
+
+
+def captions_beside(path: str, extensions: Iterable[str]) -> tuple[str, ...]:
+    """Read the captions of an image from the files beside it.
+
+    Args:
+        path: of the image.
+        extensions: of the caption files, as written.
+
+    Returns:
+        At least one caption.
+
+    Raises:
+        DataError: there is none, or none that can be read; `.cause` says why.
+    """
+    stem = path.rpartition(".")[0]
+    group = Group(path)
+    for extension in extensions:
+        group.parts[extension.lower()] = read_picture(f"{stem}.{extension}")
+    return captions_of(group)
+
+
+def group_by_stem(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Find the caption files that stand beside images.
+
+    Args:
+        names: of all files, relative to one folder.
+
+    Returns:
+        Name without extension → extensions of its caption files, as written.
+    """
+    stems: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        stem, _, extension = name.rpartition(".")
+        if extension.lower() in _BESIDE:
+            stems[stem] = (*stems.get(stem, ()), extension)
+    return stems
 
 
 def read_folder(folder: str, *, skip: str = "") -> Iterator[Record]:
-    """Read pairs from pictures with a `.txt` or `.json` of the same name beside them.
+    """Read pairs from images with a `.txt` or `.json` of the same name beside them.
 
     Args:
         folder: local path or URL; read with all its subfolders.
         skip: subfolder to leave alone, because the shards go there.
 
     Yields:
-        One record per picture, and a bad one for each caption without a picture.
+        One record per image, and a bad one for each caption without an image.
     """
-    below, names = "", list[str]()
-    for path in storage.walk(folder):
-        folder_of_path, _, name = path.rpartition("/")
-        if skip and f"{folder_of_path}/".startswith(f"{skip}/"):
-            continue
-        if folder_of_path != below:
-            yield from _read_names(folder, below, names)
-            below, names = folder_of_path, []
-        names.append(name)
-    yield from _read_names(folder, below, names)
+    shown = (name for name in storage.walk(folder) if not (skip and name.startswith(f"{skip}/")))
+    for _, names in groupby(shown, key=lambda name: name.rpartition("/")[0]):
+        yield from _read_names(folder, list(names))
 
 
-def _read_names(root: str, below: str, names: list[str]) -> Iterator[Record]:
+def _read_names(root: str, names: list[str]) -> Iterator[Record]:
+    texts = group_by_stem(names)
     stems: dict[str, list[str]] = {}
     for name in names:
-        stem, _, extension = name.rpartition(".")
-        stems.setdefault(stem, []).append(extension)
-    for stem, extensions in stems.items():
-        pictures = [extension for extension in extensions if extension.lower() in PICTURE_EXTENSIONS]
-        texts = tuple(extension for extension in extensions if extension.lower() in _BESIDE)
-        base = f"{below}/{stem}" if below else stem
-        for picture in pictures:
-            key = f"{base}.{picture}"
-            if texts:
-                yield BesideRecord(key, storage.join(root, key), texts)
+        stems.setdefault(name.rpartition(".")[0], []).append(name)
+    for stem, found in stems.items():
+        images = [name for name in found if name.rpartition(".")[2].lower() in PICTURE_EXTENSIONS]
+        for name in images:
+            if stem in texts:
+                yield BesideRecord(name, storage.join(root, name), texts[stem])
             else:
-                yield BadRecord(key, "missing caption")
-        if texts and not pictures:
-            yield BadRecord(f"{base}.{texts[0]}", "text without picture", is_bad=False)
+                yield BadRecord(name, "missing caption")
+        if stem in texts and not images:
+            yield BadRecord(f"{stem}.{texts[stem][0]}", "text without picture", is_bad=False)

@@ -7,7 +7,7 @@ from itertools import islice
 from typing import Protocol
 
 from declip_cli.data import storage
-from declip_cli.data.samples import RawSample
+from declip_cli.data.dataset import Example
 from declip_cli.data.shards.tar_samples import MAX_MEMBER_BYTES, Group, captions_of, clean_captions
 from declip_cli.errors import DataError
 
@@ -25,7 +25,7 @@ class Record(Protocol):
         """Part of the data it belongs to by the source's own word; empty is the training part."""
         ...
 
-    def load(self) -> RawSample:
+    def load(self) -> Example:
         """Read the picture and its captions.
 
         Raises:
@@ -43,9 +43,9 @@ class FileRecord:
     captions: tuple[object, ...]
     part: str = ""
 
-    def load(self) -> RawSample:
+    def load(self) -> Example:
         """Read the pair; see `Record.load`."""
-        return RawSample(self.key, read_picture(self.path), clean_captions(list(self.captions), self.key))
+        return Example(self.key, read_picture(self.path), clean_captions(list(self.captions), self.key))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +57,9 @@ class BytesRecord:
     captions: tuple[object, ...]
     part: str = ""
 
-    def load(self) -> RawSample:
+    def load(self) -> Example:
         """Read the pair; see `Record.load`."""
-        return RawSample(self.key, self.image, clean_captions(list(self.captions), self.key))
+        return Example(self.key, self.image, clean_captions(list(self.captions), self.key))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +70,9 @@ class GroupRecord:
     group: Group
     part: str = ""
 
-    def load(self) -> RawSample:
+    def load(self) -> Example:
         """Read the pair; see `Record.load`."""
-        return RawSample(self.key, self.group.parts[self.group.picture_extension], captions_of(self.group))
+        return Example(self.key, self.group.parts[self.group.picture_extension], captions_of(self.group))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class BadRecord:
     is_bad: bool = True
     """False for what may well lie there, such as a note among pictures; it is no reason to stop."""
 
-    def load(self) -> RawSample:
+    def load(self) -> Example:
         """Raise the reason; see `Record.load`."""
         raise DataError(f"{self.key}: {self.cause}", remedy="mend it or leave it out", cause=self.cause)
 
@@ -122,7 +122,9 @@ def read_picture(path: str) -> bytes:
             file.seek(0)
             return file.read()
     except (FileNotFoundError, ValueError) as error:  # ValueError: no file can have this name
-        raise DataError(f"no picture at {path}", remedy="check --images", cause="missing file") from error
+        raise DataError(
+            f"no image at {path}", remedy="check the path and the list that names it", cause="missing file"
+        ) from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error}", remedy="check the file", cause="unreadable file") from error
 

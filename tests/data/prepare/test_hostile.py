@@ -6,11 +6,11 @@ import tarfile
 
 import pytest
 
-from declip_cli.data.picture_lists import list_pictures
+from declip_cli.data.catalogue import open_dataset
 from declip_cli.data.prepare.config import PrepareConfig
 from declip_cli.data.prepare.pipeline import prepare
-from declip_cli.data.retrieval_sets import open_retrieval
-from declip_cli.errors import DataError
+from declip_cli.errors import DataError, EvaluateError
+from declip_cli.evaluate.retrieve import read_pairs
 from declip_cli.files import parse_json
 
 DEEP = "[" * 50_000
@@ -51,10 +51,9 @@ def test_hostile_lines_of_a_list_are_counted_and_the_rest_is_prepared(tmp_path, 
 def test_a_search_and_a_score_read_past_hostile_lines(tmp_path, make_picture):
     (tmp_path / "0.jpg").write_bytes(make_picture(0))
     (tmp_path / "captions.jsonl").write_text("\n".join((*NOT_JSON, *NOT_TEXT, GOOD)))
-    scored = open_retrieval(str(tmp_path))
-    assert scored.texts == ["good"]
-    assert scored.skipped["damaged line"][0] == 4
-    assert [picture.caption for picture in list_pictures(str(tmp_path)).pictures] == ["good"]
+    opened = open_dataset(str(tmp_path))
+    assert [opened.captions(number) for number in range(len(opened))] == [("good",)]
+    assert {cause: count for cause, (count, _) in opened.skipped.items()} == {"damaged line": 4, "caption not text": 3}
 
 
 def test_hostile_metadata_in_a_tar_are_counted_and_the_rest_is_read(tmp_path, make_picture):
@@ -70,7 +69,7 @@ def test_hostile_metadata_in_a_tar_are_counted_and_the_rest_is_read(tmp_path, ma
         "damaged metadata": 4,
         "caption not text": 3,
     }
-    assert open_retrieval(str(tmp_path / "a.tar")).texts == ["good"]
+    assert read_pairs(open_dataset(str(tmp_path / "a.tar"))).texts == ["good"]
 
 
 @pytest.mark.parametrize(
@@ -92,8 +91,8 @@ def test_a_hostile_list_of_coco_is_an_error_with_a_remedy(tmp_path, make_picture
     with pytest.raises(DataError) as caught:
         run(tmp_path / "dataset_coco.json", tmp_path / "out", "coco")
     assert caught.value.remedy
-    with pytest.raises(Exception, match=r"dataset_coco\.json") as scored:
-        open_retrieval("coco", data_root=tmp_path)
+    with pytest.raises((DataError, EvaluateError), match="coco") as scored:
+        read_pairs(open_dataset("coco", data_root=tmp_path))
     assert scored.value.remedy
 
 

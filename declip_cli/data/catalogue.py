@@ -1,0 +1,304 @@
+"""The one door: a name or a path becomes a data set."""
+
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeAlias
+
+from declip_cli.data import storage
+from declip_cli.data.benchmarks import imagenet
+from declip_cli.data.benchmarks.captions import read_captions
+from declip_cli.data.benchmarks.folders import folder_splits, open_folder, read_class_folders
+from declip_cli.data.benchmarks.known import (
+    Known,
+    known_sets,
+    names_from_assets,
+    read_lines,
+    resolve_data_root,
+    templates_from_assets,
+)
+from declip_cli.data.benchmarks.packed import read_packed
+from declip_cli.data.benchmarks.torchvision_sets import download as download_known
+from declip_cli.data.benchmarks.torchvision_sets import read_torchvision
+from declip_cli.data.dataset import Classes, Dataset, Metric
+from declip_cli.data.files_dataset import Subset, is_image, open_list
+from declip_cli.data.shards.indexing import Say
+from declip_cli.data.shards.store import MANIFEST, open_shards
+from declip_cli.errors import DataError
+
+Reader: TypeAlias = Callable[[Known, Path, str, Classes], Dataset]
+"""Row of the table, the folder that a marker lies in, split, classes as far as the table knows them."""
+
+_READERS: dict[str, Reader] = {
+    "packed": read_packed,
+    "torchvision": read_torchvision,
+    "class_folders": read_class_folders,
+    "captions": read_captions,
+    "imagenet": imagenet.read_imagenet,
+    "imagenetv2": imagenet.read_imagenetv2,
+    "imagenet_subset": imagenet.read_subset,
+    "imagenet_sketch": imagenet.read_sketch,
+    "objectnet": imagenet.read_objectnet,
+    "sun397": imagenet.read_sun397,
+}
+
+
+def open_dataset(
+    name_or_path: str | Sequence[str],
+    split: str | None = None,
+    *,
+    data_root: Path | None = None,
+    cache_dir: str | None = None,
+    say: Say | None = None,
+    together: bool = False,
+) -> Dataset:
+    """Open what the user names: a known set, shards, a folder of images, or an image.
+
+    Args:
+        name_or_path: a known name such as `demo` or `imagenet`; a folder made by `declip prepare`, a `.tar` file
+            or a pattern such as `cc3m/{00000..00331}.tar`, of which several are joined; a folder of images; an
+            image. Paths may be fsspec URLs.
+        split: such as `train` or `test`; see `splits_of`. None opens all that a folder of images holds, the
+            training part of shards, and `evaluation_split` of a known set.
+        data_root: where known sets lie; None takes `$DECLIP_DATA`, else `data/`.
+        cache_dir: where remote shards and the indexes of write-protected folders are kept; None takes
+            `$DECLIP_CACHE`, else `~/.cache/declip`.
+        say: told of damaged indexes, and of the progress where shards of others are indexed for the first time.
+        together: if there is a process group, every rank opens the same data now, and they share that work.
+
+    Returns:
+        The examples, read when needed.
+
+    Raises:
+        DataError: there is nothing of this name, no such split, or it cannot be read; says what to do.
+    """
+    names = [name_or_path] if isinstance(name_or_path, str) else list(name_or_path)
+    if not names:
+        raise DataError("no data given", remedy="--data SHARDS, or --data demo for the pairs that come along")
+    known = [name for name in names if name in known_sets()]
+    if known and len(names) > 1:
+        raise DataError(
+            f"{known[0]} cannot be joined with other data (got {', '.join(names)})",
+            remedy=f"omit {known[0]}, or put its pairs into shards with declip prepare first",
+        )
+    if known:
+        opened = _open_known(known_sets()[known[0]], resolve_data_root(data_root), split)
+    elif len(names) > 1 or has_shards(names[0]):
+        opened = open_shards(names, split=split, cache_dir=cache_dir, say=say, together=together)
+    elif storage.is_folder(names[0]):
+        opened = open_folder(names[0], split)
+    elif is_image(names[0]) and storage.is_file(names[0]):
+        opened = open_list(names)
+    else:
+        raise _unknown(names[0])
+    opened.name, opened.split = names[0], opened.split or split or ""
+    return opened
+
+
+def _open_known(known: Known, root: Path, split: str | None) -> Dataset:
+    split = split or _first_split(known.splits)
+    if split not in known.splits:
+        raise DataError(
+            f"{known.name} has no split {split!r}, only {', '.join(known.splits)}", remedy="choose one of these"
+        )
+    folder = known.locate(root) if known.markers else root
+    if folder is None:
+        raise DataError(f"{known.name} is not there: expected {root / known.markers[0]}", remedy=known.how_to_get(root))
+    key = "imagenet" if known.num_classes == len(names_from_assets()["imagenet"]) else known.name
+    templates = known.templates or templates_from_assets().get(known.name, ())
+    metric: Metric = "mean_per_class" if known.metric == "mean_per_class" else "accuracy"
+    classes = Classes(names=names_from_assets().get(key, ()), templates=templates, metric=metric)
+    opened = _READERS[known.reader](known, folder, split, classes)
+    opened.split, opened.fold_size, opened.note = split, known.fold_size, opened.note or known.note
+    found = len(opened.classes.names) if opened.classes is not None else 0
+    if known.markers and (found != known.num_classes or not len(opened) or max(opened.labels, default=-1) >= found > 0):
+        raise DataError(
+            f"{known.name} in {folder} has {found} class names and {len(opened)} images, "
+            f"expected {known.num_classes} classes",
+            remedy=known.how_to_get(root),
+        )
+    return opened
+
+
+def _unknown(name: str) -> DataError:
+    close = difflib.get_close_matches(name.lower(), known_sets(), n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return DataError(
+        f"there is no data set, folder or shard named {name!r}",
+        remedy=f"{hint}`declip zeroshot --list` shows the known names; else name a folder or a .tar that is there",
+    )
+
+
+def has_shards(path: str) -> bool:
+    """Say whether a path is a folder of tar shards, one shard, or a pattern of several."""
+    if path.endswith(".tar") or storage.is_file(storage.join(path, MANIFEST)):
+        return True
+    return storage.is_folder(path) and any(name.endswith(".tar") for name in storage.names_in(path))
+
+
+def splits_of(name: str) -> tuple[str, ...]:
+    """Say which splits a data set has.
+
+    Args:
+        name: as of `open_dataset`.
+
+    Returns:
+        Their names; empty for shards, and for a folder that is not divided.
+
+    Raises:
+        DataError: there is nothing of this name.
+    """
+    if name in known_sets():
+        return tuple(known_sets()[name].splits)
+    if has_shards(name) or is_image(name):
+        return ()
+    if not storage.is_folder(name):
+        raise _unknown(name)
+    return tuple(folder_splits(name))
+
+
+def evaluation_split(name: str) -> str | None:
+    """Choose the split that a data set is scored on: `test`, else `val`, else `train`; None if it has none."""
+    return _first_split(splits_of(name)) or None
+
+
+def _first_split(splits: Iterable[str]) -> str:
+    return next((split for split in ("test", "val", "train") if split in tuple(splits)), "")
+
+
+def classified(dataset: Dataset, classes_file: Path | None = None) -> Dataset:
+    """Take the examples that belong to a class.
+
+    Args:
+        dataset: any.
+        classes_file: class names in place of the set's own, one a line in the order of the labels; or lines
+            `name<TAB>class name`, where the name is that of the subfolder.
+
+    Returns:
+        A data set with classes, each of another name.
+
+    Raises:
+        DataError: there are no classes or no image in them, or the names do not fit.
+    """
+    name = dataset.name
+    if dataset.classes is None or not dataset.labels:
+        has_captions = name in known_sets() or bool(len(dataset) and _has_captions(dataset, 0))
+        raise DataError(
+            f"{name} has captions and no classes, so there is nothing to classify"
+            if has_captions
+            else f"{name} has no subfolders, so there are no classes",
+            remedy=f"declip retrieve {name}"
+            if has_captions
+            else f"put the images of each class into a folder of its own, such as {storage.join(name, 'red_panda')}",
+        )
+    numbers = [number for number, label in enumerate(dataset.labels) if label >= 0]
+    if not numbers:
+        raise DataError(
+            f"the {len(dataset.classes.names)} class folders of {name} hold no images",
+            remedy="put JPEG, PNG, WebP, BMP, GIF or TIFF files into them",
+        )
+    classes = dataset.classes
+    if classes_file is not None:
+        classes = replace(classes, names=_read_names(classes_file, classes.names, name))
+    if len(set(classes.names)) < len(classes.names) and not (classes_file is None and name in known_sets()):
+        twice = next(word for number, word in enumerate(classes.names) if word in classes.names[:number])
+        raise DataError(
+            f"two classes of {name} have the same name {twice!r}, so they cannot be told apart",
+            remedy="rename one of them, or name the classes with --classes FILE",
+        )
+    if classes is dataset.classes and len(numbers) == len(dataset):
+        return dataset
+    return Subset(dataset, numbers, classes=classes)
+
+
+def _read_names(path: Path, names: Sequence[str], name: str) -> tuple[str, ...]:
+    if not path.is_file():
+        raise DataError(f"there is no file of class names {path}", remedy="check the path of --classes")
+    lines = read_lines(path)
+    if any("\t" in line for line in lines):
+        table = {key.replace("_", " "): value for key, _, value in (line.partition("\t") for line in lines)}
+        if missing := [word for word in names if word not in table]:
+            raise DataError(
+                f"{path} names no class for {missing[0]!r} of {name} ({len(missing)} of {len(names)} are missing)",
+                remedy=f"add a line `{missing[0]}<TAB>class name`",
+            )
+        return tuple(table[word].strip() for word in names)
+    if len(lines) != len(names):
+        raise DataError(
+            f"{path} names {len(lines)} classes, {name} has {len(names)}",
+            remedy="write one name a line in the order of the labels, or lines `subfolder<TAB>class name`",
+        )
+    return tuple(lines)
+
+
+def has_captions(dataset: Dataset) -> bool:
+    """Say whether a data set is one of captions, by its first examples."""
+    return any(_has_captions(dataset, number) for number in range(min(len(dataset), 100)))
+
+
+def _has_captions(dataset: Dataset, number: int) -> bool:
+    try:
+        return bool(dataset.captions(number))
+    except DataError:
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """One line of `declip zeroshot --list`."""
+
+    name: str
+    task: str
+    num_classes: int
+    metric: str
+    expected: str
+    """Path that shows that the set is there."""
+    is_there: bool
+
+
+def list_known(data_root: Path | None = None) -> list[Listed]:
+    """List the known data sets in the order of the table.
+
+    Args:
+        data_root: as of `open_dataset`.
+
+    Returns:
+        One entry per set.
+    """
+    root = resolve_data_root(data_root)
+    listed = []
+    for known in known_sets().values():
+        folder = known.locate(root)
+        expected = str((folder or root) / known.markers[0]) if known.markers else "built in"
+        is_there = folder is not None or not known.markers
+        listed.append(Listed(known.name, known.tasks, known.num_classes, known.metric, expected, is_there))
+    return listed
+
+
+def download(name: str, *, data_root: Path | None = None) -> str:
+    """Fetch a known set over the network with torchvision.
+
+    Args:
+        name: a known name.
+        data_root: as of `open_dataset`; made if it does not exist.
+
+    Returns:
+        Where it is, for people.
+
+    Raises:
+        DataError: unknown name, no download works for this set, or the download failed.
+    """
+    known, folder = known_sets().get(name), data_root or resolve_data_root(data_root)
+    if known is None:
+        raise DataError(
+            f"{name!r} is not a known data set, so it cannot be downloaded",
+            remedy="`declip zeroshot --list` shows the known names",
+        )
+    if not known.markers:
+        return "built in"
+    if not known.torchvision or not known.can_download:
+        raise DataError(f"{name} has no download that works", remedy=known.how_to_get(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    download_known(known, folder)
+    return f"{folder}/"
