@@ -57,7 +57,7 @@ def test_the_cases_hold_what_they_are_meant_to(ranks):
     assert [entry["count"] for entry in skipped.values()] == [3, 2]
     assert [entry["first"] for entry in skipped.values()] == ["1.jpg", "2.jpg"]
     assert ranks[0]["classes"]["report"]["num_prompts_cut"] > 0
-    assert ranks[0]["classes, all of a rank unreadable"]["keys"] == ["image 1"]
+    assert ranks[0]["classes, all of a rank unreadable"]["keys"] == ["1.jpg"]
     assert ranks[0]["pairs"]["num_images"] == 6
     assert ranks[0]["none readable"].startswith("none of the 5 pictures can be read: missing file (2, first image 0)")
 
