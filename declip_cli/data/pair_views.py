@@ -127,7 +127,7 @@ class PairViews:
             raise UnreadablePair(self._bad[number])
         try:
             example = self._samples.read(number)
-            opened = self._image_views.open(example.encoded), example.captions
+            opened = self._image_views.open(example.image), example.captions
             if not example.captions:
                 raise DataError(f"{example.key} has no caption", remedy="give it one", cause="no caption")
         except DataError as error:
