@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 import cv2
-import numpy as np
+import torch
+from torch.nn import functional
 
 from declip_cli.data.dataset import Pixels
 from declip_cli.data.decode import bad_picture, decode_smaller, read_header
@@ -47,12 +48,25 @@ def shrink_picture(data: bytes, *, side_px: int, quality: int) -> SmallPicture:
     pixels = decode_smaller(data, header, side_px)
     if not is_plain_jpeg:
         height, width = pixels.shape[:2]
-    pixels = shrink_pixels(pixels, *_goal(height, width, side_px))
+    scale = min(1.0, side_px / min(height, width))
+    pixels = _shrink(pixels, max(1, round(height * scale)), max(1, round(width * scale)))
     encoding = [cv2.IMWRITE_JPEG_QUALITY, quality]
     is_encoded, jpeg = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), encoding)
     if not is_encoded:
         raise bad_picture("unsupported pixels", f"{width} x {height} cannot be written as JPEG")
     return SmallPicture(jpeg.tobytes(), pixels.shape[1], pixels.shape[0], width, height, pixels)
+
+
+def _shrink(pixels: Pixels, height: int, width: int) -> Pixels:
+    """Resize as Pillow's antialiased bicubic filter does, which CLIP's models see images through.
+
+    PyTorch's kernel for bytes gives the same numbers in a third of the time of OpenCV's INTER_AREA (img2dataset's).
+    """
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    images = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # (1, 3, H, W), in memory as it was: the fast path
+    images = functional.interpolate(images, (height, width), mode="bicubic", antialias=True)
+    return images[0].permute(1, 2, 0).numpy()
 
 
 def decode_for_looks(data: bytes) -> Pixels:
@@ -68,33 +82,3 @@ def decode_for_looks(data: bytes) -> Pixels:
         DataError: as of `decode.decode_image`.
     """
     return decode_smaller(data, read_header(data), _HASHED_SIDE_PX)
-
-
-def _goal(height: int, width: int, side_px: int) -> tuple[int, int]:
-    scale = min(1.0, side_px / min(height, width))
-    return max(1, round(height * scale)), max(1, round(width * scale))
-
-
-def shrink_pixels(pixels: Pixels, height: int, width: int) -> Pixels:
-    """Resize to a smaller size without aliasing.
-
-    Below half the size is averaged by area. Between, a 3 × 3 Gaussian blur and bicubic interpolation are closer
-    to Pillow's antialiased bicubic filter than area averaging is, and several times faster; the blur's width
-    was fitted to that filter on six photographs.
-
-    Args:
-        pixels: uint8, (H, W, 3).
-        height: new height in pixels, at most H.
-        width: new width in pixels, at most W.
-
-    Returns:
-        Pixels, uint8, (height, width, 3).
-    """
-    if pixels.shape[:2] == (height, width):
-        return pixels
-    beyond = max(pixels.shape[0] / height, pixels.shape[1] / width) - 1.0
-    if beyond > 1.05:
-        return np.asarray(cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA), dtype=np.uint8)
-    sigma = 0.385 + 0.22 * beyond + 0.17 * beyond**2
-    blurred = cv2.GaussianBlur(pixels, (3, 3), sigma)
-    return np.asarray(cv2.resize(blurred, (width, height), interpolation=cv2.INTER_CUBIC), dtype=np.uint8)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import cv2
+import torch
 
 from declip_cli.data.dataset import Skips
 from declip_cli.data.prepare.config import PrepareConfig
@@ -129,6 +130,7 @@ class _Run:
     def go(self) -> Iterator[PrepareReport]:
         """Do what is left to do, and yield the report now and then."""
         cv2.setNumThreads(1)  # the images are shared out among threads already
+        torch.set_num_threads(1)
         report, reported = self._report, self._started
         try:
             self._take_up(self._folder.progress)
