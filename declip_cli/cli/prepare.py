@@ -68,7 +68,7 @@ def prepare(
     exclude: Annotated[
         list[str],
         typer.Option(
-            help="Folder of evaluation pictures whose copies are left out; may be repeated.",
+            help="Evaluation images whose copies are left out: a folder, shards or a known set; may be repeated.",
             rich_help_panel=_CLEANING,
         ),
     ] = [],  # noqa: B006

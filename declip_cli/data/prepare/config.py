@@ -31,7 +31,7 @@ class CleanConfig:
     duplicates: Duplicates = "keep"
     """`exact`: a picture file seen before is left out; `near`: also one that looks the same."""
     exclude: tuple[str, ...] = ()
-    """Folders of evaluation pictures; whatever looks like one of them is left out."""
+    """Folders, shards or known sets of evaluation images; whatever looks like one of them is left out."""
     near_distance_bits: int = 4
     """Bits of 64 in which the perceptual hashes of look-alikes may differ; 4 finds 98 % of photographs that
     were encoded again at quality 50, and not those that were cropped."""

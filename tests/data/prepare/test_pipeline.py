@@ -429,8 +429,8 @@ def test_filters_leave_pairs_out_by_cause_and_do_not_count_as_bad(tmp_path, make
 def test_a_folder_to_exclude_that_holds_no_picture_is_an_error(tmp_path, make_picture):
     source = write_pairs(tmp_path / "in", make_picture, num=1)
     (tmp_path / "empty").mkdir()
-    for name, message in (("empty", "no picture to exclude in"), ("nowhere", "no such folder")):
-        with pytest.raises(DataError, match=message):
+    for name, message in (("empty", "there is no image"), ("nowhere", "there is no data set")):
+        with pytest.raises(DataError, match=f"cannot exclude .*{name}: .*{message}"):
             run(source, tmp_path / "out", clean=CleanConfig(exclude=(str(tmp_path / name),)))
 
 
