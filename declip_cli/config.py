@@ -114,6 +114,8 @@ class DataConfig:
     """Blocks among which pairs are shuffled, at least, in all streams together; all blocks make an exact shuffle."""
     cache_dir: str | None = None
     """Where remote shards are kept; None: `$DECLIP_CACHE`, else `~/.cache/declip`."""
+    cache_gb: float = 100.0
+    """How much of them may be there, of all runs on this machine together."""
     max_bad: float = 0.05
     """Largest share of samples that may be unreadable before the run stops."""
     part: str | None = None
@@ -121,6 +123,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_fractions("data", {"max_bad": self.max_bad})
+        require_at_least(0, "data", {"cache_gb": self.cache_gb})
         require_at_least(0, "data", {"workers": self.workers})
         require_at_least(1, "data", {"streams": self.streams, "open_blocks": self.open_blocks})
 

@@ -52,6 +52,8 @@ class DataFacts:
     """Pieces that are read as one."""
     suits_blocks: bool = False
     """It is remote, or more than the memory can hold."""
+    is_counted: bool = True
+    """False of archives that nobody has indexed: `num_pairs` is an estimate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +101,7 @@ class ResolvedRun:
         train = replace(
             self.config.train, threads=None, processes=None, tracker=None, device="auto", init=None, time_limit_s=None
         )
-        data = replace(self.config.data, workers=None, loader=None, cache_dir=None)
+        data = replace(self.config.data, workers=None, loader=None, cache_dir=None, cache_gb=0)
         settings = replace(self.config, train=train, data=data)
         content = [to_plain(settings), asdict(self.data), self.schedule_batch]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

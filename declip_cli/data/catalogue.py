@@ -24,7 +24,7 @@ from declip_cli.data.benchmarks.torchvision_sets import read_torchvision
 from declip_cli.data.dataset import Classes, Dataset, Metric
 from declip_cli.data.files_dataset import Subset, is_image, open_list
 from declip_cli.data.shards.indexing import Say
-from declip_cli.data.shards.store import MANIFEST, open_shards
+from declip_cli.data.shards.store import CACHE_GB, MANIFEST, open_shards
 from declip_cli.errors import DataError
 
 Reader: TypeAlias = Callable[[Known, Path, str, Classes], Dataset]
@@ -52,20 +52,20 @@ def open_dataset(
     cache_dir: str | None = None,
     say: Say | None = None,
     together: bool = False,
+    cache_gb: float = CACHE_GB,
 ) -> Dataset:
     """Open what the user names: a known set, shards, a folder of images, or an image.
 
     Args:
-        name_or_path: a known name such as `demo` or `imagenet`; a folder made by `declip prepare`, a `.tar` file
-            or a pattern such as `cc3m/{00000..00331}.tar`, of which several are joined; a folder of images; an
-            image. Paths may be fsspec URLs.
+        name_or_path: a known name such as `demo`; a folder made by `declip prepare`, a `.tar` or a pattern such as
+            `cc3m/{00000..00331}.tar`, several of which are joined; a folder of images; an image; or fsspec URLs.
         split: such as `train` or `test`; see `splits_of`. None opens all that a folder of images holds, the
             training part of shards, and `evaluation_split` of a known set.
         data_root: where known sets lie; None takes `$DECLIP_DATA`, else `data/`.
-        cache_dir: where remote shards and the indexes of write-protected folders are kept; None takes
-            `$DECLIP_CACHE`, else `~/.cache/declip`.
+        cache_dir: where remote shards and indexes are kept; None takes `$DECLIP_CACHE`, else `~/.cache/declip`.
         say: told of damaged indexes, and of the progress where shards of others are indexed for the first time.
         together: if there is a process group, every rank opens the same data now, and they share that work.
+        cache_gb: how many gigabytes of remote shards may be in the cache.
 
     Returns:
         The examples, read when needed.
@@ -85,7 +85,7 @@ def open_dataset(
     if known:
         opened = _open_known(known_sets()[known[0]], resolve_data_root(data_root), split)
     elif len(names) > 1 or has_shards(names[0]):
-        opened = open_shards(names, split=split, cache_dir=cache_dir, say=say, together=together)
+        opened = open_shards(names, split=split, cache_dir=cache_dir, say=say, together=together, cache_gb=cache_gb)
     elif storage.is_folder(names[0]):
         opened = open_folder(names[0], split)
     elif is_image(names[0]) and storage.is_file(names[0]):

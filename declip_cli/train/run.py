@@ -1,7 +1,6 @@
 """One run from what was asked to its last report: resolve, open or resume, train, record."""
 
 import math
-import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,27 +12,20 @@ from typing import Any
 import torch
 
 from declip_cli.config import RunConfig
-from declip_cli.config_checks import require
 from declip_cli.config_files import to_plain
-from declip_cli.data.catalogue import open_dataset
-from declip_cli.data.dataset import Dataset
-from declip_cli.data.shards.dataset import Shards
 from declip_cli.distributed import rank
-from declip_cli.errors import DataError, TrainError
+from declip_cli.errors import TrainError
 from declip_cli.model.resnet import ModifiedResNet
 from declip_cli.process_group import from_first
-from declip_cli.resolve import DataFacts, ResolvedRun, kept_settings, resolve
+from declip_cli.resolve import ResolvedRun, kept_settings, resolve
 from declip_cli.train.build import Training, build_training, find_machine
 from declip_cli.train.checkpoint import restore_state
 from declip_cli.train.keeper import Evaluate, FindScore, load_same_state
 from declip_cli.train.loop import train
 from declip_cli.train.meter import StepReport
+from declip_cli.train.pairs import facts_of, open_pairs
 from declip_cli.train.run_dir import RunDir, SavedState
 
-_BLOCK_BYTES = 8 << 20
-"""Of a data set, about."""
-_LARGE_BYTES = 100e9
-"""What is larger is read in blocks, however much memory there is."""
 Say = Callable[[str], None]
 """Tells people something; called on rank 0 only."""
 
@@ -69,11 +61,11 @@ def plan(request: Request, *, num_processes: int, say: Say) -> tuple[ResolvedRun
     before = run_dir.read_run() if request.is_resumed else None
     state = run_dir.load_state() if request.is_resumed and run_dir.has_state() else None
     config = kept_settings(request.asked, before) if before else request.asked
-    samples = _open(config, say)
+    samples = open_pairs(config.data, before.data if before else None, say)
     machine = find_machine(config, num_processes=num_processes)
     step, samples_seen = (state.step, state.values["samples_seen"]) if state else (0, 0)
     run = resolve(
-        request.asked, data=_facts(samples), machine=machine, before=before, step=step, samples_seen=samples_seen
+        request.asked, data=facts_of(samples), machine=machine, before=before, step=step, samples_seen=samples_seen
     )
     return run, run.total_steps(step=step, samples_seen=samples_seen)
 
@@ -112,10 +104,10 @@ def _pretrain(
 ) -> Iterator[StepReport]:
     before, state = _before(request, run_dir, held)
     config = kept_settings(request.asked, before) if before else request.asked
-    samples = _open(config, say)
+    samples = open_pairs(config.data, before.data if before else None, say)
     run = resolve(
         request.asked,
-        data=_facts(samples),
+        data=facts_of(samples),
         machine=find_machine(config),
         before=before,
         step=state.step if state else 0,
@@ -159,31 +151,6 @@ def _before(request: Request, run_dir: RunDir, held: ExitStack) -> tuple[Resolve
     if not has_state:
         run_dir.say(f"note: {request.path} has no saved state: the run starts at step 0")
     return before, load_same_state(run_dir) if has_state else None
-
-
-def _open(config: RunConfig, say: Say) -> Dataset:
-    require(
-        bool(config.data.path), "no data to train on", remedy="--data shards/ (made by declip prepare), or --data demo"
-    )
-    split = config.data.part or "train"
-    dataset = open_dataset(config.data.path, split, cache_dir=config.data.cache_dir, say=say, together=True)
-    if not isinstance(dataset, Shards):
-        raise DataError(
-            f"{dataset.name} holds images, a model is trained on shards",
-            remedy=f"declip prepare {dataset.name} --out SHARDS, then --data SHARDS",
-        )
-    return dataset
-
-
-def _facts(samples: Dataset) -> DataFacts:
-    num_blocks = len(getattr(samples, "block_firsts", (0,))) - 1
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return DataFacts(
-        num_pairs=len(samples),
-        fingerprint=samples.fingerprint,
-        num_blocks=num_blocks,
-        suits_blocks=getattr(samples, "is_remote", False) or num_blocks * _BLOCK_BYTES > min(memory / 2, _LARGE_BYTES),
-    )
 
 
 def _open_folder(

@@ -1,0 +1,87 @@
+"""Open the pairs that a run learns from, and say what about them decides how they are read."""
+
+import os
+from collections.abc import Callable
+
+from declip_cli.config import DataConfig
+from declip_cli.config_checks import require
+from declip_cli.data import storage
+from declip_cli.data.benchmarks.known import known_sets
+from declip_cli.data.catalogue import has_shards, open_dataset
+from declip_cli.data.dataset import Dataset
+from declip_cli.data.shards.dataset import Shards
+from declip_cli.data.shards.lazy import LazyShardDataset, lack_indexes, open_lazy_shards
+from declip_cli.data.shards.store import find_shards
+from declip_cli.errors import DataError
+from declip_cli.process_group import from_first
+from declip_cli.resolve import DataFacts
+
+_BLOCK_BYTES = 8 << 20
+"""Of a data set, about."""
+_LARGE_BYTES = 100e9
+"""What is larger is read in blocks, however much memory there is."""
+
+
+def open_pairs(config: DataConfig, before: DataFacts | None, say: Callable[[str], None]) -> Dataset:
+    """Open what a model is trained on; on several ranks, call it on each.
+
+    Archives that nobody has indexed are opened without going through them, if they are read in blocks.
+
+    Args:
+        config: settings of the data.
+        before: facts about the data of a run that is resumed.
+        say: for notes.
+
+    Returns:
+        The pairs.
+
+    Raises:
+        DataError: they cannot be read, or are no pairs.
+    """
+    require(bool(config.path), "no data to train on", remedy="--data shards/ (made by declip prepare), or --data demo")
+    is_counted = before.is_counted if before is not None else from_first(lambda: _shall_be_counted(config))
+    if not is_counted:
+        lazy = open_lazy_shards(config.path, cache_dir=config.cache_dir, cache_gb=config.cache_gb)
+        num_shards, guess = lazy.num_shards, len(lazy)
+        say(f"{num_shards} archives without an index are read as they come: about {guess} pairs, an estimate")
+        return lazy
+    split = config.part or "train"
+    dataset = open_dataset(
+        config.path, split, cache_dir=config.cache_dir, cache_gb=config.cache_gb, say=say, together=True
+    )
+    if not isinstance(dataset, Shards):
+        raise DataError(
+            f"{dataset.name} holds images, a model is trained on shards",
+            remedy=f"declip prepare {dataset.name} --out SHARDS, then --data SHARDS",
+        )
+    return dataset
+
+
+def facts_of(samples: Dataset) -> DataFacts:
+    """Say what the pairs add to a configuration."""
+    num_blocks = len(getattr(samples, "block_firsts", (0,))) - 1
+    is_lazy = isinstance(samples, LazyShardDataset)
+    return DataFacts(
+        num_pairs=len(samples),
+        fingerprint=samples.fingerprint,
+        num_blocks=num_blocks,
+        suits_blocks=is_lazy or getattr(samples, "is_remote", False) or _is_large(num_blocks * _BLOCK_BYTES),
+        is_counted=not is_lazy,
+    )
+
+
+def _shall_be_counted(config: DataConfig) -> bool:
+    paths = config.path
+    if config.order == "exact" or config.part not in (None, "train") or any(path in known_sets() for path in paths):
+        return True
+    if not all(has_shards(path) for path in paths) or not lack_indexes(paths, cache_dir=config.cache_dir):
+        return True
+    if config.order == "blocks" or any(storage.is_remote(path) for path in paths):
+        return False
+    return not _is_large(sum(shard.num_bytes for path in paths for shard in find_shards(path)))
+
+
+def _is_large(num_bytes: float) -> bool:
+    """Say whether so much should not be read here and there."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return num_bytes > min(memory / 2, _LARGE_BYTES)
