@@ -33,9 +33,8 @@ NUM_ORDINARY = 49406
 MAX_CACHED_WORDS = 1_000_000
 
 _PIECES = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
-_TIDY_ASCII = re.compile(r"[\t\n\f\r -~]*")
 _CODE_PAGES = re.compile("[\x80-\u25ff\ue000-\uffff]+")
-_CONTEXT = 4
+_STRAIGHT_QUOTES = str.maketrans("‘’“”", "''\"\"")
 _MAYBE_ENTITY = re.compile(r"&[^ <&;]")
 
 
@@ -202,24 +201,19 @@ class Tokenizer:
     def _tidy(self, text: str) -> str:
         """Repair broken unicode, curly quotes and HTML entities, as OpenAI's tokenizer does before all else.
 
-        `ftfy.fix_text` and `html.unescape` take ten times as long as all the rest, so they only see texts that
-        they might change: with control characters, something like an entity, characters that are not inert.
+        `ftfy.fix_text` takes ten times as long as all the rest, so it only sees texts that it might change: with
+        control characters, something like an entity, characters that are not inert, or wrongly decoded.
         """
         if "&" not in text or not _MAYBE_ENTITY.search(text):
-            if text.isascii():
-                if text.isprintable() or _TIDY_ASCII.fullmatch(text):
-                    return text
-            elif not _looks_wrongly_decoded(text):
-                straight = text.replace("’", "'").replace("‘", "'").replace("“", '"').replace("”", '"')
-                if self._is_inert(straight) and (straight == text or not _looks_wrongly_decoded(straight)):
-                    return straight
+            if text.isascii() and text.isprintable():
+                return text
+            straight = text.translate(_STRAIGHT_QUOTES)
+            if self._is_inert(straight) and not (_is_bad(text) or _is_bad(straight)):
+                return straight
         return html.unescape(html.unescape(ftfy.fix_text(text)))
 
     def _is_inert(self, text: str) -> bool:
-        """Tell whether `ftfy.fix_text` leaves a text alone that does not look wrongly decoded.
-
-        Apart from wrong decoding and entities it works on single characters, in lines, and composes accents.
-        """
+        """Tell whether ftfy, which otherwise works on single characters and composes accents, leaves a text alone."""
         for char in set(text).difference(self._inert):
             if char in "\r\n" or ftfy.fix_text(char) != char:
                 return False
@@ -227,14 +221,12 @@ class Tokenizer:
         return unicodedata.is_normalized("NFC", text)
 
 
-def _looks_wrongly_decoded(text: str) -> bool:
-    """Ask ftfy about the surroundings of what belongs to a single-byte code page: only such comes from wrong decoding.
+def _is_bad(text: str) -> bool:
+    """Tell whether a text looks wrongly decoded: ask ftfy about the surroundings of single-byte code pages only.
 
-    Its patterns reach at most three characters beyond such a run; a piece cut out can only look worse than the text.
+    Its patterns reach at most three characters beyond them; a piece cut out can only look worse than the text.
     """
-    return any(
-        is_bad(text[max(0, found.start() - _CONTEXT) : found.end() + _CONTEXT]) for found in _CODE_PAGES.finditer(text)
-    )
+    return any(is_bad(text[max(0, at.start() - 4) : at.end() + 4]) for at in _CODE_PAGES.finditer(text))
 
 
 def pad(rows: Sequence[Sequence[int]], length: int = 0) -> "Tensor":
