@@ -24,20 +24,24 @@ from declip_cli.train.grad_cache import forward_backward
 from declip_cli.train.optim import build_optimizers, clamp_logit_scales, clip_gradients, step_where
 
 PEERS = {"vit-b32": "ViT-B-32-quickgelu", "vit-b16": "ViT-B-16-quickgelu", "rn50": "RN50-quickgelu"}
-TEXT_LENGTHS = (16, 8)
-"""Mean and standard deviation of caption lengths in tokens, as in web captions."""
 
 
-def make_batch(method: Method, size: int, device: torch.device) -> Batch:
+def draw_lengths(shape: tuple[int, ...], kind: str, generator: torch.Generator) -> Tensor:
+    """Draw caption lengths in tokens: `normal`, 16 ± 8; or `heavy`, log-normal as web captions, a few of them cut."""
+    noise = torch.randn(shape, generator=generator)
+    return (noise * 8 + 16 if kind == "normal" else (noise * 0.65 + 2.8).exp()).long()
+
+
+def make_batch(method: Method, options: argparse.Namespace, device: torch.device) -> Batch:
     """Draw pairs of noise with captions of realistic lengths, cut to the longest."""
+    size = options.batch_size
     generator = torch.Generator().manual_seed(0)
     views, architecture = method.views, method.encoder.architecture
     side, context = architecture.image_side_px, architecture.text.context_length
     shape = (size, len(views.images), side, side, 3)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     tokens = torch.randint(1, 49000, (size, len(views.texts), context), generator=generator)
-    lengths = (torch.randn(size, len(views.texts), generator=generator) * TEXT_LENGTHS[1] + TEXT_LENGTHS[0]).long()
-    lengths = lengths.clamp(4, context)
+    lengths = draw_lengths((size, len(views.texts)), options.captions, generator).clamp(4, context)
     position = torch.arange(context)
     tokens = tokens.masked_fill(position == 0, 49406).masked_fill(position == lengths[..., None] - 1, 49407)
     tokens = tokens.masked_fill(position >= lengths[..., None], 0)
@@ -46,9 +50,10 @@ def make_batch(method: Method, size: int, device: torch.device) -> Batch:
     if "masked" in views.texts:
         is_masked = (torch.rand(size, context, generator=generator) < 0.15) & (position < lengths[:, :1] - 1)
         labels = torch.where(is_masked & (position > 0), tokens[:, 0], labels)
-    return Batch(
+    batch = Batch(
         images=images, tokens=tokens[..., :longest], mask_labels=labels[:, :longest], numbers=torch.arange(size)
-    ).to(device)
+    )
+    return (batch if options.ungrouped else batch.with_text_lengths()).to(device)
 
 
 def autocast(precision: str, device: torch.device):
@@ -69,7 +74,7 @@ def our_step(arch: str, method_name: str, options: argparse.Namespace, device: t
         method.encoder.visual.compile()
         method.encoder.text.compile()
     optimizers = build_optimizers(method, config)
-    batch = make_batch(method, options.batch_size, device)
+    batch = make_batch(method, options, device)
 
     def step() -> None:
         result = forward_backward(
@@ -199,6 +204,8 @@ def main() -> None:
     parser.add_argument("--micro-batch-size", type=int, default=0)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--captions", choices=["normal", "heavy"], default="normal", help="how long captions are")
+    parser.add_argument("--ungrouped", action="store_true", help="encode all texts as long as the longest")
     parser.add_argument("--memory", action="store_true", help="measure memory instead of time (GPU only)")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--runs", type=int, default=3)
