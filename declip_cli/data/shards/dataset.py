@@ -19,6 +19,7 @@ from declip_cli.data.shards.tar_samples import read_captions, read_metadata
 _MAX_GAP_BYTES = 64 << 10
 _MAX_BLOCK_FACTOR = 8
 _MAX_PIECES = 4096
+_FACTS = ("name", "split", "note", "classes", "labels", "fold_size")
 
 
 class Shards(Dataset):
@@ -30,6 +31,15 @@ class Shards(Dataset):
     @abstractmethod
     def _locate(self, number: int) -> tuple[Piece, ShardIndex, int]:
         """Find a sample: the piece of a shard that it is fetched with, the index of that shard, its row there."""
+
+    _reopen: Callable[[], "Shards"]
+
+    def reopen(self) -> Callable[[], "Shards"]:
+        """Return what opens the same data in another process of this machine, without asking the store."""
+        return self._reopen
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._reopen, (), {name: getattr(self, name) for name in _FACTS}
 
     @property
     def is_remote(self) -> bool:
@@ -160,7 +170,3 @@ class ShardDataset(Shards):
     def release(self, block: int) -> None:
         """Say that a block will not be needed soon: it is the first to go where the cache is full."""
         self._files.release(self._piece_of(block))
-
-    def reopen(self) -> Callable[[], "ShardDataset"]:
-        """Return what opens the same data in another process of this machine, without asking the store."""
-        return self._reopen

@@ -5,7 +5,8 @@ import hashlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from declip_cli.data import storage
 from declip_cli.data.dataset import Skips
@@ -38,9 +39,8 @@ class LazyShardDataset(Shards):
 
     def __init__(self, shards: Sequence[Shard], *, cache_dir: str, cache_bytes: int, name: str = "") -> None:
         super().__init__(shards, ShardFiles(cache_dir, cache_bytes=cache_bytes))
-        self._reopen = functools.partial(
-            LazyShardDataset, shards, cache_dir=cache_dir, cache_bytes=cache_bytes, name=name
-        )
+        facts: dict[str, Any] = {"cache_dir": cache_dir, "cache_bytes": cache_bytes, "name": name}
+        self._reopen = functools.partial(LazyShardDataset, shards, **facts)
         self.name, self._cache_dir, self.skipped = name, cache_dir, Skips()
         self.num_shards = len(shards)
         self._counts: dict[int, int] = {}
@@ -94,10 +94,6 @@ class LazyShardDataset(Shards):
         """Say that a shard will not be needed soon."""
         self._files.release(_whole(self._shards[shard]))
 
-    def reopen(self) -> Callable[[], "LazyShardDataset"]:
-        """Return what opens the same data in another process of this machine."""
-        return self._reopen
-
     def _locate(self, number: int) -> tuple[Piece, ShardIndex, int]:
         shard, row = number >> ROW_BITS, number & ((1 << ROW_BITS) - 1)
         if not 0 <= shard < self.num_shards or row >= self.count(shard):
@@ -137,20 +133,15 @@ def _successes(shard: Shard) -> int:
         return 0
 
 
+def find_foreign(paths: Sequence[str]) -> list[Shard]:
+    """List the shards that paths mean; none if any was made by `declip prepare`; errors as of `open_shards`."""
+    shards = [shard for path in paths for shard in find_shards(path)]
+    return [] if any(shard.sha256 for shard in shards) else shards
+
+
 def open_lazy_shards(
     paths: Sequence[str], *, cache_dir: str | None = None, cache_gb: float = CACHE_GB
 ) -> LazyShardDataset:
     """Open archives of others without going through them; arguments and errors as of `open_shards`."""
-    shards = [shard for path in paths for shard in find_shards(path)]
     cache_dir, cache_bytes = cache_dir or default_cache_dir(), int(cache_gb * 1e9)
-    return LazyShardDataset(shards, cache_dir=cache_dir, cache_bytes=cache_bytes, name=" ".join(paths))
-
-
-def lack_indexes(paths: Sequence[str], *, cache_dir: str | None = None) -> bool:
-    """Say whether opening these paths by `open_shards` means going through archives first; errors as there."""
-    folder = cache_dir or default_cache_dir()
-    return any(
-        not shard.sha256 and not shard.has_index and not find_index(shard, cache_dir=folder)[0]
-        for path in paths
-        for shard in find_shards(path)
-    )
+    return LazyShardDataset(find_foreign(paths), cache_dir=cache_dir, cache_bytes=cache_bytes, name=" ".join(paths))
