@@ -133,15 +133,20 @@ def _successes(shard: Shard) -> int:
         return 0
 
 
-def find_foreign(paths: Sequence[str]) -> list[Shard]:
-    """List the shards that paths mean; none if any was made by `declip prepare`; errors as of `open_shards`."""
-    shards = [shard for path in paths for shard in find_shards(path)]
-    return [] if any(shard.sha256 for shard in shards) else shards
-
-
 def open_lazy_shards(
     paths: Sequence[str], *, cache_dir: str | None = None, cache_gb: float = CACHE_GB
 ) -> LazyShardDataset:
     """Open archives of others without going through them; arguments and errors as of `open_shards`."""
+    shards = [shard for path in paths for shard in find_shards(path)]
     cache_dir, cache_bytes = cache_dir or default_cache_dir(), int(cache_gb * 1e9)
-    return LazyShardDataset(find_foreign(paths), cache_dir=cache_dir, cache_bytes=cache_bytes, name=" ".join(paths))
+    return LazyShardDataset(shards, cache_dir=cache_dir, cache_bytes=cache_bytes, name=" ".join(paths))
+
+
+def lack_indexes(paths: Sequence[str], *, cache_dir: str | None = None) -> bool:
+    """Say whether opening these paths by `open_shards` means going through archives first; errors as there."""
+    folder = cache_dir or default_cache_dir()
+    return any(
+        not shard.sha256 and not shard.has_index and not find_index(shard, cache_dir=folder)[0]
+        for path in paths
+        for shard in find_shards(path)
+    )

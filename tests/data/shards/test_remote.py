@@ -17,7 +17,7 @@ from declip_cli.data.dataset import UNREAD
 from declip_cli.data.prepare.shard_writer import PartWriter
 from declip_cli.data.prepare.stages import Pair
 from declip_cli.data.shards.block_cache import BlockCache
-from declip_cli.data.shards.lazy import find_foreign, open_lazy_shards
+from declip_cli.data.shards.lazy import lack_indexes, open_lazy_shards
 from declip_cli.data.shards.store import open_shards
 from declip_cli.errors import DataError
 from tests.data.shards.far_server import far_server
@@ -67,8 +67,8 @@ def test_a_prepared_folder_opens_in_two_requests_and_then_in_one(tmp_path, far, 
     data.labels = [3] * NUM_PAIRS
     again = pickle.loads(pickle.dumps(data))
     assert (len(again), again.labels, again.name) == (NUM_PAIRS, data.labels, prepared)
-    assert find_foreign([prepared]) == []
     assert len(pickle.loads(pickle.dumps(data.reopen()))()) == NUM_PAIRS
+    assert far.num_asked == 3
 
 
 def test_a_block_is_one_request_and_its_pairs_ask_for_nothing(tmp_path, far, prepared):
@@ -140,6 +140,7 @@ def test_archives_that_nobody_indexed_are_read_when_their_turn_comes(tmp_path, f
         path = write_tar(tmp_path / f"{shard}.tar", [*pairs(range(10 * shard, 10 * shard + 4 + shard)), ("x.jpg", b"")])
         far.files[f"/{shard}.tar"] = path.read_bytes()
     url, cache = f"{far.url}/{{0..2}}.tar", str(tmp_path / "cache")
+    assert lack_indexes([url], cache_dir=cache)
     far.asked.clear()
     data = open_lazy_shards([url], cache_dir=cache)
     assert {method for method, _, _ in far.asked} == {"HEAD"}
@@ -159,6 +160,7 @@ def test_archives_that_nobody_indexed_are_read_when_their_turn_comes(tmp_path, f
     assert far.asked == []
     assert data.skipped == {"missing caption": (3, "x")}
     assert data.fingerprint == again.fingerprint
+    assert not lack_indexes([url], cache_dir=cache)
 
 
 def test_the_number_of_pairs_is_estimated_from_what_img2dataset_says(tmp_path):
