@@ -6,6 +6,7 @@ import tarfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,17 +27,30 @@ def append_file(tar: BinaryIO, name: str, data: bytes) -> tuple[int, int]:
 
     Args:
         tar: open for writing, at its end.
-        name: of the file.
+        name: of the file, at most 100 ASCII characters.
         data: its content.
 
     Returns:
         Offset and size of the content in the archive, in bytes.
     """
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    start = tar.tell() + tar.write(info.tobuf(tarfile.USTAR_FORMAT))
+    start = tar.tell() + tar.write(_header(name, len(data)))
     tar.write(data + bytes(-len(data) % tarfile.BLOCKSIZE))
     return start, len(data)
+
+
+@lru_cache(maxsize=1)
+def _blank_header() -> bytes:
+    return tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
+
+
+def _header(name: str, num_bytes: int) -> bytes:
+    """Fill in what differs between files; `tobuf` for each would take a twentieth of all the time of `prepare`."""
+    header = bytearray(_blank_header())
+    header[: len(name)] = name.encode()
+    header[124:135] = b"%011o" % num_bytes
+    header[148:156] = b" " * 8
+    header[148:155] = b"%06o\0" % sum(header)
+    return bytes(header)
 
 
 class PartWriter:

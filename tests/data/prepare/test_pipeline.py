@@ -66,6 +66,22 @@ def test_shards_are_tars_that_others_read(tmp_path, make_picture):
     assert json.loads(facts)["key"] == "2.jpg"
 
 
+def test_shards_are_byte_for_byte_what_tarfile_writes(tmp_path, make_picture):
+    run(write_pairs(tmp_path / "in", make_picture, num=3), tmp_path / "out")
+    expected = io.BytesIO()
+    with (
+        tarfile.open(tmp_path / "out" / "00000.tar") as ours,
+        tarfile.open(fileobj=expected, mode="w", format=tarfile.USTAR_FORMAT) as theirs,
+    ):
+        for member in ours.getmembers():
+            info = tarfile.TarInfo(member.name)
+            info.size = member.size
+            theirs.addfile(info, ours.extractfile(member))
+    data = (tmp_path / "out" / "00000.tar").read_bytes()
+    assert expected.getvalue().rstrip(b"\0") == data.rstrip(b"\0")
+    assert data.endswith(bytes(1024))
+
+
 def test_the_manifest_holds_counts_and_the_sha256_of_each_shard(tmp_path, make_picture):
     run(write_pairs(tmp_path / "in", make_picture, num=3), tmp_path / "out", shard_samples=2)
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
