@@ -264,6 +264,6 @@ class ThreadLoader:
 
     def close(self) -> None:
         """See `Loader`."""
-        for pool in (self._pool, self._fetchers):
-            if pool is not None:
-                pool.shutdown(cancel_futures=True)
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        self._fetchers.shutdown(wait=False, cancel_futures=True)

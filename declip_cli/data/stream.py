@@ -64,14 +64,9 @@ class TrainStream(Iterator[Batch]):
     """
 
     def __init__(self, samples: Dataset, config: StreamConfig) -> None:
-        if len(samples) < config.global_size:
-            largest = len(samples) // config.world_size
-            raise DataError(
-                f"the data set has {len(samples)} pairs, fewer than one batch of {config.global_size} "
-                f"({config.batch_size} on each of {config.world_size} processes)",
-                remedy=f"--batch-size {largest}" if largest >= 2 else "prepare more pairs",
-            )
         self._samples, self._config = samples, config
+        if len(samples) < config.global_size:
+            raise self._too_few()
         self._order = make_order(samples, config)
         tasks_per_batch = -(-config.batch_size // ROWS_PER_TASK)
         self._num_ahead = max(2, -(-2 * config.workers // tasks_per_batch)) if config.workers else 0
@@ -140,7 +135,7 @@ class TrainStream(Iterator[Batch]):
             if before != value:
                 raise DataError(
                     f"the run was begun with another data {key} (found {value}, expected {before})",
-                    remedy="resume with the same --data, --seed and data.order, or start a new run",
+                    remedy="resume with the --data, --seed, data.order, data.streams and data.open_blocks of then",
                 )
         self._drop_pending()
         if isinstance(self._order, ShardOrder):
@@ -189,6 +184,8 @@ class TrainStream(Iterator[Batch]):
         epoch, start = self._scheduled
         if not self._order.reaches(epoch, start + global_size):
             epoch, start = epoch + 1, 0
+            if not self._order.reaches(epoch, global_size):
+                raise self._too_few()
         self._scheduled = (epoch, start + global_size)
         positions = np.arange(start, start + global_size)
         # Stream after stream, so that a rank's rows belong to few of them.
@@ -199,6 +196,15 @@ class TrainStream(Iterator[Batch]):
         cuts = range(0, config.batch_size, ROWS_PER_TASK)
         tasks = [Task(cut, epoch, _part(positions, cut), _part(numbers, cut)) for cut in cuts]
         return _Pending(epoch, start + global_size, self._loader.begin(tasks), used_up)
+
+    def _too_few(self) -> DataError:
+        num, config = len(self._samples), self._config
+        largest = num // config.world_size
+        return DataError(
+            f"the data set has {num} pairs, fewer than one batch of {config.global_size} "
+            f"({config.batch_size} on each of {config.world_size} processes)",
+            remedy=f"--batch-size {largest}" if largest >= 2 else "prepare more pairs",
+        )
 
     def _count_bad(self, found: Sequence[BadSample]) -> None:
         for bad in found:

@@ -16,7 +16,7 @@ from declip_cli.errors import DataError
 from declip_cli.process_group import from_first
 from declip_cli.resolve import DataFacts
 
-_BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 8 << 20
 """Of a data set, about."""
 _LARGE_BYTES = 100e9
 """What is larger is read in blocks, however much memory there is."""
@@ -65,7 +65,7 @@ def facts_of(samples: Dataset) -> DataFacts:
         num_pairs=len(samples),
         fingerprint=samples.fingerprint,
         num_blocks=num_blocks,
-        suits_blocks=is_lazy or getattr(samples, "is_remote", False) or _is_large(num_blocks * _BLOCK_BYTES),
+        suits_blocks=is_lazy or getattr(samples, "is_remote", False) or _is_large(num_blocks * BLOCK_BYTES),
         is_counted=not is_lazy,
     )
 

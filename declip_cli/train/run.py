@@ -23,7 +23,7 @@ from declip_cli.train.checkpoint import restore_state
 from declip_cli.train.keeper import Evaluate, FindScore, load_same_state
 from declip_cli.train.loop import train
 from declip_cli.train.meter import StepReport
-from declip_cli.train.pairs import facts_of, open_pairs
+from declip_cli.train.pairs import BLOCK_BYTES, facts_of, open_pairs
 from declip_cli.train.run_dir import RunDir, SavedState
 
 Say = Callable[[str], None]
@@ -128,6 +128,9 @@ def _pretrain(
         with _stop_on_signals(say) as should_stop, _memory_explained(run):
             for report in train(training, run_dir, evaluate=evaluate, find_score=find_score, should_stop=should_stop):
                 _record(report, training, run_dir)
+                if report.is_last and rank() == 0 and training.stream.num_cut_captions:
+                    length = run.config.model.context_length
+                    say(f"{training.stream.num_cut_captions} texts were longer than {length} tokens and were cut")
                 yield report
     finally:
         training.stream.close()
@@ -182,6 +185,16 @@ def _describe(training: Training) -> Iterator[str]:
         f"batch {config.train.batch_size} × {machine.world_size}, {total} steps{limit}, peak learning rate "
         f"{training.schedule.peak:.2g}, {machine.device}, {machine.precision}"
     )
+    if config.data.order == "blocks" and training.run.data.is_counted:
+        # A window that is read and the next one, each of up to twice as many blocks as asked for.
+        num_open = config.data.open_blocks
+        need_gb = min(4 * num_open, training.run.data.num_blocks) * BLOCK_BYTES / 1e9
+        yield (
+            f"pairs are read in blocks, {config.data.streams} streams, shuffled among at least {num_open} blocks; "
+            f"of remote shards up to {need_gb:.1f} GB are kept at a time"
+        )
+        if need_gb > config.data.cache_gb:
+            yield f"note: the cache is smaller (data.cache_gb = {config.data.cache_gb:g}): blocks will be read again"
     if config.train.micro_batch_size and isinstance(training.method.encoder.visual, ModifiedResNet):
         yield (
             "note: with --micro-batch-size the ResNet's own BatchNorm sees one micro-batch at a time; "

@@ -320,6 +320,16 @@ def test_shards_that_are_not_counted_yet_are_streamed_and_resumed():
         assert_joined([next(each) for each in ranks], batch)
 
 
+def test_shards_with_fewer_pairs_than_estimated_do_not_search_for_a_batch_for_ever():
+    class Overestimated(UncountedStore):
+        def __len__(self):
+            return 100
+
+    source = stream(Overestimated(), order="blocks", batch_size=26)
+    with pytest.raises(DataError, match="fewer than one batch of 26"):
+        next(source)
+
+
 def test_a_state_of_another_order_is_refused():
     state = stream(BlockStore(), order="blocks").state()
     with pytest.raises(DataError, match="another data order") as caught:

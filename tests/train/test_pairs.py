@@ -76,9 +76,12 @@ def test_archives_larger_than_the_memory_are_read_as_they_come(archives, tmp_pat
 @pytest.mark.parametrize("is_indexed", [False, True])
 def test_a_run_in_blocks_that_was_interrupted_ends_as_one_that_was_not(archives, tmp_path, monkeypatch, is_indexed):
     if is_indexed:
-        opened(data_of(archives, tmp_path, order="exact"))
+        opened(data_of(archives, tmp_path, order="exact"))  # leaves indexes beside the archives
     copy = shutil.copytree(archives, tmp_path / "copy")  # the first run would leave indexes for the second
-    run(small_config(data=data_of(copy, copy, order="blocks", open_blocks=2)), tmp_path / "whole")
+    notes = []
+    run(small_config(data=data_of(copy, copy, order="blocks", open_blocks=2)), tmp_path / "whole", notes=notes)
+    sentence = "shuffled among at least 2 blocks" if is_indexed else "6 archives without an index are read as they come"
+    assert any(sentence in note for note in notes)
     config = small_config(data=data_of(archives, tmp_path, order="blocks", open_blocks=2))
     with monkeypatch.context() as patch:
         stop_after(patch, 4)
