@@ -118,8 +118,8 @@ class DataConfig:
     """How much of them may be there, of all runs on this machine together."""
     max_bad: float = 0.05
     """Largest share of samples that may be unreadable before the run stops."""
-    part: str | None = None
-    """Named part of the data (of the demo: `train`, `fit`, `validation`); None: all training pairs."""
+    split: str | None = None
+    """Named split of the data (of the demo: `train`, `fit`, `validation`); None: all training pairs."""
 
     def __post_init__(self) -> None:
         require_fractions("data", {"max_bad": self.max_bad})

@@ -15,6 +15,8 @@ from declip_cli.files import parse_json
 T = TypeVar("T")
 _RETIRED = frozenset({"augment.mode"})
 """Settings of earlier versions that nothing reads any more."""
+_RENAMED = (("data", "part", "split"),)
+"""Section, key of earlier versions, key of today."""
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -66,11 +68,30 @@ def read_settings(path: Path) -> dict[str, Any]:
         ) from error
 
 
+def with_new_names(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Rename the keys of earlier versions.
+
+    Args:
+        settings: section → key → value, unchecked.
+
+    Returns:
+        The same under the names of today, and a note for each that was renamed.
+    """
+    renamed = {section: dict(values) if isinstance(values, Mapping) else values for section, values in settings.items()}
+    notes = []
+    for section, old, new in _RENAMED:
+        values = renamed.get(section)
+        if isinstance(values, dict) and old in values:
+            values.setdefault(new, values.pop(old))
+            notes.append(f"note: {section}.{old} is called {section}.{new} now")
+    return renamed, notes
+
+
 def without_retired(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Drop what an earlier version wrote into a run's own settings and this one has no use for."""
+    """Rename or drop what an earlier version wrote into a run's own settings and this one calls otherwise or not."""
     return {
         section: {key: value for key, value in values.items() if f"{section}.{key}" not in _RETIRED}
-        for section, values in settings.items()
+        for section, values in with_new_names(settings)[0].items()
     }
 
 
@@ -180,7 +201,7 @@ def _convert_plain(hint: type, value: Any, dotted: str) -> Any:  # noqa: ANN401
         return float(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if hint is str and isinstance(value, bool | int | float):  # `--set data.part=true` and the like are words
+    if hint is str and isinstance(value, bool | int | float):  # `--set data.split=true` and the like are words
         return str(value).lower() if isinstance(value, bool) else str(value)
     kind = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(hint, hint.__name__)
     _check(type(value) is hint, dotted, kind, value)

@@ -54,6 +54,19 @@ def load_recipe(name: str) -> dict[str, Any]:
     return read_toml(paths[name])
 
 
+def recipe_of_data(path: object) -> str | None:
+    """Find the recipe that was chosen for a data set: the one whose `data.path` names it.
+
+    Args:
+        path: what `--data` names.
+
+    Returns:
+        The name of the recipe, None if there is none.
+    """
+    found = (recipe for recipe in list_recipes() if path and read_toml(recipe.path).get("data", {}).get("path") == path)
+    return next((recipe.name for recipe in found), None)
+
+
 def _read_head(path: Path) -> Recipe:
     """Read the comment lines above the first setting."""
     head = []

@@ -16,13 +16,14 @@ from declip_cli.config_files import (
     parse_assignments,
     read_settings,
     to_plain,
+    with_new_names,
     without_retired,
 )
 from declip_cli.errors import ConfigError
 from declip_cli.methods.registry import METHODS
 from declip_cli.model.architectures import find_architecture
 from declip_cli.presets import PRESETS, settle_data, settle_method
-from declip_cli.recipes import load_recipe
+from declip_cli.recipes import load_recipe, recipe_of_data
 
 T = TypeVar("T")
 
@@ -145,7 +146,7 @@ def resolve_run(
     only what both have: its loss weights are its own.
 
     Args:
-        recipe: name of a recipe; the demo brings its own where neither recipe nor file is named.
+        recipe: name of a recipe; where neither recipe nor file is named, data may bring their own.
         file: TOML with the sections of `RunConfig`, or the `config.json` of a run.
         options: section → key → value, of the command line's options; None was not given.
         assignments: words `section.key=value`.
@@ -159,15 +160,15 @@ def resolve_run(
     """
     given = {section: {k: v for k, v in values.items() if v is not None} for section, values in options.items()}
     words = parse_assignments(assignments)
-    is_demo = given.get("data", {}).get("path") == ["demo"]
-    if recipe is None and file is None and before is None and is_demo:
-        recipe = "declip-demo"
+    if recipe is None and file is None and before is None:
+        recipe = recipe_of_data(given.get("data", {}).get("path"))
     settings = to_plain(before) if before is not None else load_recipe(recipe) if recipe is not None else {}
     whose = f"recipe {recipe}" if recipe is not None else "the run so far"
     notes: list[str] = []
     said: dict[str, Any] = {}
     for part, name in ((read_settings(file) if file is not None else {}, str(file)), (given, ""), (words, "")):
-        notes += _leave_out_other_method(settings, part, whose=whose)
+        part, renamed = with_new_names(part)
+        notes += renamed + _leave_out_other_method(settings, part, whose=whose)
         _overlay(settings, part)
         if file is None or name != str(file) or file.suffix != ".json":  # that one says everything
             _overlay(said, part)

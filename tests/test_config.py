@@ -146,8 +146,8 @@ def test_none_and_infinity_can_be_said_everywhere():
 
 
 def test_words_that_look_like_values_are_words_where_words_are_wanted():
-    config = build_config(RunConfig, parse_assignments(["data.part=true", "train.init=123"]))
-    assert (config.data.part, config.train.init) == ("true", "123")
+    config = build_config(RunConfig, parse_assignments(["data.split=true", "train.init=123"]))
+    assert (config.data.split, config.train.init) == ("true", "123")
 
 
 def test_a_wrong_choice_is_wrong_usage_and_a_wrong_value_is_not():

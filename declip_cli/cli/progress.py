@@ -22,7 +22,7 @@ class RunProgress:
     """
 
     def __init__(self, request: "Request") -> None:
-        self._is_demo = request.asked.data.path == ("demo",)
+        self._data = request.asked.data.path
         self.last_losses: dict[str, float] = {}
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
         is_hidden = not stderr.is_terminal or os.environ.get("RANK", "0") != "0"
@@ -74,12 +74,11 @@ class RunProgress:
             note(f"  go on: declip pretrain --resume {path}")
             return
         note(f"done: {report.samples_seen:,} samples in {report.seconds:,.0f} s; the model is in {path / 'model'}")
-        is_demo = self._is_demo
         for name, scores in report.evaluations.items():
-            note("emoji by twitter, a vendor never trained on:" if is_demo and name == "demo" else f"{name}:")
+            note(f"{name}{_about(name)}:")
             for line in _summary(scores):
                 note(f"  {line}")
-        for command in _next_commands(path, is_demo=is_demo):
+        for command in _next_commands(path, self._data):
             note(f"  try: {command}")
 
 
@@ -110,11 +109,16 @@ def _score_words(scores: dict[str, Any], prefix: str = "") -> list[str]:
     return words
 
 
-def _next_commands(path: Path, *, is_demo: bool) -> list[str]:
-    if not is_demo:
-        return [f"declip zeroshot FOLDER_OF_CLASSES --model {path}"]
-    return [
-        f"declip linear-probe demo --model {path}",
-        f"declip retrieve demo --query guitar --model {path} -k 5",
-        "declip prepare YOUR_PICTURES --out shards/  &&  declip pretrain --data shards/ --arch vit-b32",
-    ]
+def _about(name: str) -> str:
+    from declip_cli.data.benchmarks.known import known_sets
+
+    known = known_sets().get(name)
+    return f" ({known.note})" if known is not None and known.note else ""
+
+
+def _next_commands(path: Path, data: tuple[str, ...]) -> list[str]:
+    from declip_cli.data.benchmarks.known import known_sets
+
+    known = known_sets().get(data[0]) if len(data) == 1 else None
+    commands = known.try_next if known is not None else ()
+    return [command.format(run=path) for command in commands or ("declip zeroshot FOLDER_OF_CLASSES --model {run}",)]

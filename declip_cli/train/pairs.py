@@ -45,7 +45,7 @@ def open_pairs(config: DataConfig, before: DataFacts | None, say: Callable[[str]
         num_shards, guess = lazy.num_shards, len(lazy)
         say(f"{num_shards} archives without an index are read as they come: about {guess} pairs, an estimate")
         return lazy
-    split = config.part or "train"
+    split = config.split or "train"
     dataset = open_dataset(
         config.path, split, cache_dir=config.cache_dir, cache_gb=config.cache_gb, say=say, together=True
     )
@@ -72,7 +72,7 @@ def facts_of(samples: Dataset) -> DataFacts:
 
 def _shall_be_counted(config: DataConfig) -> bool:
     paths = config.path
-    if config.order == "exact" or config.part not in (None, "train") or any(path in known_sets() for path in paths):
+    if config.order == "exact" or config.split not in (None, "train") or any(path in known_sets() for path in paths):
         return True
     if not all(has_shards(path) for path in paths) or not lack_indexes(paths, cache_dir=config.cache_dir):
         return True

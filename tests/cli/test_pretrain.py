@@ -13,7 +13,7 @@ from declip_cli.__main__ import app
 from declip_cli.train import loop
 
 SMALL = ["--data", "demo", "--steps", "3", "--batch-size", "8", "--threads", "1", "--precision", "fp32"]
-SMALL += ["--set", "train.eval=[]", "--set", "train.log_every_steps=1", "--set", "data.part=fit"]
+SMALL += ["--set", "train.eval=[]", "--set", "train.log_every_steps=1", "--set", "data.split=fit"]
 
 
 def pretrain(*words):
@@ -83,7 +83,7 @@ def test_the_run_folder_has_what_the_documentation_promises(done):
     assert (config["config"]["train"]["samples"], config["config"]["model"]["arch"]) == (24, "vit-tiny32")
     assert config["config"]["method"]["weights"] == {"clip": 1.0, "nn": 0.2, "simsiam": 0.0, "mlm": 0.0}
     open_settings = {
-        "part",
+        "split",
         "workers",
         "loader",
         "cache_dir",

@@ -18,7 +18,7 @@ ARCHITECTURES["test"] = Architecture(
 """Small enough that ten steps and two states take a second: most of a model's weights are its words'."""
 SMALL = {
     "model": {"arch": "test"},
-    "data": {"path": ["demo"], "part": "fit", "workers": 0},
+    "data": {"path": ["demo"], "split": "fit", "workers": 0},
     "method": {"name": "clip", "queue_size": 100},
     "optim": {"warmup_steps": 2},
     "train": {"steps": 10, "batch_size": 16, "precision": "fp32", "device": "cpu", "log_every_steps": 1, "threads": 1},

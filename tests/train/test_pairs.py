@@ -41,7 +41,7 @@ def archives(tmp_path):
 
 
 def data_of(folder, tmp_path, **changes):
-    return {"path": [str(folder)], "part": None, "cache_dir": str(tmp_path / "cache"), **changes}
+    return {"path": [str(folder)], "split": None, "cache_dir": str(tmp_path / "cache"), **changes}
 
 
 def opened(settings, before=None):

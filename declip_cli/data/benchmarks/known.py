@@ -35,6 +35,7 @@ class Known:
     templates: tuple[str, ...] = ()
     probe: str = ""
     raw_pixels: bool = False
+    try_next: tuple[str, ...] = ()
 
     @property
     def tasks(self) -> str:
@@ -70,7 +71,7 @@ class Known:
 def known_sets() -> Mapping[str, Known]:
     """Return the known data sets by name, in the order of the table."""
     table = tomllib.loads(asset_path("catalogue.toml").read_text(encoding="utf-8"))
-    lists = ("markers", "templates")
+    lists = ("markers", "templates", "try_next")
     known: dict[str, Known] = {}
     for name, row in table.items():
         fields: dict[str, Any] = {key: tuple(value) if key in lists else value for key, value in row.items()}
