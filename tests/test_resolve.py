@@ -147,6 +147,16 @@ def go_on(before, changes, **options):
     return resolve(config, data=DATA, machine=machine(options.pop("world_size", 1)), before=before, **options)
 
 
+def test_the_split_may_still_be_called_part(tmp_path):
+    file = tmp_path / "old.toml"
+    file.write_text('[data]\npart = "val"\n')
+    for given in ({"file": file, "words": []}, {"file": None, "words": ["data.part=val"]}):
+        config, notes = resolve_run(None, given["file"], {}, given["words"])
+        assert config.data.split == "val"
+        assert notes == ["note: data.part is called data.split now"]
+    assert resolve_run(None, None, {}, ["data.split=val"])[1] == []
+
+
 def test_what_was_settled_stays_whatever_defaults_say_later(monkeypatch):
     before = settle(asked(train={"steps": 100}, method={"name": "declip"}))
     monkeypatch.setitem(PRESETS[False]["method"], "nn_symmetric", False)

@@ -17,8 +17,3 @@ def open_samples(
 ) -> Dataset:
     """Open what a model is trained on; see `open_dataset`."""
     return open_dataset(paths, part or "train", cache_dir=cache_dir, say=say, together=together)
-
-
-def open_pairs(paths: Sequence[str], *, part: str | None, cache_dir: str | None, say: Say) -> Dataset:
-    """Open what a model is trained on; see `open_dataset`."""
-    return open_samples(paths, part=part, cache_dir=cache_dir, say=say)

@@ -28,9 +28,9 @@ from open_clip_train.data import get_wds_dataset
 from PIL import Image, ImageFilter
 
 from declip_cli.config import AugmentConfig, Views
+from declip_cli.data.catalogue import open_dataset
 from declip_cli.data.dataset import Dataset
 from declip_cli.data.loader import StreamConfig
-from declip_cli.data.stores import open_pairs
 from declip_cli.data.stream import TrainStream
 
 BATCH_SIZE, SIDE_PX = 64, 224
@@ -178,7 +178,7 @@ def main() -> None:
     open_clip_train.data._SAMPLE_SHUFFLE_SIZE = open_clip_train.data._SAMPLE_SHUFFLE_INITIAL = 500
     with tempfile.TemporaryDirectory() as folder:
         paths = write_shards(Path(folder), options.pairs)
-        samples = open_pairs(paths, part=None, cache_dir=None, say=lambda message: None)
+        samples = open_dataset(paths, "train")
         peers = {
             f"open_clip {open_clip.__version__}, one plain view": lambda: open_clip_batches(paths, workers),
             f"torchvision {importlib.metadata.version('torchvision')} and Pillow, the original's two views": (

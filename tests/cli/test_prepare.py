@@ -10,9 +10,9 @@ import typer
 from typer.testing import CliRunner
 
 from declip_cli.cli.prepare import prepare
+from declip_cli.data.catalogue import open_dataset
 from declip_cli.data.prepare.config import PrepareConfig
 from declip_cli.data.prepare.pipeline import prepare as prepare_shards
-from declip_cli.data.stores import open_samples
 
 app = typer.Typer()
 app.command()(prepare)
@@ -121,12 +121,12 @@ def test_ctrl_c_leaves_a_state_from_which_the_command_goes_on(tmp_path, make_pic
     assert process.returncode == 130
     assert stdout == ""
     assert "run the same command again to go on" in stderr
-    partial = len(open_samples([str(tmp_path / "out")]))
+    partial = len(open_dataset(str(tmp_path / "out")))
     assert partial % 20 == 0
     assert partial >= 20
     result = declip_prepare(source, "--out", tmp_path / "out", "--shard-samples", "20", "--json")
     assert json.loads(result.stdout)["num_pairs"] == 500
-    assert len(open_samples([str(tmp_path / "out")])) == 500
+    assert len(open_dataset(str(tmp_path / "out"))) == 500
 
 
 def test_filters_and_parts_are_options(photos, tmp_path):

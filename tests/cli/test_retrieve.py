@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import fsspec
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -134,3 +135,25 @@ def test_a_hit_is_one_line_of_cells_whatever_its_caption_and_name_hold(tmp_path:
     assert shown.startswith(r"a b c\x1b]0;title\x07\u202exxx")
     assert shown.endswith("x…")
     assert json.loads(run(*words, "--json").stdout)["hits"][0]["caption"] == " ".join(caption.split())
+
+
+def test_images_in_a_store_are_read_from_there(photos: Path, tiny_run: Path):
+    store = fsspec.filesystem("memory")
+    store.put(str(photos), "/far/photos", recursive=True)
+    try:
+        result = run("memory://far/photos", "--model", tiny_run, "--query", "a bus", "-k", "2", "--json")
+        report = json.loads(result.stdout)
+        assert report["num_indexed"] == len([path for path in photos.rglob("*") if path.suffix in (".jpg", ".png")])
+        assert all(hit["path"].startswith("memory://far/photos/") for hit in report["hits"])
+        assert "skipped" not in report
+    finally:
+        store.rm("/far", recursive=True)
+
+
+def test_the_demo_is_searched_and_shown(tmp_path: Path, tiny_run: Path):
+    page = tmp_path / "hits.html"
+    result = run("demo", "--model", tiny_run, "--query", "guitar", "-k", "2", "--html", page)
+    paths = [line.split("\t")[0] for line in result.stdout.splitlines()]
+    assert len(paths) == 2
+    assert all(path.startswith("twitter/") for path in paths)
+    assert page.read_text(encoding="utf-8").count("data:image/jpeg;base64,") == 2

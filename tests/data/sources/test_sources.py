@@ -11,9 +11,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from declip_cli.data.catalogue import open_dataset
 from declip_cli.data.prepare.config import PrepareConfig
 from declip_cli.data.prepare.pipeline import prepare
-from declip_cli.data.stores import open_samples
 from declip_cli.errors import ConfigError, DataError
 
 
@@ -25,7 +25,7 @@ def round_trip(source, tmp_path, *, out="out", **options):
         last = report
     pairs = {}
     for part in [name for name in last.parts if name != "train" or last.parts["train"]]:
-        store = open_samples([str(tmp_path / out)], part=part)
+        store = open_dataset(str(tmp_path / out), part)
         for number in range(len(store)):
             sample = store.read(number)
             pairs.setdefault(part, []).append((sample.image, sample.captions))

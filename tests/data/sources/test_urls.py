@@ -5,11 +5,11 @@ import threading
 
 import pytest
 
+from declip_cli.data.catalogue import open_dataset
 from declip_cli.data.prepare.config import PrepareConfig
 from declip_cli.data.prepare.pipeline import prepare
 from declip_cli.data.sources import urls
 from declip_cli.data.sources.urls import name_failure
-from declip_cli.data.stores import open_samples
 from declip_cli.errors import DataError
 
 
@@ -78,7 +78,7 @@ def test_a_list_of_urls_is_downloaded_and_failures_are_counted_by_cause(tmp_path
         "download: not a URL": (1, "ftp:nonsense"),
         "missing URL": (1, "row 8"),
     }
-    store = open_samples([str(tmp_path / "out")])
+    store = open_dataset(str(tmp_path / "out"))
     captions = {store.read(number).captions for number in range(3)}
     assert captions == {(f"good{n}.jpg", "and", f"good{n}.jpg") for n in range(3)}
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
@@ -147,7 +147,7 @@ def test_an_interrupted_download_goes_on_at_its_shard(tmp_path, make_picture, mo
     assert report.was_resumed
     assert (report.num_read, report.num_pairs) == (14, 14)
     assert (tmp_path / "asked").read_text().split() == [f"http://x/{n}" for n in range(6, 14)]
-    store = open_samples([str(tmp_path / "out")])
+    store = open_dataset(str(tmp_path / "out"))
     assert [store.read(n).captions for n in range(14)] == [(f"picture {n}",) for n in range(14)]
     assert not (tmp_path / "out" / "download").exists()
 
