@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from declip_cli.data import storage
+from declip_cli.data.catalogue import open_dataset
 from declip_cli.data.prepare import shard_writer
 from declip_cli.data.prepare.config import CleanConfig, PrepareConfig
 from declip_cli.data.prepare.pipeline import prepare
 from declip_cli.data.prepare.state import OutFolder
-from declip_cli.data.stores import open_samples
 from declip_cli.errors import ConfigError, DataError
 
 
@@ -109,7 +109,7 @@ def test_larger_pictures_shrink_to_the_side_and_smaller_ones_keep_their_bytes(tm
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text(name)
     run(tmp_path, tmp_path / "out", image_side_px=64)
-    store = open_samples([str(tmp_path / "out")])
+    store = open_dataset(str(tmp_path / "out"))
     sizes = [Image.open(io.BytesIO(store.read(number).image)).size for number in range(3)]
     assert sizes == [(96, 64), (60, 50), (64, 82)]
     assert store.read(1).image == make_picture(2, width=60, height=50)
@@ -119,7 +119,7 @@ def test_several_captions_are_kept(tmp_path, make_picture):
     (tmp_path / "a.jpg").write_bytes(make_picture(1))
     (tmp_path / "captions.jsonl").write_text('{"file": "a.jpg", "captions": ["one", " ", "two  words"]}')
     run(tmp_path, tmp_path / "out")
-    assert open_samples([str(tmp_path / "out")]).read(0).captions == ("one", "two words")
+    assert open_dataset(str(tmp_path / "out")).read(0).captions == ("one", "two words")
 
 
 def test_bad_pairs_are_skipped_and_counted_by_cause(tmp_path, make_picture):
@@ -347,7 +347,7 @@ def test_parts_are_chosen_by_key_and_opened_by_name(tmp_path, make_picture):
     report = run(source, tmp_path / "out", split={"val": 0.25, "test": 0.25})
     assert sum(report.parts.values()) == 60
     assert all(6 <= report.parts[part] <= 24 for part in ("val", "test"))
-    stores = [open_samples([str(tmp_path / "out")], part=part) for part in ("", "val", "test")]
+    stores = [open_dataset(str(tmp_path / "out"), part) for part in (None, "val", "test")]
     assert [len(store) for store in stores] == [report.parts[part] for part in ("train", "val", "test")]
     captions = {store.read(number).captions for store in stores for number in range(len(store))}
     assert len(captions) == 60
@@ -477,8 +477,8 @@ def test_sources_and_output_may_be_urls(tmp_path, make_picture):
     assert names == sorted(str(path) for path in contents(tmp_path / "local"))
     assert fs.cat("/bucket/shards/00000.tar") == (tmp_path / "local/00000.tar").read_bytes()
     assert run("memory://bucket/photos", "memory://bucket/shards", shard_samples=5, split={"val": 0.3}).was_there
-    store = open_samples(["memory://bucket/shards"], cache_dir=str(tmp_path / "cache"))
-    local = open_samples([str(tmp_path / "local")])
+    store = open_dataset("memory://bucket/shards", cache_dir=str(tmp_path / "cache"))
+    local = open_dataset(str(tmp_path / "local"))
     assert len(store) == len(local) == report.parts["train"]
     assert [store.read(n) for n in range(len(store))] == [local.read(n) for n in range(len(local))]
     again = run("memory://bucket/shards/{00000..00001}.tar", tmp_path / "again")
@@ -541,7 +541,7 @@ def test_unusual_pictures_are_handled_or_counted(tmp_path, make_picture):
         (source / name).with_suffix(".txt").write_text(name)
     report = run(source, tmp_path / "out", max_bad=0.5)
     assert report.skipped == {"too many pixels": (1, "bomb.png")}
-    store = open_samples([str(tmp_path / "out")])
+    store = open_dataset(str(tmp_path / "out"))
     found = {}
     for number in range(len(store)):
         sample = store.read(number)
