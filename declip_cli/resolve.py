@@ -159,15 +159,14 @@ def resolve_run(
         ConfigError: a name, key, type or value cannot be used.
     """
     given = {section: {k: v for k, v in values.items() if v is not None} for section, values in options.items()}
-    words = parse_assignments(assignments)
     if recipe is None and file is None and before is None:
         recipe = recipe_of_data(given.get("data", {}).get("path"))
     settings = to_plain(before) if before is not None else load_recipe(recipe) if recipe is not None else {}
     whose = f"recipe {recipe}" if recipe is not None else "the run so far"
-    notes: list[str] = []
-    said: dict[str, Any] = {}
-    for part, name in ((read_settings(file) if file is not None else {}, str(file)), (given, ""), (words, "")):
-        part, renamed = with_new_names(part)
+    notes, said = list[str](), dict[str, Any]()
+    from_file = read_settings(file) if file is not None else {}
+    for source, name in ((from_file, str(file)), (given, ""), (parse_assignments(assignments), "")):
+        part, renamed = with_new_names(source)
         notes += renamed + _leave_out_other_method(settings, part, whose=whose)
         _overlay(settings, part)
         if file is None or name != str(file) or file.suffix != ".json":  # that one says everything
