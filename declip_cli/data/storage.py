@@ -42,9 +42,6 @@ def attempt(path: str, work: Callable[[], T]) -> T:
         path: for messages.
         work: does it once; may raise anything, as the packages for stores do.
 
-    Returns:
-        What `work` returns.
-
     Raises:
         FileNotFoundError: there is no such file; so at once.
         DataError: it failed every time; the cause is `UNREAD`.
@@ -175,7 +172,10 @@ def _facts(info: dict[str, Any], path: str) -> FileFacts:
 
 def facts(path: str) -> FileFacts:
     """Ask for the size and the age of a file; errors as of `open_binary`."""
-    return _facts(_ask(path, "info"), path)
+    if is_remote(path):
+        return _facts(_ask(path, "info"), path)
+    stat = os.stat(path)
+    return FileFacts(stat.st_size, f"{stat.st_size} {stat.st_mtime_ns}")
 
 
 def join(folder: str, name: str) -> str:
@@ -189,14 +189,7 @@ def parent(path: str) -> str:
 
 
 def walk(folder: str) -> Iterator[str]:
-    """List the files below a folder in a fixed order, each folder's files together, hidden ones omitted.
-
-    Args:
-        folder: local path or URL.
-
-    Yields:
-        Names relative to the folder, with `/` between folders.
-    """
+    """List the files below a folder, each folder's together, hidden ones omitted, as names relative to the folder."""
     if not is_remote(folder):
         yield from _walk_local(folder, "")
         return
@@ -224,15 +217,11 @@ def _walk_local(root: str, below: str, above: tuple[str, ...] = ()) -> Iterator[
 
 
 def list_files(folder: str) -> dict[str, FileFacts]:
-    """List the files directly in a folder in one request, sorted by name, hidden ones omitted.
-
-    Args:
-        folder: local path or URL.
-
-    Returns:
-        Name → facts; empty where there is no such folder.
-    """
-    return {name: _facts(entry, join(folder, name)) for name, entry in _entries(folder) if entry["type"] == "file"}
+    """List the files directly in a folder, sorted, hidden ones omitted, in one request; none if there is no folder."""
+    files = {name: entry for name, entry in _entries(folder) if entry["type"] == "file"}
+    if is_remote(folder):
+        return {name: _facts(entry, join(folder, name)) for name, entry in files.items()}
+    return {name: facts(join(folder, name)) for name in files}
 
 
 def names_in(folder: str) -> list[str]:
@@ -247,11 +236,15 @@ def folders_in(folder: str) -> list[str]:
 
 def _entries(folder: str) -> list[tuple[str, dict[str, Any]]]:
     try:
-        found = _ask(folder, "ls", detail=True) if is_folder(folder) or is_remote(folder) else []
-    except FileNotFoundError:
+        if is_remote(folder):
+            found = [(entry["name"].rstrip("/").rpartition("/")[2], entry) for entry in _ask(folder, "ls", detail=True)]
+        else:
+            with os.scandir(folder) as entries:  # which follows links, as fsspec does not
+                kinds = ("other", "file", "directory")
+                found = [(entry.name, {"type": kinds[entry.is_file() + 2 * entry.is_dir()]}) for entry in entries]
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    named = ((entry["name"].rstrip("/").rpartition("/")[2], entry) for entry in found)
-    return sorted(((name, entry) for name, entry in named if not name.startswith(".")), key=lambda pair: pair[0])
+    return sorted(((name, entry) for name, entry in found if not name.startswith(".")), key=lambda pair: pair[0])
 
 
 def expand(pattern: str) -> list[str]:
@@ -290,10 +283,6 @@ def _expand_stars(pattern: str) -> list[str]:
 
 def write_whole(path: str, data: bytes) -> None:
     """Write a file so that it appears whole or not at all.
-
-    Args:
-        path: local path or URL; its folder exists.
-        data: the content.
 
     Raises:
         DataError: the disk is full or cannot be written.

@@ -1,10 +1,11 @@
 """The indexes of many shards: each is made once, by one of the processes that train together."""
 
 import hashlib
+import itertools
 import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias, TypeVar
 
 from declip_cli.data import storage
@@ -17,9 +18,8 @@ T = TypeVar("T")
 Say: TypeAlias = Callable[[str], None]
 
 _THREADS = 8
-_MEET_EVERY_S = 1.0
-_SILENT_S = 3.0
-_SAY_EVERY_S = 10.0
+_SHARDS_PER_ROUND = 2 * _THREADS
+_SAY_EVERY_S = 5.0
 _MAX_MAPPED = 64
 
 
@@ -108,7 +108,7 @@ def load_indexes(
 ) -> list[str]:
     """Find the indexes of shards; those that are missing, damaged or out of date are made first.
 
-    Where several processes train together they share the work. They meet once a second meanwhile, so that no
+    Where several processes train together they share that work. They meet after every few shards, so that no
     collective runs into its time limit, and an error of one is raised by all.
 
     Args:
@@ -125,46 +125,60 @@ def load_indexes(
         DataError: a shard cannot be read, or an index can be written nowhere.
     """
     joined = cached_index("\n".join(f"{shard.path} {shard.stamp}" for shard in shards), cache_dir)
-    with ThreadPoolExecutor(_THREADS, "declip-index") as pool:
-        crew = _Crew(pool, say, together)
-        if all(crew.gather(_is_whole(joined, len(shards)))):
-            return [joined]
-        found = [""] * len(shards)
-        damages: list[str] = []
-        while True:
-            missing = [number for number, path in enumerate(found) if not path]
-            looked_up = crew.run(lambda n: find_index(shards[n], cache_dir=cache_dir), missing, "indexes read")
-            for number, (path, damage) in zip(missing, looked_up, strict=True):
-                found[number] = path
-                damages += [damage] if damage else []
-            missing_of_rank = crew.gather([number for number, path in enumerate(found) if not path])
-            if not any(missing_of_rank):
-                return found if len(found) <= _MAX_MAPPED else _join(found, joined)
-            if damages:
-                crew.say(f"the index of {len(damages)} shards is made again ({damages[0]})")
-                damages = []
-            mine = _share(missing_of_rank)[crew.rank]
-            made = crew.run(
-                lambda n: make_index(shards[n], files, cache_dir=cache_dir), mine, "shards indexed, once for all"
-            )
-            for number, path in zip(mine, made, strict=True):
-                found[number] = path
+    gather, rank = _ranks(together)
+    if all(gather(_is_whole(joined, len(shards)))):
+        return [joined]
+    tell = say if say is not None and rank == 0 else lambda message: None
+    found, damages, said = [""] * len(shards), list[str](), time.monotonic()
+    for turn in itertools.count():
+        missing = [number for number, path in enumerate(found) if not path]
+        looked_up = _run(lambda n: find_index(shards[n], cache_dir=cache_dir), missing, gather)
+        for number, (path, damage) in zip(missing, looked_up, strict=True):
+            found[number] = path
+            damages += [damage] if damage and not turn else []
+        missing_of_rank = gather([number for number, path in enumerate(found) if not path])
+        if not any(missing_of_rank):
+            break
+        if damages and not turn:
+            tell(f"the index of {len(damages)} shards is made again ({damages[0]})")
+        if (now := time.monotonic()) - said > _SAY_EVERY_S:
+            num_done, said = len(found) - len(set().union(*missing_of_rank)), now
+            tell(f"{num_done:,} of {len(found):,} shards indexed, once for all")
+        mine = _share(missing_of_rank)[rank][:_SHARDS_PER_ROUND]
+        made = _run(lambda n: make_index(shards[n], files, cache_dir=cache_dir), mine, gather)
+        for number, path in zip(mine, made, strict=True):
+            found[number] = path
+    return found if len(found) <= _MAX_MAPPED else _join(found, joined)
 
 
-def _is_whole(path: str, num_shards: int) -> bool:
+def _run(work: Callable[[int], T], numbers: Sequence[int], gather: Callable[[Any], list[Any]]) -> list[T]:
+    """Apply a function to numbers in threads; an error of any rank is raised on all of them."""
+    results, error = list[T](), None
     try:
-        return len(read_indexes(path, check=True)) == num_shards
-    except (OSError, ValueError):
-        return False
+        with ThreadPoolExecutor(_THREADS, "declip-index") as pool:
+            results = list(pool.map(work, numbers))
+    except DataError as raised:
+        error = raised.message, raised.remedy, raised.cause
+    for message, remedy, cause in filter(None, gather(error)):
+        raise DataError(message, remedy=remedy, cause=cause)
+    return results
 
 
-def _join(paths: Sequence[str], joined: str) -> list[str]:
-    """Write one file for many, which all processes of the machine map."""
-    with locked(f"{joined}.lock"):
-        if not _is_whole(joined, len(paths)):
-            storage.make_folder(os.path.dirname(joined))
-            write_indexes(joined, (index for path in paths for index in read_indexes(path, check=False)))
-    return [joined]
+def _ranks(together: bool) -> tuple[Callable[[Any], list[Any]], int]:
+    """Return what collects a value of every rank, in their order, and the number of this one."""
+    if together:
+        import torch.distributed as dist  # `prepare` does without torch
+
+        from declip_cli.distributed import rank, world_size
+
+        def gather(value: Any) -> list[Any]:  # noqa: ANN401  (anything that can be pickled)
+            values = [value] * world_size()
+            dist.all_gather_object(values, value)
+            return values
+
+        if world_size() > 1:
+            return gather, rank()
+    return lambda value: [value], 0
 
 
 def _share(missing_of_rank: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -182,69 +196,17 @@ def _share(missing_of_rank: Sequence[Sequence[int]]) -> list[list[int]]:
     return shares
 
 
-class _Crew:
-    """This process's threads, and the other ranks if they work along."""
-
-    def __init__(self, pool: ThreadPoolExecutor, say: Say | None, together: bool) -> None:
-        self._pool, self._say = pool, say
-        self.rank = self._num_ranks = 0
-        if together:
-            from declip_cli.distributed import rank, world_size  # brings torch, which `prepare` does without
-
-            self.rank, self._num_ranks = rank(), world_size()
-        self._began = self._said = time.monotonic()
-
-    def gather(self, value: T) -> list[T]:
-        """Collect a value of every rank, in the order of the ranks."""
-        if self._num_ranks < 2:
-            return [value]
-        import torch.distributed as dist
-
-        values: list[Any] = [None] * self._num_ranks
-        dist.all_gather_object(values, value)
-        return values
-
-    def say(self, message: str) -> None:
-        """Tell the user something, once for all ranks."""
-        if self._say is not None and self.rank == 0:
-            self._say(message)
-
-    def run(self, work: Callable[[int], T], numbers: Sequence[int], what: str) -> list[T]:
-        """Apply a function to numbers in threads, until all ranks are through with theirs.
-
-        Raises:
-            DataError: the first that was raised on any rank, on all of them.
-        """
-        futures = [self._pool.submit(work, number) for number in numbers]
-        try:
-            while True:
-                wait(futures, timeout=_MEET_EVERY_S, return_when=FIRST_EXCEPTION)
-                reports = self.gather((sum(f.done() for f in futures), len(futures), _error_of(futures)))
-                for _, _, error in reports:
-                    if error is not None:
-                        message, remedy, cause = error
-                        raise DataError(message, remedy=remedy, cause=cause)
-                num_done, num_all = sum(done for done, _, _ in reports), sum(given for _, given, _ in reports)
-                if num_done == num_all:
-                    return [future.result() for future in futures]
-                self._tell_progress(f"{num_done:,} of {num_all:,} {what}")
-        finally:
-            for future in futures:
-                future.cancel()
-
-    def _tell_progress(self, message: str) -> None:
-        now = time.monotonic()
-        if now - self._began > _SILENT_S and now - self._said > (_SAY_EVERY_S if self._said > self._began else 0):
-            self._said = now
-            self.say(message)
+def _is_whole(path: str, num_shards: int) -> bool:
+    try:
+        return len(read_indexes(path, check=True)) == num_shards
+    except (OSError, ValueError):
+        return False
 
 
-def _error_of(futures: Sequence["Future[Any]"]) -> tuple[str, str, str] | None:
-    """Take apart the first DataError there is, to be sent to other ranks; other errors are raised here."""
-    for future in futures:
-        error = future.exception() if future.done() else None
-        if isinstance(error, DataError):
-            return error.message, error.remedy, error.cause
-        if error is not None:
-            raise error
-    return None
+def _join(paths: Sequence[str], joined: str) -> list[str]:
+    """Write one file for many, which all processes of the machine map."""
+    with locked(f"{joined}.lock"):
+        if not _is_whole(joined, len(paths)):
+            storage.make_folder(os.path.dirname(joined))
+            write_indexes(joined, (index for path in paths for index in read_indexes(path, check=False)))
+    return [joined]

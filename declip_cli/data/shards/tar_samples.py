@@ -206,14 +206,7 @@ def read_captions(data: bytes, key: str, *, is_json: bool) -> tuple[str, ...]:
 
 
 def captions_of_row(row: dict[str, Any]) -> list[Any]:
-    """Take the captions out of a JSON object: `captions`, else `caption`, else `text`.
-
-    Args:
-        row: any JSON object.
-
-    Returns:
-        What stands there, as a list, unchecked.
-    """
+    """Take what stands in a JSON object under `captions`, else `caption`, else `text`, unchecked."""
     for name in ("captions", "caption", "text"):
         value = row.get(name)
         if value is not None:
@@ -222,18 +215,7 @@ def captions_of_row(row: dict[str, Any]) -> list[Any]:
 
 
 def clean_captions(captions: list[Any], key: str) -> tuple[str, ...]:
-    """Strip captions and omit empty ones.
-
-    Args:
-        captions: texts, or anything else that a file holds in their place.
-        key: of the sample, for messages.
-
-    Returns:
-        At least one caption.
-
-    Raises:
-        DataError: none is left, or one is no text.
-    """
+    """Strip captions, which may be anything that a file holds in their place; the rest as of `captions_of`."""
     if any(not isinstance(caption, str) for caption in captions):
         raise DataError(f"a caption of {key} is not text", remedy="write captions as strings", cause="caption not text")
     if not all(map(is_unicode, captions)):
@@ -245,18 +227,7 @@ def clean_captions(captions: list[Any], key: str) -> tuple[str, ...]:
 
 
 def decode_text(data: bytes, key: str) -> str:
-    """Decode a caption, byte order mark removed.
-
-    Args:
-        data: UTF-8.
-        key: of the sample, for messages.
-
-    Returns:
-        The text.
-
-    Raises:
-        DataError: it is not UTF-8.
-    """
+    """Decode UTF-8, byte order mark removed; errors as of `captions_of`."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -264,22 +235,12 @@ def decode_text(data: bytes, key: str) -> str:
 
 
 def _not_utf8(key: str) -> DataError:
-    return DataError(
-        f"the caption of {key} is not UTF-8",
-        remedy="convert it with iconv -t utf-8",
-        cause="caption not UTF-8",
-    )
+    remedy = "convert it with iconv -t utf-8"
+    return DataError(f"the caption of {key} is not UTF-8", remedy=remedy, cause="caption not UTF-8")
 
 
 def is_unicode(value: object) -> bool:
-    """Say whether a value can be written as UTF-8, as text with half of a surrogate pair cannot.
-
-    Args:
-        value: a text; anything else is taken as it is.
-
-    Returns:
-        False for a text from bytes that were not UTF-8, read with `surrogateescape`, or from broken JSON escapes.
-    """
+    """Say whether a value is no text or can be written as UTF-8, as text from other bytes or broken JSON cannot."""
     try:
         return not isinstance(value, str) or value.isascii() or bool(value.encode())
     except UnicodeEncodeError:
@@ -291,9 +252,6 @@ def read_metadata(data: bytes, key: str) -> dict[str, Any]:
     try:
         row = parse_json(decode_text(data, key))
     except ValueError as error:
-        raise DataError(
-            f"the metadata of {key} is not JSON: {error}",
-            remedy="mend or delete it",
-            cause="damaged metadata",
-        ) from error
+        message, cause = f"the metadata of {key} is not JSON: {error}", "damaged metadata"
+        raise DataError(message, remedy="mend or delete it", cause=cause) from error
     return row if isinstance(row, dict) else {}

@@ -56,7 +56,7 @@ def ranks(monkeypatch):
     monkeypatch.setattr("declip_cli.distributed.rank", lambda: here.rank)
     monkeypatch.setattr("declip_cli.distributed.world_size", lambda: NUM_RANKS)
     monkeypatch.setattr("torch.distributed.all_gather_object", all_gather_object)
-    monkeypatch.setattr(indexing, "_MEET_EVERY_S", 0.01)
+    monkeypatch.setattr(indexing, "_SHARDS_PER_ROUND", 2)
     return on_all
 
 
@@ -124,12 +124,11 @@ def test_progress_is_told_where_indexing_takes_long(tmp_path, monkeypatch):
     for shard in range(4):
         write_shard(tmp_path / f"{shard}.tar", 2)
     with monkeypatch.context() as patch:
-        for name in ("_MEET_EVERY_S", "_SILENT_S", "_SAY_EVERY_S"):
-            patch.setattr(indexing, name, 0.01)
-        patch.setattr(indexing, "_THREADS", 1)
+        patch.setattr(indexing, "_SAY_EVERY_S", 0.01)
+        patch.setattr(indexing, "_SHARDS_PER_ROUND", 1)
         patch.setattr(indexing, "make_index", lambda *args, **options: (time.sleep(0.05), make(*args, **options))[1])
         open_shards([str(tmp_path)], say=said.append)
-    assert any("of 4 shards indexed, once for all" in line for line in said)
+    assert said[-1] == "3 of 4 shards indexed, once for all"
     said.clear()
     open_shards([str(tmp_path)], say=said.append)
     assert said == []

@@ -38,6 +38,18 @@ def test_files_are_alike_on_disk_and_behind_urls(folder):
         storage.read_bytes(storage.join(folder, "a.txt"))
 
 
+def test_links_are_what_they_lead_to(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.tar").write_bytes(b"12345")
+    folder = tmp_path / "links"
+    folder.mkdir()
+    for name, target in (("a.tar", "../real/a.tar"), ("sub", "../real"), ("broken", "nowhere"), ("loop", ".")):
+        (folder / name).symlink_to(target)
+    assert {name: facts.num_bytes for name, facts in storage.list_files(str(folder)).items()} == {"a.tar": 5}
+    assert storage.folders_in(str(folder)) == ["loop", "sub"]
+    assert list(storage.walk(str(folder))) == ["a.tar", "broken", "sub/a.tar"]
+
+
 def test_a_file_appears_whole_or_not_at_all(tmp_path, folder):
     (tmp_path / "temporary").write_bytes(b"content")
     storage.move_into_place(str(tmp_path / "temporary"), storage.join(folder, "final"))
