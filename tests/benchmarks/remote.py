@@ -7,15 +7,19 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from types import SimpleNamespace
 
 import fsspec
+import numpy as np
 from fsspec.implementations.memory import MemoryFileSystem
 from lines import report
 
 from declip_cli.data import storage
+from declip_cli.data.order import BlockOrder
 from declip_cli.data.prepare.shard_writer import PartWriter
 from declip_cli.data.prepare.stages import Pair
 from declip_cli.data.shards.store import open_shards
+from declip_cli.data.stream import ReadAhead
 
 
 class Slow(MemoryFileSystem):
@@ -63,6 +67,22 @@ def rate_one_by_one(data, threads, num):
     return num / (time.perf_counter() - began)
 
 
+def rate_in_order(data, threads, *, num_streams=8, open_blocks=32, batch_size=256):
+    """Read as training does: shuffled among open blocks, fetched ahead by the order, released behind."""
+    order = BlockOrder(data.block_firsts, 0, num_streams=num_streams, open_blocks=open_blocks)
+    began = time.perf_counter()
+    with ThreadPoolExecutor(threads) as fetchers, ThreadPoolExecutor(threads) as readers:
+        ahead = ReadAhead(order, SimpleNamespace(fetch=lambda blocks: fetchers.map(data.fetch, blocks)))
+        for first in range(0, len(data) - batch_size + 1, batch_size):
+            positions = np.arange(first, first + batch_size)
+            used_up = ahead.move_to(0, positions)
+            list(readers.map(data.read, order.numbers(0, positions).tolist()))
+            list(map(data.release, used_up))
+        seconds = time.perf_counter() - began
+        fetchers.shutdown(cancel_futures=True)
+    return len(data) / seconds
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=12_000)
@@ -81,8 +101,19 @@ def main():
         single, num_single = rate_one_by_one(data, options.threads, 1000), Slow.num_asked - num_start
         block = rate_by_block(data, options.threads)
         num_block = (Slow.num_asked - num_start - num_single) / options.pairs * 1000
+        Slow.num_asked = 0
+    with tempfile.TemporaryDirectory() as cache:
+        data = open_shards(["slow://set"], cache_dir=cache, cache_gb=2)
+        Slow.num_asked = 0
+        in_order = rate_in_order(data, options.threads)
+        num_in_order = Slow.num_asked / options.pairs * 1000
     facts = {"peer_name": "single reads", "runs": 1}
     report("read, remote", block, single, unit="pairs/s", ratio=block / single, **facts)
+    report("read, remote, in training order", in_order, single, unit="pairs/s", ratio=in_order / single, **facts)
+    facts["unit"] = "a thousand pairs"
+    ratio = num_single / num_in_order
+    report("requests, remote, in training order", num_in_order, num_single, ratio=ratio, **facts)
+    del facts["unit"]
     report("requests, remote", num_block, num_single, unit="a thousand pairs", ratio=num_single / num_block, **facts)
 
 
