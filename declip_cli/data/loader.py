@@ -5,7 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import cv2
 import numpy as np
@@ -104,28 +104,6 @@ class Filled(NamedTuple):
 
 
 Fill: TypeAlias = Callable[[Room, Task], Filled]
-
-
-class Loader(Protocol):
-    """Fills rooms, several at the same time."""
-
-    def begin(self, tasks: Sequence[Task]) -> Any:  # noqa: ANN401  (a ticket is the loader's own)
-        """Start to fill the rows of a batch and return a ticket for it."""
-
-    def finish(self, ticket: Any) -> tuple[Room, list[Filled]]:  # noqa: ANN401
-        """Wait for a batch; images are valid until the next call if they are in page-locked memory."""
-
-    def drop(self, ticket: Any) -> None:  # noqa: ANN401
-        """Give a batch up."""
-
-    def fetch(self, pieces: Sequence[int]) -> None:
-        """Start to bring blocks near."""
-
-    def release(self, pieces: Sequence[int]) -> None:
-        """Let go of blocks that are used up."""
-
-    def close(self) -> None:
-        """End threads and processes."""
 
 
 def make_order(samples: Dataset, config: StreamConfig) -> Order:
@@ -232,7 +210,7 @@ class ThreadLoader:
         self._fetchers = ThreadPoolExecutor(NUM_FETCHERS, "declip-fetcher")  # starts threads when asked to fetch
 
     def begin(self, tasks: Sequence[Task]) -> tuple[Room, list[Callable[[], Filled]]]:
-        """See `Loader`."""
+        """Start to fill the rows of a batch and return a ticket for it."""
         shapes = room_shapes(self._config)
         texts = (np.empty(shapes[name], np.int64) for name in Room._fields[1:])
         room = Room(self._empty(shapes["images"]), *texts)
@@ -241,29 +219,29 @@ class ThreadLoader:
         return room, [self._pool.submit(self._fill, room, task).result for task in tasks]
 
     def finish(self, ticket: tuple[Room, list[Callable[[], Filled]]]) -> tuple[Room, list[Filled]]:
-        """See `Loader`."""
+        """Wait for a batch."""
         room, results = ticket
         return room, [result() for result in results]
 
     def drop(self, ticket: tuple[Room, list[Callable[[], Filled]]]) -> None:
-        """See `Loader`."""
+        """Give a batch up."""
         for result in ticket[1]:
             task = getattr(result, "__self__", None)
             if isinstance(task, Future):
                 task.cancel()
 
     def fetch(self, pieces: Sequence[int]) -> None:
-        """See `Loader`."""
+        """Start to bring blocks near."""
         for piece in pieces:
             self._fetchers.submit(fetch_piece, self._samples, piece)
 
     def release(self, pieces: Sequence[int]) -> None:
-        """See `Loader`."""
+        """Let go of blocks that are used up."""
         for piece in pieces:
             self._fetchers.submit(release_piece, self._samples, piece)
 
     def close(self) -> None:
-        """See `Loader`."""
+        """End the threads."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
         self._fetchers.shutdown(wait=False, cancel_futures=True)

@@ -117,7 +117,7 @@ class ProcessLoader:
             _pin(memory)
 
     def begin(self, tasks: Sequence[Task]) -> _Ticket:
-        """See `Loader`."""
+        """As `ThreadLoader`'s."""
         if not self._free:
             room, copied = self._held.popleft()
             copied.synchronize()
@@ -133,7 +133,7 @@ class ProcessLoader:
         return ticket
 
     def finish(self, ticket: _Ticket) -> tuple[Room, list[Filled]]:
-        """See `Loader`."""
+        """Wait for a batch; page-locked images are overwritten some batches later, when they are copied."""
         if self._pin and self._held and self._held[-1][1] is None:  # the consumer has put its copy into the GPU's queue
             import torch
 
@@ -151,18 +151,18 @@ class ProcessLoader:
         return room, [ticket.results[number] for number in sorted(ticket.results)]
 
     def drop(self, ticket: _Ticket) -> None:
-        """See `Loader`."""
+        """As `ThreadLoader`'s."""
         while ticket.unfinished:
             self._receive()
         self._free.append(ticket.room)
 
     def fetch(self, pieces: Sequence[int]) -> None:
-        """See `Loader`."""
+        """As `ThreadLoader`'s."""
         for piece in pieces:
             self._send(self._workers[piece % len(self._workers)], ("fetch", piece))
 
     def release(self, pieces: Sequence[int]) -> None:
-        """See `Loader`."""
+        """As `ThreadLoader`'s."""
         for piece in pieces:
             self._send(self._workers[piece % len(self._workers)], ("release", piece))
 

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from declip_cli.batch import Batch
 from declip_cli.data.dataset import UNREAD, Dataset, Skips
-from declip_cli.data.loader import ROWS_PER_TASK, Loader, StreamConfig, Task, ThreadLoader, make_order
+from declip_cli.data.loader import ROWS_PER_TASK, StreamConfig, Task, ThreadLoader, make_order
 from declip_cli.data.loader_processes import ProcessLoader
 from declip_cli.data.order import Order, ShardOrder, Window
 from declip_cli.data.pair_views import BadSample
@@ -22,6 +22,7 @@ from declip_cli.errors import DataError
 _MIN_ROWS_TO_JUDGE = 1000
 
 T = TypeVar("T")
+Loader: TypeAlias = ThreadLoader | ProcessLoader
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +262,9 @@ class ReadAhead:
         self._loader.fetch(self._order.pieces(window))
 
 
-def _start_loader(samples: Dataset, order: Order, config: StreamConfig, *, num_rooms: int) -> Loader:
+def _start_loader(
+    samples: Dataset, order: Order, config: StreamConfig, *, num_rooms: int
+) -> ThreadLoader | ProcessLoader:
     if config.loader == "threads" or not config.workers:
         return ThreadLoader(samples, order, config, empty=partial(_empty, pin_memory=config.pin_memory))
     reopen = samples.reopen() if hasattr(samples, "reopen") else partial(_same, samples)
