@@ -89,7 +89,7 @@ class Dataset(ABC):
     classes: Classes | None = None
     """None where the examples have no labels."""
     labels: Sequence[int] = ()
-    """The class of each example, N numbers in [0, C); empty without classes."""
+    """The class of each example, N numbers in [0, C), -1 for one in no class; empty without classes."""
     fold_size: int = 0
     """Images per fold, where retrieval is also scored in folds; else 0."""
     skipped: Skips

@@ -10,8 +10,8 @@ from declip_cli.data.benchmarks.known import Known, missing_file
 from declip_cli.data.dataset import Classes, Dataset, Skips
 from declip_cli.data.files_dataset import FilesDataset, is_image
 from declip_cli.data.shards.tar_samples import clean_captions
-from declip_cli.data.sources.folder import CAPTIONS_FILE, captions_beside, group_by_stem, read_lists
-from declip_cli.data.sources.records import FileRecord
+from declip_cli.data.sources.folder import CAPTIONS_FILE, group_by_stem, read_lists
+from declip_cli.data.sources.records import FileRecord, captions_beside
 from declip_cli.errors import DataError
 
 _SPLIT_FOLDERS = {

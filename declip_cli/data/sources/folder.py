@@ -1,13 +1,11 @@
 """Folders of pictures: with a list in `captions.jsonl`, or with a text file beside each picture."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import groupby
 
 from declip_cli.data import storage
-from declip_cli.data.dataset import Example
-from declip_cli.data.shards.tar_samples import PICTURE_EXTENSIONS, Group, captions_of, captions_of_row
-from declip_cli.data.sources.records import BadRecord, Record, file_record, read_picture
+from declip_cli.data.shards.tar_samples import PICTURE_EXTENSIONS, captions_of_row
+from declip_cli.data.sources.records import BadRecord, FileRecord, Record, file_record
 from declip_cli.files import parse_json
 
 CAPTIONS_FILE = "captions.jsonl"
@@ -65,41 +63,6 @@ def _read_line(line: bytes, folder: str, prefix: str, place: str) -> Record:
     return file_record(folder[: -len(prefix)] or ".", prefix + str(name), captions_of_row(row))
 
 
-@dataclass(frozen=True, slots=True)
-class BesideRecord:
-    """An image with its captions in files of the same name beside it."""
-
-    key: str
-    path: str
-    extensions: tuple[str, ...]
-    """Of the caption files, as written."""
-    part: str = ""
-
-    def load(self) -> Example:
-        """Read the pair; see `Record.load`."""
-        return Example(self.key, read_picture(self.path), captions_beside(self.path, self.extensions))
-
-
-def captions_beside(path: str, extensions: Iterable[str]) -> tuple[str, ...]:
-    """Read the captions of an image from the files beside it.
-
-    Args:
-        path: of the image.
-        extensions: of the caption files, as written.
-
-    Returns:
-        At least one caption.
-
-    Raises:
-        DataError: there is none, or none that can be read; `.cause` says why.
-    """
-    stem = path.rpartition(".")[0]
-    group = Group(path)
-    for extension in extensions:
-        group.parts[extension.lower()] = read_picture(f"{stem}.{extension}")
-    return captions_of(group)
-
-
 def group_by_stem(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Find the caption files that stand beside images.
 
@@ -141,7 +104,7 @@ def _read_names(root: str, names: list[str]) -> Iterator[Record]:
         images = [name for name in found if name.rpartition(".")[2].lower() in PICTURE_EXTENSIONS]
         for name in images:
             if stem in texts:
-                yield BesideRecord(name, storage.join(root, name), texts[stem])
+                yield FileRecord(name, storage.join(root, name), beside=texts[stem])
             else:
                 yield BadRecord(name, "missing caption")
         if stem in texts and not images:

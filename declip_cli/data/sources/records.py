@@ -1,7 +1,6 @@
 """What every source yields: where a picture and its captions lie, still unread."""
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
@@ -36,16 +35,21 @@ class Record(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """A picture in a file of its own, with captions known already."""
+    """An image in a file of its own, with captions known already or in files of the same name beside it."""
 
     key: str
     path: str
-    captions: tuple[object, ...]
+    captions: tuple[object, ...] = ()
     part: str = ""
+    beside: tuple[str, ...] = ()
+    """Extensions of the caption files, as written; they count where there are any."""
 
     def load(self) -> Example:
         """Read the pair; see `Record.load`."""
-        return Example(self.key, read_picture(self.path), clean_captions(list(self.captions), self.key))
+        image = read_picture(self.path)
+        if self.beside:
+            return Example(self.key, image, captions_beside(self.path, self.beside))
+        return Example(self.key, image, clean_captions(list(self.captions), self.key))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,17 +120,40 @@ def read_picture(path: str) -> bytes:
         DataError: it is missing, too big or cannot be read.
     """
     try:
-        with storage.open_binary(path) as file:
-            if file.seek(0, os.SEEK_END) > MAX_MEMBER_BYTES:
-                raise DataError(f"{path} is too big for a picture", remedy="leave it out", cause="too big")
-            file.seek(0)
-            return file.read()
+        if not storage.is_remote(path):
+            with open(path, "rb") as file:
+                data = file.read(MAX_MEMBER_BYTES + 1)
+        else:
+            data = storage.read_bytes(path)  # in one request
+        if len(data) > MAX_MEMBER_BYTES:
+            raise DataError(f"{path} is too big for an image", remedy="omit it", cause="too big")
+        return data
     except (FileNotFoundError, ValueError) as error:  # ValueError: no file can have this name
         raise DataError(
             f"no image at {path}", remedy="check the path and the list that names it", cause="missing file"
         ) from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error}", remedy="check the file", cause="unreadable file") from error
+
+
+def captions_beside(path: str, extensions: Iterable[str]) -> tuple[str, ...]:
+    """Read the captions of an image from the files beside it.
+
+    Args:
+        path: of the image.
+        extensions: of the caption files, as written.
+
+    Returns:
+        At least one caption.
+
+    Raises:
+        DataError: there is none, or none that can be read; `.cause` says why.
+    """
+    stem = path.rpartition(".")[0]
+    group = Group(path)
+    for extension in extensions:
+        group.parts[extension.lower()] = read_picture(f"{stem}.{extension}")
+    return captions_of(group)
 
 
 def file_record(folder: str, name: object, captions: list[object], *, part: str = "") -> Record:
