@@ -1,5 +1,6 @@
 import gzip
 import json
+import tomllib
 
 import pytest
 from open_clip.zero_shot_metadata import (
@@ -93,6 +94,11 @@ def test_assets_other_than_the_demo_stay_small():
     root = asset_path("prompts").parent
     files = [path for path in root.rglob("*") if path.is_file() and root / "demo" not in path.parents]
     assert sum(path.stat().st_size for path in files) < 2_000_000
+
+
+def test_the_wheel_carries_all_assets():
+    project = tomllib.loads((asset_path("prompts").parents[1] / "pyproject.toml").read_text("utf-8"))
+    assert project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"] == {"assets": "declip_cli/_assets"}
 
 
 def test_a_missing_asset_is_a_broken_installation(monkeypatch, tmp_path):

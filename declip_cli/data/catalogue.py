@@ -76,7 +76,7 @@ def open_dataset(
     names = [name_or_path] if isinstance(name_or_path, str) else list(name_or_path)
     if not names:
         raise DataError("no data given", remedy="--data SHARDS, or --data demo for the pairs that come along")
-    known = [name for name in names if name in known_sets()]
+    known = [name for name in names if name in known_sets() and not _is_own(name)]
     if known and len(names) > 1:
         raise DataError(
             f"{known[0]} cannot be joined with other data (got {', '.join(names)})",
@@ -119,6 +119,11 @@ def _open_known(known: Known, root: Path, split: str | None) -> Dataset:
             remedy=known.how_to_get(root),
         )
     return opened
+
+
+def _is_own(name: str) -> bool:
+    """Say whether a known name is that of a folder of shards here, which then counts; what comes along goes first."""
+    return bool(known_sets()[name].markers) and has_shards(name)
 
 
 def _unknown(name: str) -> DataError:

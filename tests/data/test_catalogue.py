@@ -128,6 +128,17 @@ def test_shards_give_keys_and_captions(tmp_path: Path, make_picture):
     assert splits_of(str(tmp_path)) == ()
 
 
+def test_a_folder_of_shards_goes_before_a_known_set_of_its_name(tmp_path: Path, make_picture, monkeypatch):
+    (tmp_path / "coco").mkdir()
+    with tarfile.open(tmp_path / "coco" / "0.tar", "w") as tar:
+        for name, data in (("x.jpg", make_picture(1)), ("x.txt", b"words")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    monkeypatch.chdir(tmp_path)
+    assert open_dataset(("coco",), "train").captions(0) == ("words",)
+
+
 def test_subfolders_are_classes(tmp_path: Path):
     set_layouts.put_classes(tmp_path, ["red_panda", "cat"], 2)
     set_layouts.put_picture(tmp_path / "cat" / "deeper" / "c.webp")

@@ -5,10 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from declip_cli.assets import asset_path
+from declip_cli.data.benchmarks.known import known_sets
+from declip_cli.data.catalogue import open_dataset
 from declip_cli.data.files_dataset import Subset
+from declip_cli.data.shards.dataset import Shards
 from declip_cli.errors import DataError, EvaluateError
 from declip_cli.evaluate.during_training import Evaluator, _Retrieval, find_score, make_evaluator
 from declip_cli.evaluate.features import FeatureOptions
+from declip_cli.evaluate.retrieve import read_pairs
 from declip_cli.model.checkpoint import PretrainedModel
 from tests import set_layouts
 
@@ -40,6 +45,19 @@ def test_a_folder_with_captions_is_scored_by_retrieval(tmp_path: Path, tiny_mode
     scores = make_evaluator([str(tmp_path)])(tiny_model)[str(tmp_path)]
     assert scores["text_to_image"]["recall_at_5"] == 1
     assert "top1" not in scores
+
+
+def test_shards_are_opened_without_reading_an_image(monkeypatch: pytest.MonkeyPatch):
+    demo = known_sets()["demo"]
+    paths = [str(asset_path(f"demo/{tar}.tar")) for tar in demo.splits["validation"]["tars"]]
+
+    def read(*_: object) -> None:
+        raise AssertionError("an image was read")
+
+    monkeypatch.setattr(Shards, "read", read)
+    assert make_evaluator(paths).names == tuple(paths)
+    pairs = read_pairs(open_dataset(paths[0]))
+    assert (len(pairs.images), len(pairs.texts)) == (1217, 1217)
 
 
 def test_a_wrong_name_is_told_before_training(tmp_path: Path):

@@ -29,8 +29,9 @@ def open_source(config: PrepareConfig) -> Source:
     Raises:
         DataError: it is missing, or cannot be read as any kind or as the kind asked for.
     """
-    if config.source in known_sets():
-        return _open_known(config.source)
+    known = known_sets().get(config.source)
+    if known is not None and not (known.markers and storage.is_folder(config.source)):
+        return _open_known(known.name)
     path = config.source.rstrip("/") or "/"
     paths = storage.expand(path)
     missing = [found for found in paths if not storage.is_file(found) and not storage.is_folder(found)]
