@@ -4,14 +4,14 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from declip_cli.cli.console import emit, note, progress_of, user_errors
 from declip_cli.cli.options import Force, Json
 from declip_cli.config_files import build_config
-from declip_cli.data.prepare.config import CleanConfig, PrepareConfig, SourceKind
+from declip_cli.data.prepare.config import CleanConfig, Duplicates, Engine, PrepareConfig, SourceKind
 from declip_cli.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,13 +20,15 @@ if TYPE_CHECKING:
 _DEFAULTS = PrepareConfig(source="", out="")
 _CLEAN = _DEFAULTS.clean
 _CLEANING = "Cleaning: pairs left out although they can be read"
-_KINDS = ", ".join(filter(None, get_args(SourceKind)))
 
 
 def prepare(
     source: Annotated[str, typer.Argument(help="Folder, table, tar pattern, list, or fsspec URL of one.")],
     out: Annotated[str, typer.Option("--out", help="Folder (or fsspec URL) for the shards.")],
-    kind: Annotated[str, typer.Option(help=f"What SOURCE is, if looking is not enough: {_KINDS}.")] = "",
+    kind: Annotated[
+        Optional[SourceKind],  # noqa: UP045  (Typer reads this form on every Python it supports)
+        typer.Option(help="What SOURCE is, if looking is not enough."),
+    ] = None,
     image_column: Annotated[str, typer.Option(help="Column of a table that holds pictures.")] = "",
     caption_columns: Annotated[
         list[str], typer.Option("--caption-column", help="Column that holds captions; may be repeated, all are kept.")
@@ -40,29 +42,31 @@ def prepare(
     split: Annotated[
         list[str], typer.Option(help="Part of the pairs to set aside, such as val=0.01; may be repeated.")
     ] = [],  # noqa: B006
-    engine: Annotated[str, typer.Option(help="Where pictures are worked on: threads, or ray.")] = "threads",
+    engine: Annotated[Engine, typer.Option(help="Where images are worked on.")] = _DEFAULTS.engine,
     min_caption_chars: Annotated[
         int, typer.Option(help="Leave shorter captions out.", rich_help_panel=_CLEANING)
     ] = _CLEAN.min_caption_chars,
     max_caption_chars: Annotated[
-        int, typer.Option(help="Leave longer captions out; 0 is no limit.", rich_help_panel=_CLEANING)
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Leave longer captions out.", rich_help_panel=_CLEANING),
     ] = _CLEAN.max_caption_chars,
     scripts: Annotated[
         list[str],
         typer.Option("--script", help="Keep captions in this script, such as latin.", rich_help_panel=_CLEANING),
     ] = [],  # noqa: B006
     max_caption_repeats: Annotated[
-        int, typer.Option(help="Pairs that may share a caption; 0 is no limit.", rich_help_panel=_CLEANING)
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Pairs that may share a caption; without it any number.", rich_help_panel=_CLEANING),
     ] = _CLEAN.max_caption_repeats,
     min_side_px: Annotated[
         int, typer.Option(help="Leave smaller pictures out.", rich_help_panel=_CLEANING)
     ] = _CLEAN.min_side_px,
     max_aspect: Annotated[
-        float,
-        typer.Option(help="Longest longer side / shorter side; 0 is no limit.", rich_help_panel=_CLEANING),
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Largest longer side / shorter side.", rich_help_panel=_CLEANING),
     ] = _CLEAN.max_aspect,
     duplicates: Annotated[
-        str,
+        Duplicates,
         typer.Option(help="keep them, or leave out exact copies, or also near ones.", rich_help_panel=_CLEANING),
     ] = _CLEAN.duplicates,
     exclude: Annotated[

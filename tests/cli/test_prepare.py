@@ -76,19 +76,26 @@ def test_a_wrong_column_name_lists_the_columns_there_are(photos, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "message"),
+    ("words", "message"),
     [
-        (("--split", "val"), 1, "--split wants NAME=FRACTION (got 'val')"),
-        (("--kind", "zip"), 2, "prepare.kind must be one of"),
-        (("--quality", "101"), 1, "--quality is in [1, 100] (got 101)"),
+        (("--split", "val"), "--split wants NAME=FRACTION (got 'val')"),
+        (("--max-caption-chars", "0"), "--max-caption-chars must be at least 1 (got 0)"),
+        (("--quality", "101"), "--quality is in [1, 100] (got 101)"),
     ],
 )
-def test_wrong_values_are_errors_with_a_remedy(photos, tmp_path, words, code, message):
+def test_wrong_values_are_errors_with_a_remedy(photos, tmp_path, words, message):
     result = declip_prepare(photos, "--out", tmp_path / "out", *words)
-    assert result.exit_code == code
+    assert result.exit_code == 1
     assert f"error: {message}" in result.stderr
     assert "\n  fix: " in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words", [("--kind", "zip"), ("--duplicates", "some"), ("--engine", "spark")])
+def test_a_wrong_choice_exits_with_2_and_names_the_choices(photos, tmp_path, words):
+    result = declip_prepare(photos, "--out", tmp_path / "out", *words)
+    assert result.exit_code == 2
+    assert f"'{words[1]}' is not one of" in result.stderr
 
 
 def test_usage_errors_exit_with_2():
@@ -138,9 +145,6 @@ def test_filters_and_parts_are_options(photos, tmp_path):
     assert result.exit_code == 1
     assert "no image-text pair found" in result.stderr
     assert "excluded picture: 6, first 0.jpg" in result.stderr
-    result = declip_prepare(photos, "--out", tmp_path / "out2", "--duplicates", "some")
-    assert result.exit_code == 2
-    assert "prepare.clean.duplicates must be one of keep, exact, near" in result.stderr
 
 
 def test_defaults_of_the_options_are_those_of_the_configuration(photos, tmp_path):

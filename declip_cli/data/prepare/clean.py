@@ -28,7 +28,7 @@ def caption_problem(caption: str, config: CleanConfig) -> str:
     """
     if len(caption) < config.min_caption_chars:
         return SHORT
-    if config.max_caption_chars and len(caption) > config.max_caption_chars:
+    if config.max_caption_chars is not None and len(caption) > config.max_caption_chars:
         return LONG
     if config.scripts and not _is_mostly_in(caption, config.scripts):
         return SCRIPT
@@ -61,7 +61,7 @@ def picture_problem(width: int, height: int, config: CleanConfig) -> str:
     """
     if min(width, height) < config.min_side_px:
         return SMALL
-    if config.max_aspect and max(width, height) > config.max_aspect * min(width, height):
+    if config.max_aspect is not None and max(width, height) > config.max_aspect * min(width, height):
         return ASPECT
     return ""
 

@@ -5,9 +5,7 @@ from typing import Literal, TypeAlias
 
 from declip_cli.config_checks import require, require_fractions
 
-SourceKind: TypeAlias = Literal[
-    "", "captions", "folder", "table", "coco", "flickr30k", "tars", "declip", "yfcc15m", "urls"
-]
+SourceKind: TypeAlias = Literal["captions", "folder", "table", "coco", "flickr30k", "tars", "declip", "yfcc15m", "urls"]
 Duplicates: TypeAlias = Literal["keep", "exact", "near"]
 Engine: TypeAlias = Literal["threads", "ray"]
 
@@ -18,16 +16,16 @@ class CleanConfig:
 
     min_caption_chars: int = 0
     """Shorter captions are left out; a pair goes when none is left."""
-    max_caption_chars: int = 0
-    """Longer captions are left out; 0 is no limit."""
+    max_caption_chars: int | None = None
+    """Longer captions are left out; None is no limit."""
     scripts: tuple[str, ...] = ()
     """Unicode scripts, such as `latin`; a caption mostly in another is left out. Empty keeps all."""
-    max_caption_repeats: int = 0
-    """Pairs that may share one caption, letter case and white space apart; 0 is no limit."""
+    max_caption_repeats: int | None = None
+    """Pairs that may share one caption, letter case and white space apart; None is no limit."""
     min_side_px: int = 0
     """Pictures with a shorter side below this are left out."""
-    max_aspect: float = 0.0
-    """Pictures with longer side / shorter side above this are left out; 0 is no limit."""
+    max_aspect: float | None = None
+    """Pictures with longer side / shorter side above this are left out; None is no limit."""
     duplicates: Duplicates = "keep"
     """`exact`: a picture file seen before is left out; `near`: also one that looks the same."""
     exclude: tuple[str, ...] = ()
@@ -42,13 +40,20 @@ class CleanConfig:
             f"near_distance_bits is in [0, 5] (got {self.near_distance_bits})",
             remedy="leave it at 4",
         )
+        limits = {"max-caption-chars": self.max_caption_chars, "max-caption-repeats": self.max_caption_repeats}
+        for name, limit in limits.items():
+            require(
+                limit is None or limit >= 1,
+                f"--{name} must be at least 1 (got {limit})",
+                remedy=f"omit --{name} for no limit",
+            )
         require(
-            self.max_aspect == 0 or self.max_aspect >= 1,
+            self.max_aspect is None or self.max_aspect >= 1,
             f"--max-aspect is longer side / shorter side, at least 1 (got {self.max_aspect})",
             remedy="--max-aspect 3",
         )
         require(
-            not self.max_caption_chars or self.min_caption_chars <= self.max_caption_chars,
+            self.max_caption_chars is None or self.min_caption_chars <= self.max_caption_chars,
             "--min-caption-chars must not exceed --max-caption-chars "
             f"(got {self.min_caption_chars}, {self.max_caption_chars})",
             remedy="swap them",
@@ -68,8 +73,8 @@ class PrepareConfig:
     """Folder, file, tar pattern or fsspec URL."""
     out: str
     """Folder or fsspec URL for the shards."""
-    kind: SourceKind = ""
-    """What the source is; empty looks at it."""
+    kind: SourceKind | None = None
+    """What the source is; None looks at it."""
     image_column: str = ""
     caption_columns: tuple[str, ...] = ()
     images: str = ""

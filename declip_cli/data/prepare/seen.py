@@ -80,9 +80,9 @@ class Seen:
         key_hash = _hash("key", "\0".join((pair.key, *pair.captions)))
         if self._counter.count(key_hash):
             return LeftOut(pair.key, DUPLICATE_KEY, is_bad=True)
-        problem, captions = self._image_problem(pair), pair.captions
-        if config.max_caption_repeats:
-            captions = tuple(c for c in captions if self._counter.count(_caption_hash(c)) < config.max_caption_repeats)
+        problem, captions, most = self._image_problem(pair), pair.captions, config.max_caption_repeats
+        if most is not None:
+            captions = tuple(text for text in captions if self._counter.count(_caption_hash(text)) < most)
         if problem or not captions:
             return LeftOut(pair.key, problem or REPEATED, is_bad=False)
         self._add(key_hash)
@@ -90,7 +90,7 @@ class Seen:
             self._add(pair.picture_hash)
         if config.duplicates == "near":
             self._add(pair.looks_hash, is_looks=True)
-        if config.max_caption_repeats:
+        if most is not None:
             for caption in captions:
                 self._add(_caption_hash(caption))
         return replace(pair, captions=captions)
