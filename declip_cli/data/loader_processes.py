@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from multiprocessing.reduction import DupFd
@@ -96,6 +97,7 @@ class ProcessLoader:
         self._num_begun = 0
         num_processes = -(-config.workers // THREADS_PER_PROCESS)
         context = multiprocessing.get_context("spawn")
+        resource_tracker.ensure_running()  # which would otherwise start below, and unblock the signals
         self._workers = []
         for number in range(num_processes):
             ours, theirs = context.Pipe()
