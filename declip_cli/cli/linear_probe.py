@@ -53,7 +53,9 @@ def linear_probe(
                 shots=shots,
                 seed=seed,
                 with_baseline=True if baseline else None,
-                options=FeatureOptions(batch_size=batch_size, threads=threads, use_cache=not no_cache, progress=tell),
+                options=FeatureOptions(
+                    batch_size=batch_size, threads=threads, use_cache=not no_cache, progress=tell, say=note
+                ),
             )
         for cause, entry in report.skipped.items():
             note(f"{dataset}: skipped {entry['count']} pictures, {cause} (first: {entry['first']})")

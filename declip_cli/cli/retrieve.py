@@ -71,7 +71,7 @@ def retrieve(
         from declip_cli.evaluate.features import FeatureOptions
         from declip_cli.evaluate.search import Query
 
-        options = FeatureOptions(batch_size=batch_size, threads=threads, use_cache=not no_cache)
+        options = FeatureOptions(batch_size=batch_size, threads=threads, use_cache=not no_cache, say=note)
         if not is_search:
             report = _score(_open(source, data_root), open_model(model, threads=threads), options)
             emit(report.to_json(), as_json=as_json)
@@ -94,9 +94,9 @@ class _Settings:
 
 
 def _is_index(source: str) -> bool:
-    from declip_cli.evaluate.index_folder import is_index_folder
+    from declip_cli.evaluate.vectors import is_store
 
-    return is_index_folder(Path(source))
+    return is_store(Path(source))
 
 
 def _refuse(options: dict[str, object]) -> None:

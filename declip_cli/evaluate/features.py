@@ -1,269 +1,293 @@
-"""Pictures or texts and a model → features: batched, in bfloat16 where native, cached by content."""
+"""Images and a model → features: batched, in bfloat16 where native, kept in a store by their content."""
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import overload
+from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from declip_cli.data.dataset import Dataset, Pixels
-from declip_cli.data.tokenizer import END, Tokenizer
-from declip_cli.errors import EvaluateError
-from declip_cli.evaluate.feature_cache import cached_tensor, content_key, store_features
-from declip_cli.evaluate.image_pipeline import BLOCK_SIZE, FeatureOptions, ImageInput, ImageJob, Progress
-from declip_cli.evaluate.shares import Part, encode_shares, take
+from declip_cli.data.dataset import Dataset, Skips
+from declip_cli.errors import DataError, EvaluateError
+from declip_cli.evaluate.image_pipeline import FeatureOptions, Progress, encode_images
+from declip_cli.evaluate.shares import Part, encode_shares
+from declip_cli.evaluate.vectors import Encoded, Rows, StoreError, Vectors, VectorStore, use_store
 from declip_cli.model.checkpoint import PretrainedModel
-from declip_cli.model.precision import autocast, resolve_precision
+from declip_cli.model.precision import resolve_precision
 
 __all__ = [
-    "BLOCK_SIZE", "DatasetImages", "FeatureOptions", "ImageFeatures", "ImageInput", "Progress", "Skipped",
-    "count_cut", "image_features", "length_sorted_batches", "map_images", "text_features",
+    "EMBEDDING", "FeatureOptions", "ImageFeatures", "Located", "Progress", "by_content", "content_key", "embedder",
+    "image_features", "locate_images", "map_images", "update_store",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    """Pictures that could not be used for one cause."""
-
-    count: int
-    first: str
-    """Key of the first one."""
+T = TypeVar("T")
+EMBEDDING = "embedding"
+"""Kind of the features that zero-shot, retrieval and search share: projected, unit length."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageFeatures:
-    """Features of the readable pictures, in their order."""
+    """Features of the readable images, in their order."""
 
     features: Tensor
     """float32, (N', D), N' <= N."""
     kept: list[int]
-    """For each row, the picture's number among the inputs."""
-    skipped: dict[str, Skipped] = field(default_factory=dict)
-    """Unreadable pictures by cause."""
-
-    def skipped_to_json(self) -> dict[str, dict[str, int | str]]:
-        """Return the unreadable pictures as nested dicts."""
-        return {cause: {"count": s.count, "first": s.first} for cause, s in self.skipped.items()}
+    """For each row, the image's number in the data set."""
+    skipped: Skips = field(default_factory=Skips)
+    """Unreadable images."""
 
 
-class DatasetImages(Sequence[ImageInput]):
-    """The images of a data set as inputs of the functions below."""
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Where the features of images are."""
 
-    def __init__(self, dataset: Dataset, numbers: Sequence[int] | None = None) -> None:
-        self._dataset = dataset
-        self._numbers = range(len(dataset)) if numbers is None else numbers
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    @overload
-    def __getitem__(self, number: int) -> ImageInput: ...
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[ImageInput]: ...
-    def __getitem__(self, number: int | slice) -> ImageInput | Sequence[ImageInput]:
-        if isinstance(number, slice):
-            return DatasetImages(self._dataset, self._numbers[number])
-        return self._dataset.named(self._numbers[number]), partial(self._read, self._numbers[number])
-
-    def _read(self, number: int) -> bytes | Pixels:
-        return self._dataset.read(number).image
+    vectors: Vectors
+    """Of these and perhaps of other images, in memory or mapped from the disk, (V, D)."""
+    rows: Rows
+    """The row of each image, (N,), -1 where it cannot be read."""
+    skipped: Skips
+    num_read: int = 0
+    """Images that were not in the store with the same stamp."""
+    num_changed: int = 0
+    """Those of them that were there with another."""
+    num_encoded: int = 0
+    """Contents that were not in the store."""
 
 
 def image_features(
     model: PretrainedModel,
-    inputs: Sequence[ImageInput],
+    dataset: Dataset,
     *,
     projected: bool = True,
     normalise: bool = True,
     options: FeatureOptions | None = None,
 ) -> ImageFeatures:
-    """Encode pictures, skipping and counting those that cannot be read.
+    """Encode images, skipping and counting those that cannot be read.
 
     Args:
         model: the encoder and its preprocessing.
-        inputs: N pictures as (key, function that returns the encoded bytes).
+        dataset: N images.
         projected: the shared embedding, of width D; else the tower's own features, of width E.
         normalise: make each row unit length.
-        options: batch size, precision, threads, cache.
+        options: batch size, precision, threads, store.
 
     Returns:
         Features on the CPU, (N', D) or (N', E), and what was skipped.
 
     Raises:
-        EvaluateError: there is no picture, or none of them can be read.
+        EvaluateError: there is no image, or none of them can be read.
     """
+    label = EMBEDDING if projected and normalise else f"projected={projected} unit={normalise}"
+    encode = embedder(model, projected=projected, normalise=normalise)
+    return map_images(model, dataset, encode, label=label, options=options)
 
-    def encode(images: Tensor) -> Tensor:  # (B, S, S, 3) -> (B, D)
-        features: Tensor = model.encoder.encode_image(images, projected=projected)
-        return features
 
-    result = map_images(model, inputs, encode, label=f"projected={projected}", options=options)
-    if not normalise:
-        return result
-    features = F.normalize(result.features, dim=-1)  # (N', D)
-    return ImageFeatures(features=features, kept=result.kept, skipped=result.skipped)
+def embedder(model: PretrainedModel, *, projected: bool = True, normalise: bool = True) -> Callable[[Tensor], Tensor]:
+    """Return the function that encodes images (B, S, S, 3) as vectors (B, D); arguments as of `image_features`."""
+
+    def encode(images: Tensor) -> Tensor:
+        features = model.encoder.encode_image(images, projected=projected).float()  # (B, D)
+        return F.normalize(features, dim=-1) if normalise else features
+
+    return encode
 
 
 def map_images(
     model: PretrainedModel,
-    inputs: Sequence[ImageInput],
+    dataset: Dataset,
     encode: Callable[[Tensor], Tensor],
     *,
     label: str,
     options: FeatureOptions | None = None,
 ) -> ImageFeatures:
-    """Apply a function of the encoder to pictures: read, decode, crop, batch, encode, cache.
+    """Apply a function of the encoder to images: read, decode, crop, batch, encode, store.
 
     Args:
         model: where the encoder lies, and its preprocessing.
-        inputs: N pictures.
-        encode: uint8 pictures (B, S, S, 3) on the encoder's device → (B, D).
-        label: names what `encode` does, as part of the cache key.
-        options: batch size, precision, threads, cache.
+        dataset: N images.
+        encode: uint8 images (B, S, S, 3) on the encoder's device → (B, D).
+        label: names what `encode` does, to tell the store's kinds apart.
+        options: batch size, precision, threads, store.
 
     Returns:
-        One row per readable picture, float32 on the CPU.
+        One row per readable image, float32 on the CPU.
 
     Raises:
-        EvaluateError: there is no picture, or none of them can be read.
+        EvaluateError: there is no image, or none of them can be read.
     """
-    options = options or FeatureOptions()
-    if not inputs:
-        raise EvaluateError("there is no picture to encode", remedy="check the path of the data set")
-    found = encode_shares(len(inputs), partial(_encode_images, model, inputs, encode, label), options)
-    skipped: dict[str, Skipped] = {}
-    for number, cause in found.causes.items():
-        seen = skipped.get(cause, Skipped(0, inputs[number][0]))
-        skipped[cause] = Skipped(seen.count + 1, seen.first)
-    if not len(found.rows):
-        causes_told = ", ".join(f"{cause} ({s.count}, first {s.first})" for cause, s in skipped.items())
-        raise EvaluateError(
-            f"none of the {len(inputs)} pictures can be read: {causes_told}",
-            remedy="check that the files are pictures",
-        )
-    return ImageFeatures(features=found.rows, kept=found.numbers.tolist(), skipped=skipped)
+    found = locate_images(model, dataset, encode, label=label, options=options)
+    kept = np.flatnonzero(found.rows >= 0)  # (N',)
+    features = torch.from_numpy(np.asarray(found.vectors[found.rows[kept]]))  # (N', D)
+    return ImageFeatures(features=features, kept=kept.tolist(), skipped=found.skipped)
 
 
-def _encode_images(
+def locate_images(
     model: PretrainedModel,
-    inputs: Sequence[ImageInput],
+    dataset: Dataset,
     encode: Callable[[Tensor], Tensor],
+    *,
     label: str,
-    own: range,
+    options: FeatureOptions | None = None,
+) -> Located:
+    """Encode images as `map_images` does, leaving those that are stored where they lie; same arguments and errors."""
+    options = options or FeatureOptions()
+    if not len(dataset):
+        raise EvaluateError("there is no image to encode", remedy="check the path of the data set")
+
+    def stored(store: VectorStore) -> Located:
+        return update_store(store, model, dataset, encode, options)
+
+    def computed() -> Located:
+        found = encode_shares(len(dataset), partial(_encode_share, model, dataset, encode), options)
+        rows = np.full(len(dataset), -1, dtype=np.int64)  # (N,)
+        rows[found.numbers.numpy()] = np.arange(len(found.rows))
+        return Located(found.rows.numpy(), rows, _skips(dataset, found.causes))
+
+    found = _with_store(model, label, stored, computed, options)
+    if not (found.rows >= 0).any():
+        told = ", ".join(f"{cause} ({count}, first {first})" for cause, (count, first) in found.skipped.items())
+        raise EvaluateError(
+            f"none of the {len(dataset)} images can be read: {told}", remedy="check that the files are images"
+        )
+    return found
+
+
+def update_store(
+    store: VectorStore,
+    model: PretrainedModel,
+    dataset: Dataset,
+    encode: Callable[[Tensor], Tensor],
     options: FeatureOptions,
+    *,
+    is_shared: bool = True,
+) -> Located:
+    """Bring a store up to date with a data set: only images with a new stamp are read, only new contents encoded.
+
+    Args:
+        store: of one kind of features.
+        model: where the encoder lies, and its preprocessing.
+        dataset: N images.
+        encode: as of `map_images`.
+        options: batch size, precision, threads.
+        is_shared: other data sets are in the store, too: paths are told apart in full, captions are not kept.
+
+    Returns:
+        The rows of the images in the store.
+    """
+    store.ask(_asked(dataset, is_shared=is_shared))
+    rows = np.full(len(dataset), -1, dtype=np.int64)  # (N,)
+    is_known = np.zeros(len(dataset), dtype=bool)  # (N,)
+    causes: dict[int, str] = {}
+    for number, row, cause in store.answers():
+        rows[number], is_known[number] = row, True
+        if row < 0:
+            causes[number] = cause
+    todo: list[int] = np.flatnonzero(~is_known).tolist()
+    num_encoded, num_changed = 0, store.num_known() - int(is_known.sum())
+    for batch in encode_images(model, dataset, todo, encode, options, is_known=store.has):
+        num_encoded += store.add(batch)
+        for one, (row, cause) in zip(batch, store.find([one.digest for one in batch]), strict=True):
+            rows[one.number] = row
+            if row < 0:
+                causes[one.number] = cause or one.cause
+    if not todo and options.progress is not None:
+        options.progress(len(dataset), len(dataset))
+    return Located(store.vectors(), rows, _skips(dataset, causes), len(todo), num_changed, num_encoded)
+
+
+def _asked(dataset: Dataset, *, is_shared: bool) -> Iterator[tuple[int, str, str, str]]:
+    for number in range(len(dataset)):
+        try:
+            key, stamp = dataset.key(number), dataset.stamp(number)
+            caption = "" if is_shared else next(iter(dataset.captions(number)), "")
+        except DataError:
+            key, stamp, caption = dataset.named(number), "", ""
+        yield number, os.path.abspath(key) if is_shared and "://" not in key else key, stamp, caption
+
+
+def _skips(dataset: Dataset, causes: dict[int, str]) -> Skips:
+    skips = Skips()
+    for number in sorted(causes):
+        skips.add(causes[number], dataset.named(number))
+    return skips
+
+
+def _with_store(
+    model: PretrainedModel,
+    kind: str,
+    stored: Callable[[VectorStore], T],
+    computed: Callable[[], T],
+    options: FeatureOptions,
+) -> T:
+    """Work with the store of a kind of features, or without where it is not wanted or cannot be used."""
+    if not options.caches(model):
+        return computed()
+    precision = resolve_precision(options.precision, next(model.encoder.parameters()).device)
+    view = f"{model.image_side_px} {model.resize_px} {model.interpolation}"
+    key = content_key([kind, model.fingerprint, view, precision])
+    folder = Path(os.environ.get("DECLIP_CACHE") or Path.home() / ".cache" / "declip") / "vectors" / key[:32]
+    try:
+        return use_store(folder, key, model.name, stored, say=options.say)
+    except StoreError as error:
+        options.say(f"{error.message}; features are computed and not kept")
+        return computed()
+
+
+def content_key(parts: Iterable[str | bytes]) -> str:
+    """Condense everything that decides a result into 64 hexadecimal digits; order and borders of the parts count."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _encode_share(
+    model: PretrainedModel, dataset: Dataset, encode: Callable[[Tensor], Tensor], own: range, options: FeatureOptions
 ) -> Part:
     """Encode the images of a share, one row each."""
-    rows: list[Tensor] = []
-    kept: list[int] = []
-    causes: dict[int, str] = {}
-    job = ImageJob(model, encode, label, options)
-    with job, torch.inference_mode(), autocast(options.precision, job.device):
-        for block in job.run(take(inputs, own)):
-            rows.append(block.features)
-            kept += [own[block.start + number] for number in block.kept]
-            causes |= {own[block.start + number]: cause for number, cause in block.causes.items()}
-    features = torch.cat([row for row in rows if len(row)]) if kept else torch.empty(0, 0)  # (N', D)
-    return Part(features, torch.tensor(kept, dtype=torch.int64), causes)
+    found = [one for batch in encode_images(model, dataset, own, encode, options) for one in batch]
+    vectors = [one.vector for one in found if one.vector is not None]
+    numbers = [one.number for one in found if one.vector is not None]
+    causes = {one.number: one.cause for one in found if one.vector is None}
+    features = torch.from_numpy(np.stack(vectors)) if vectors else torch.empty(0, 0)  # (N', D)
+    return Part(features, torch.tensor(numbers, dtype=torch.int64), causes)
 
 
-def text_features(
+def by_content(
     model: PretrainedModel,
-    texts: Sequence[str],
-    *,
-    normalise: bool = True,
-    options: FeatureOptions | None = None,
+    kind: str,
+    digests: Sequence[bytes],
+    encode: Callable[[Sequence[int]], Tensor],
+    options: FeatureOptions,
 ) -> Tensor:
-    """Encode texts, sorted by length and cut to the longest of each batch.
-
-    Cutting changes nothing: the tower is causal and reads its feature at the end token.
+    """Encode what the store of a kind does not hold yet.
 
     Args:
-        model: the encoder and its context length.
-        texts: N texts; longer ones than the context are cut, keeping the end token.
-        normalise: make each row unit length.
-        options: batch size, precision, cache.
+        model: makes the features.
+        kind: names them.
+        digests: of what decides each row, N.
+        encode: from numbers in [0, N) to their rows, float32 on the CPU, (n, D).
+        options: store.
 
     Returns:
-        float32 on the CPU, (N, D), in the order of the texts.
-
-    Raises:
-        EvaluateError: there is no text.
+        All rows, (N, D).
     """
-    options = options or FeatureOptions()
-    if not texts:
-        raise EvaluateError("there is no text to encode", remedy="check the captions of the data set")
-    device = next(model.encoder.parameters()).device
-    precision = resolve_precision(options.precision, device)
-    key = content_key(["texts", model.fingerprint, precision, *texts])
-    use_cache = options.caches(model)
-    features = cached_tensor(key) if use_cache else None
-    if features is None:
-        features = encode_shares(len(texts), partial(_encode_texts, model, texts), options).rows
-        if use_cache:
-            store_features(key, {"features": features}, {})
-    return F.normalize(features, dim=-1) if normalise else features
 
+    def stored(store: VectorStore) -> Tensor:
+        rows = np.array([row for row, _ in store.find(digests)])  # (N,)
+        missing: list[int] = np.flatnonzero(rows < 0).tolist()
+        if missing:
+            made = encode(missing).numpy()  # (n, D)
+            new = [Encoded(number, digests[number], row) for number, row in zip(missing, made, strict=True)]
+            store.add(new, are_images=False)
+            rows = np.array([row for row, _ in store.find(digests)])
+        return torch.from_numpy(np.asarray(store.vectors()[rows]))
 
-def _encode_texts(model: PretrainedModel, texts: Sequence[str], own: range, options: FeatureOptions) -> Part:
-    """Encode the texts of a share, one row each."""
-    device = next(model.encoder.parameters()).device
-    texts = take(texts, own)
-    features: Tensor | None = None
-    num_done = 0
-    with torch.inference_mode(), autocast(options.precision, device):
-        for numbers, tokens in length_sorted_batches(texts, model.context_length, options.text_batch_size):
-            rows = model.encoder.encode_text(tokens.to(device)).float().cpu()  # (B, D)
-            if features is None:
-                features = torch.empty(len(texts), rows.shape[1])  # (N, D)
-            features[numbers] = rows
-            num_done += len(numbers)
-            if options.progress is not None:
-                options.progress(num_done, len(texts))
-    assert features is not None
-    return Part(features, torch.tensor(own))
-
-
-def count_cut(texts: Sequence[str], context_length: int) -> int:
-    """Count the texts that are longer than a model reads, and lose their ends.
-
-    Args:
-        texts: N texts.
-        context_length: longest text in tokens.
-
-    Returns:
-        How many are cut.
-    """
-    tokenizer = Tokenizer(context_length=context_length)
-    tokenizer.encode([text for text in texts if not _surely_fits(text, context_length)], pad_to_context=False)
-    return tokenizer.num_truncated
-
-
-def _surely_fits(text: str, context_length: int) -> bool:
-    """Say without tokenizing that a text is not cut: a token covers at least one byte, start and end are added.
-
-    Other characters and entities may become more bytes than they were, so nothing is said of them.
-    """
-    return len(text) <= context_length - 2 and text.isascii() and "&" not in text
-
-
-def length_sorted_batches(
-    texts: Sequence[str], context_length: int, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut texts into batches of similar length, each padded only to its own longest.
-
-    Args:
-        texts: N texts.
-        context_length: longest text in tokens.
-        batch_size: most texts per batch, B.
-
-    Yields:
-        The numbers of the texts, (B,), and their tokens, (B, L).
-    """
-    tokens = Tokenizer(context_length=context_length).encode(texts, pad_to_context=False)  # (N, L)
-    lengths = (tokens == END).int().argmax(dim=1) + 1  # (N,); the padding's id 0 is also that of "!"
-    for numbers in lengths.argsort(stable=True).split(batch_size):
-        longest = int(lengths[numbers].max())
-        yield numbers, tokens[numbers, :longest]  # (B,), (B, L)
+    return _with_store(model, kind, stored, lambda: encode(range(len(digests))), options)

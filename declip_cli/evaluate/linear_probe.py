@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from declip_cli.data.dataset import Dataset, Metric, Skips
 from declip_cli.data.files_dataset import Subset
-from declip_cli.evaluate.features import DatasetImages, FeatureOptions, ImageFeatures, map_images
+from declip_cli.evaluate.features import FeatureOptions, ImageFeatures, map_images
 from declip_cli.evaluate.logistic import LogisticFit, LogisticProblem
 from declip_cli.evaluate.metrics import mean_per_class_accuracy, top_k_accuracy
 from declip_cli.evaluate.probe_split import ProbeSets, choose_shots, hold_out
@@ -281,8 +281,7 @@ class _Job:
         self.skipped = Skips()
         parts = (self.train, self.val, self.sets.test)
         train, val, test = (
-            self._labelled(part, map_images(model, DatasetImages(part), encode, label=label, options=options))
-            for part in parts
+            self._labelled(part, map_images(model, part, encode, label=label, options=options)) for part in parts
         )
         num_classes, metric = len(self.sets.class_names), self.sets.metric
         chosen, val_score = search_l2(LogisticProblem(train.features, train.labels, num_classes), val, metric)
@@ -293,8 +292,7 @@ class _Job:
         return _Found(train, val, test, fit, val_score, top1, mean_per_class)
 
     def _labelled(self, part: Dataset, images: ImageFeatures) -> Labelled:
-        for cause, skipped in images.skipped.items():
-            self.skipped.add(cause, skipped.first, count=skipped.count)
+        self.skipped.add_all(images.skipped)
         device = next(self.model.encoder.parameters()).device
         labels = torch.tensor([part.labels[number] for number in images.kept], device=device)  # (N,)
         return Labelled(images.features.to(device), labels)

@@ -1,116 +1,86 @@
-"""Nearest vectors by inner product: exact by default, approximate through faiss's index factory."""
+"""Nearest vectors by inner product: exact by default, approximate through an index of FAISS over the store's rows."""
 
+import secrets
 import sys
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
+import faiss
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from declip_cli.errors import EvaluateError
-
-Vectors: TypeAlias = npt.NDArray[np.float32]
-Rows: TypeAlias = npt.NDArray[np.int64]
+from declip_cli.evaluate.vectors import Rows, Vectors, VectorStore
 
 EXACT = "Flat"
 _BLOCK_ROWS = 65536
-"""Rows compared at once: 128 MiB of 512-d vectors."""
+"""Rows compared or added at once: 128 MiB of 512-d vectors."""
 _MIN_CANDIDATES = 100
 """Least number of candidates that an approximate index is asked for; they are then scored exactly."""
 _MIN_LISTS = 8
 _SHARE_OF_LISTS = 16
 """At least 8 and at least a sixteenth of an inverted file's lists are searched."""
+_MAX_DEAD = 0.2
+"""Above this share of rows without an image a saved index is built anew."""
+_GROWTH = 2
+"""A saved index is built anew, and so trained anew, when there are so many times more rows than it was built of."""
 _TRAIN_ROWS_PER_LIST = 64
 _MIN_TRAIN_ROWS = 65536
 
 
-def load_faiss() -> Any:  # noqa: ANN401
-    """Import faiss when it is first needed, and keep its threads out of torch's way.
-
-    Both bring an OpenMP runtime. torch is imported first, and faiss gets as many threads as torch; on macOS,
-    where two runtimes in one process are known to crash (faiss-wheels #73, pytorch #149201), it gets one.
-
-    Returns:
-        The module, or None where it is not installed or cannot be loaded.
-    """
-    try:
-        import faiss
-    except (ImportError, OSError):
-        return None
-    faiss.omp_set_num_threads(1 if sys.platform == "darwin" else torch.get_num_threads())
-    return faiss
-
-
-def search_exact(vectors: Vectors, query: Vectors, k: int, *, dead: Rows) -> tuple[Vectors, Rows]:
+def search_exact(vectors: Vectors, rows: Rows, query: Vectors, k: int) -> tuple[Vectors, Rows]:
     """Find the best rows by comparing all of them, block by block, so that vectors may lie on disk.
 
     Args:
-        vectors: (N, D); may be memory-mapped.
+        vectors: (V, D); may be memory-mapped.
+        rows: those that count, ascending, (N,).
         query: (D,).
         k: how many are wanted.
-        dead: sorted numbers of rows that do not count, (n,).
 
     Returns:
-        Inner products, best first, (K,), and their rows, (K,), with K = min(k, N - n). Of equal scores the
-        earlier row comes first.
+        Inner products, best first, (K,), and their rows, (K,), with K = min(k, N). Of equal scores the earlier row
+        comes first.
     """
-    faiss = load_faiss()
-    scores: list[Vectors] = []
-    rows: list[Rows] = []
-    for first in range(0, len(vectors), _BLOCK_ROWS):
-        block = np.ascontiguousarray(vectors[first : first + _BLOCK_ROWS])
-        num_dead = int(np.searchsorted(dead, first + len(block)) - np.searchsorted(dead, first))
-        found = _best_of_block(faiss, block, query, min(len(block), k + num_dead))
-        scores.append(found[0])
-        rows.append(found[1] + first)
-    return _best(np.concatenate(scores), np.concatenate(rows), k, dead)
+    scores = np.empty(len(rows), dtype=np.float32)  # (N,)
+    for first in range(0, len(rows), _BLOCK_ROWS):
+        block = rows[first : first + _BLOCK_ROWS]
+        is_whole = block[-1] - block[0] + 1 == len(block)
+        part = vectors[block[0] : block[-1] + 1] if is_whole else vectors[block]  # (n, D)
+        scores[first : first + len(block)] = part @ query
+    return _best(scores, rows, k)
 
 
-def _best_of_block(faiss: Any, block: Vectors, query: Vectors, k: int) -> tuple[Vectors, Rows]:  # noqa: ANN401
-    if faiss is None:
-        top = (torch.from_numpy(block) @ torch.from_numpy(query)).topk(k)
-        return top.values.numpy(), top.indices.numpy()
-    found = faiss.knn(query[None], block, k, metric=faiss.METRIC_INNER_PRODUCT)  # what IndexFlatIP does
-    return found[0][0], found[1][0]
-
-
-def _best(scores: Vectors, rows: Rows, k: int, dead: Rows) -> tuple[Vectors, Rows]:
-    is_live = ~np.isin(rows, dead)
-    scores, rows = scores[is_live], rows[is_live]
+def _best(scores: Vectors, rows: Rows, k: int) -> tuple[Vectors, Rows]:
+    if k < len(scores):
+        good = (scores >= np.partition(scores, -k)[-k]).nonzero()[0]
+        scores, rows = scores[good], rows[good]
     order = np.lexsort((rows, -scores))[:k]
     return scores[order], rows[order]
 
 
 class ApproximateIndex:
-    """An index of faiss over vectors that also lie elsewhere; its candidates are scored exactly."""
+    """An index of FAISS over rows of a store; its candidates are scored exactly."""
 
-    def __init__(self, index: Any, faiss: Any, spec: str) -> None:  # noqa: ANN401
-        self._index, self._faiss, self.spec = index, faiss, spec
-
-    def __len__(self) -> int:
-        return int(self._index.ntotal)
+    def __init__(self, index: Any, spec: str) -> None:  # noqa: ANN401
+        self._index, self.spec = index, spec
+        # Two OpenMP runtimes in one process are known to crash on macOS (faiss-wheels #73, pytorch #149201).
+        faiss.omp_set_num_threads(1 if sys.platform == "darwin" else torch.get_num_threads())
 
     @staticmethod
-    def build(spec: str, vectors: Vectors) -> "ApproximateIndex":
-        """Train an index, where it needs that, and add all vectors.
+    def build(spec: str, vectors: Vectors, rows: Rows) -> "ApproximateIndex":
+        """Train an index, where it needs that, and add rows.
 
         Args:
             spec: for `faiss.index_factory`, such as `HNSW32` or `IVF4096,PQ64`.
-            vectors: unit length, (N, D).
+            vectors: unit length, (V, D).
+            rows: those to add, (N,).
 
         Returns:
             The index.
 
         Raises:
-            EvaluateError: faiss does not know the description, or there are too few vectors to train it.
+            EvaluateError: FAISS does not know the description, or there are too few vectors to train it.
         """
-        faiss = load_faiss()
-        if faiss is None:
-            raise EvaluateError(
-                f"--index {spec} needs faiss, which cannot be imported",
-                remedy="pip install faiss-cpu, or leave --index away for exact search",
-            )
         try:
             index = faiss.index_factory(vectors.shape[1], spec, faiss.METRIC_INNER_PRODUCT)
         except RuntimeError as error:
@@ -118,91 +88,116 @@ class ApproximateIndex:
                 f"faiss cannot make an index {spec!r} of {vectors.shape[1]} dimensions",
                 remedy='--index Flat, "HNSW32", "IVF256,Flat" or "IVF4096,PQ64"; see faiss\'s index factory',
             ) from error
-        made = ApproximateIndex(index, faiss, spec)
-        made._train(vectors)
-        made.add(vectors)
+        made = ApproximateIndex(faiss.IndexIDMap2(index), spec)
+        made._train(vectors, rows)
+        made.add(vectors, rows)
         return made
 
     @staticmethod
-    def read(path: Path, spec: str, *, is_mapped: bool) -> "ApproximateIndex":
-        """Open a saved index.
-
-        Args:
-            path: written by `write`.
-            spec: how it was made.
-            is_mapped: leave it on disk, for searching only.
-
-        Returns:
-            The index.
-
-        Raises:
-            EvaluateError: it cannot be read.
-        """
-        faiss = load_faiss()
-        flags = faiss.IO_FLAG_MMAP_IFC if is_mapped and hasattr(faiss, "IO_FLAG_MMAP_IFC") else 0
+    def read(path: Path, spec: str) -> "ApproximateIndex | None":
+        """Open a saved index; None if it is missing or damaged."""
         try:
-            return ApproximateIndex(faiss.read_index(str(path), flags), faiss, spec)
-        except (RuntimeError, AttributeError) as error:
-            raise EvaluateError(f"cannot read the index {path}: {error}", remedy=f"delete {path.parent}") from error
-
-    @property
-    def needs_training(self) -> bool:
-        """Whether its quality depends on the vectors it was trained on."""
-        return self._lists() is not None or "PQ" in self.spec or "PCA" in self.spec or "SQ" in self.spec
-
-    def add(self, vectors: Vectors) -> None:
-        """Add vectors, block by block, (n, D)."""
-        for first in range(0, len(vectors), _BLOCK_ROWS):
-            self._index.add(np.ascontiguousarray(vectors[first : first + _BLOCK_ROWS]))
+            return ApproximateIndex(faiss.read_index(str(path)), spec)
+        except (RuntimeError, MemoryError):
+            return None
 
     def write(self, path: Path) -> None:
         """Save, whole or not at all."""
-        temporary = path.with_name(path.name + ".tmp")
-        self._faiss.write_index(self._index, str(temporary))
+        temporary = path.with_name(f"{path.name}.tmp")
+        faiss.write_index(self._index, str(temporary))
         temporary.replace(path)
 
-    def search(self, vectors: Vectors, query: Vectors, k: int, *, dead: Rows) -> tuple[Vectors, Rows]:
+    @property
+    def rows(self) -> Rows:
+        """The rows in the index, (N,)."""
+        return np.asarray(faiss.vector_to_array(self._index.id_map), dtype=np.int64)
+
+    def add(self, vectors: Vectors, rows: Rows) -> None:
+        """Add rows, block by block."""
+        for block in np.array_split(rows, max(1, len(rows) // _BLOCK_ROWS)):
+            self._index.add_with_ids(np.ascontiguousarray(vectors[block]), block)
+
+    def search(self, vectors: Vectors, rows: Rows, query: Vectors, k: int) -> tuple[Vectors, Rows]:
         """Find good rows; arguments and result as of `search_exact`, scores exact, rows approximate."""
+        num_all = int(self._index.ntotal)
         wanted = max(4 * k, _MIN_CANDIDATES)
         while True:
-            wanted = min(wanted, len(self))
-            self._widen(wanted)
-            rows = self._index.search(query[None], wanted)[1][0].astype(np.int64)
-            rows = np.unique(rows[rows >= 0])
-            scores, rows = _best(vectors[rows] @ query, rows, k, dead)
-            if len(rows) >= k or wanted >= len(self):
-                return scores, rows
+            wanted = min(wanted, num_all)
+            self._effort(wanted)
+            found = self._index.search(query[None], wanted)[1][0].astype(np.int64)
+            found = np.intersect1d(found, rows)  # sorted, each once
+            if len(found) >= min(k, len(rows)) or wanted >= num_all:
+                return _best(vectors[found] @ query, found, k)
             wanted *= 4
 
-    def _lists(self) -> Any:  # noqa: ANN401
-        return self._faiss.try_extract_index_ivf(self._index)
-
-    def _train(self, vectors: Vectors) -> None:
-        lists = self._lists()
+    def _train(self, vectors: Vectors, rows: Rows) -> None:
+        lists = faiss.try_extract_index_ivf(self._index.index)
         num_lists = int(lists.nlist) if lists is not None else 0
-        if num_lists > len(vectors):
+        if num_lists > len(rows):
             raise EvaluateError(
-                f"--index {self.spec} needs at least {num_lists} pictures to train on (found {len(vectors)})",
-                remedy=f"--index IVF{max(1, len(vectors) // 40)},Flat or leave --index away for exact search",
+                f"--index {self.spec} needs at least {num_lists} images to train on (found {len(rows)})",
+                remedy=f"--index IVF{max(1, len(rows) // 40)},Flat or omit --index for exact search",
             )
-        step = max(1, len(vectors) // max(_MIN_TRAIN_ROWS, _TRAIN_ROWS_PER_LIST * num_lists))
-        sample = np.ascontiguousarray(vectors[::step])
+        step = max(1, len(rows) // max(_MIN_TRAIN_ROWS, _TRAIN_ROWS_PER_LIST * num_lists))
+        sample = np.ascontiguousarray(vectors[rows[::step]])
         try:
             self._index.train(sample)
         except RuntimeError as error:
             raise EvaluateError(
-                f"--index {self.spec} cannot be trained on {len(sample)} pictures: {_reason(error)}",
-                remedy="leave --index away for exact search, which is fast up to a million pictures",
+                f"--index {self.spec} cannot be trained on {len(sample)} images: "
+                f"{str(error).rpartition('failed: ')[2] or error}",
+                remedy="omit --index for exact search, which is fast up to a million images",
             ) from error
 
-    def _widen(self, wanted: int) -> None:
-        space = self._faiss.ParameterSpace()
-        lists = self._lists()
+    def _effort(self, wanted: int) -> None:
+        """Let the index look far enough for so many candidates."""
+        inner = faiss.downcast_index(self._index.index)
+        lists = faiss.try_extract_index_ivf(inner)
         if lists is not None:
             lists.nprobe = min(int(lists.nlist), max(_MIN_LISTS, int(lists.nlist) // _SHARE_OF_LISTS))
-        if "HNSW" in self.spec and lists is None:
-            space.set_index_parameter(self._index, "efSearch", max(64, wanted))
+        elif "HNSW" in self.spec:
+            faiss.ParameterSpace().set_index_parameter(inner, "efSearch", max(64, wanted))
 
 
-def _reason(error: RuntimeError) -> str:
-    return str(error).rpartition("failed: ")[2] or str(error)
+def saved_index(store: VectorStore, vectors: Vectors, rows: Rows, spec: str) -> ApproximateIndex | None:
+    """Bring the index that is saved with a store up to date.
+
+    Args:
+        store: where it is saved.
+        vectors: all rows, (V, D).
+        rows: those that count, ascending, (N,).
+        spec: `Flat`, or a description for `faiss.index_factory`; empty keeps what there is.
+
+    Returns:
+        The index; None for `Flat`, which needs none.
+
+    Raises:
+        EvaluateError: there is no image, or the index cannot be made.
+    """
+    if not len(rows):
+        raise EvaluateError(
+            f"the index {store.folder} holds no image that can be read", remedy="check that the files are images"
+        )
+    previous, spec = store.fact("index_file"), spec or store.fact("index") or EXACT
+    index = None
+    if previous and spec == store.fact("index"):
+        index = ApproximateIndex.read(store.folder / previous, spec)
+    missing = np.setdiff1d(rows, index.rows) if index is not None else rows
+    num_dead = 0 if index is None else len(np.setdiff1d(index.rows, rows))
+    is_stale = len(rows) > _GROWTH * int(store.fact("num_built") or 0) or num_dead > _MAX_DEAD * len(rows)
+    if spec == EXACT:
+        index, name = None, ""
+    elif index is not None and not is_stale and not len(missing):
+        return index
+    else:
+        name = f"index-{secrets.token_hex(6)}.faiss"
+        if index is None or is_stale:
+            index = ApproximateIndex.build(spec, vectors, rows)
+            store.set(num_built=len(rows))
+        else:
+            index.add(vectors, missing)
+        index.write(store.folder / name)
+    store.set(index=spec, index_file=name)
+    if previous:
+        (store.folder / previous).unlink(missing_ok=True)
+    return index

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 
 from declip_cli.assets import asset_path
 from declip_cli.errors import EvaluateError
-from declip_cli.evaluate.feature_cache import content_key, load_features, store_features
-from declip_cli.evaluate.features import FeatureOptions, length_sorted_batches, text_features
+from declip_cli.evaluate.features import FeatureOptions, by_content, content_key
 from declip_cli.evaluate.shares import Part, encode_shares, take
+from declip_cli.evaluate.texts import length_sorted_batches, text_features
 from declip_cli.files import parse_json
 from declip_cli.model.checkpoint import PretrainedModel
-from declip_cli.model.precision import autocast, resolve_precision
+from declip_cli.model.precision import autocast
 
 ENSEMBLES = ("1", "6", "8", "80")
 """Prompt ensembles of the original code; 80 is OpenAI's for ImageNet."""
@@ -131,7 +131,7 @@ def build_classifier(model: PretrainedModel, prompts: Prompts, *, options: Featu
     Args:
         model: the encoder.
         prompts: the texts of C classes.
-        options: batch size, precision, cache.
+        options: batch size, precision, store.
 
     Returns:
         One unit vector per class, float32, (C, D).
@@ -140,24 +140,15 @@ def build_classifier(model: PretrainedModel, prompts: Prompts, *, options: Featu
         in OpenAI's notebook.
     """
     options = options or FeatureOptions()
-    key = _key(model, prompts, options, "classifier")
-    use_cache = options.caches(model)
-    found = load_features(key) if use_cache else None
-    if found is not None:
-        return found[0]["classes"]
-    features = text_features(model, prompts.flat(), options=replace(options, use_cache=False))
-    classes = torch.zeros(len(prompts.by_class), features.shape[1])  # (C, D)
-    classes.index_add_(0, prompts.owners(), features)
-    classes = F.normalize(classes, dim=-1)
-    if use_cache:
-        store_features(key, {"classes": classes}, {})
-    return classes
 
+    def encode(numbers: Sequence[int]) -> Tensor:
+        chosen = Prompts(tuple(prompts.by_class[number] for number in numbers))
+        features = text_features(model, chosen.flat(), options=replace(options, use_cache=False))
+        sums = torch.zeros(len(numbers), features.shape[1])  # (n, D)
+        return F.normalize(sums.index_add_(0, chosen.owners(), features), dim=-1)
 
-def _key(model: PretrainedModel, prompts: Prompts, options: FeatureOptions, kind: str) -> str:
-    precision = resolve_precision(options.precision, next(model.encoder.parameters()).device)
-    sizes = ",".join(str(len(texts)) for texts in prompts.by_class)
-    return content_key([kind, model.fingerprint, precision, sizes, *prompts.flat()])
+    digests = [bytes.fromhex(content_key(texts)) for texts in prompts.by_class]
+    return by_content(model, "classes", digests, encode, options)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,10 @@ from torch import Tensor
 from declip_cli.data.dataset import Dataset, Skips
 from declip_cli.data.files_dataset import Subset
 from declip_cli.errors import DataError, EvaluateError
-from declip_cli.evaluate.features import DatasetImages, FeatureOptions, ImageFeatures, image_features, text_features
+from declip_cli.evaluate.features import FeatureOptions, ImageFeatures, image_features
 from declip_cli.evaluate.metrics import median_rank, recall_at
 from declip_cli.evaluate.ranking import Ranks, paired_ranks
+from declip_cli.evaluate.texts import text_features
 from declip_cli.evaluate.token_wise import encode_image_tokens, encode_text_tokens, token_wise_ranks
 from declip_cli.model.checkpoint import PretrainedModel
 
@@ -141,6 +142,7 @@ def retrieve(model: PretrainedModel, dataset: Dataset, *, options: FeatureOption
     encoded: _Encoded = (_TokenWise if model.token_wise else _Whole)(model, pairs, options)
     size = dataset.fold_size
     folds = [encoded.scores(fold * size, (fold + 1) * size) for fold in range(num_folds(len(pairs.images), size))]
+    pairs.skipped.add_all(encoded.images.skipped)
     return RetrievalReport(
         dataset=dataset.name,
         model=model.name,
@@ -149,7 +151,7 @@ def retrieve(model: PretrainedModel, dataset: Dataset, *, options: FeatureOption
         scores=encoded.scores(0, len(pairs.images)),
         folds=tuple(folds),
         fold_size=size,
-        skipped=pairs.skipped.to_json() | encoded.images.skipped_to_json(),
+        skipped=pairs.skipped.to_json(),
         seconds=time.perf_counter() - started,
     )
 
@@ -237,7 +239,7 @@ class _Whole(_Encoded):
 
     def __init__(self, model: PretrainedModel, pairs: Pairs, options: FeatureOptions) -> None:
         device = next(model.encoder.parameters()).device
-        super().__init__(pairs, image_features(model, DatasetImages(pairs.images), options=options), device)
+        super().__init__(pairs, image_features(model, pairs.images, options=options), device)
         self._image_embeds = self.images.features.to(device)  # (N', D)
         self._text_embeds = text_features(model, self.texts, options=options).to(device)  # (M', D)
 
@@ -250,7 +252,7 @@ class _TokenWise(_Encoded):
 
     def __init__(self, model: PretrainedModel, pairs: Pairs, options: FeatureOptions) -> None:
         device = next(model.encoder.parameters()).device
-        super().__init__(pairs, encode_image_tokens(model, DatasetImages(pairs.images), options=options), device)
+        super().__init__(pairs, encode_image_tokens(model, pairs.images, options=options), device)
         self._image_tokens = self.images.features.to(device)  # (N', P, Q)
         self._text_tokens = encode_text_tokens(model, self.texts, options=options).to(device)
 

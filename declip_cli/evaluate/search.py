@@ -1,4 +1,4 @@
-"""Search: the pictures of a collection that a text or a picture describes best."""
+"""Search: the images of a collection that a text or a image describes best."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -8,44 +8,47 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
-from torch.nn import functional as F
+import torch
 
-from declip_cli.data.dataset import Dataset, Pixels
+from declip_cli.data.dataset import Dataset, Pixels, Skips
+from declip_cli.data.files_dataset import FilesDataset
 from declip_cli.data.sources.records import read_picture
-from declip_cli.errors import EvaluateError
-from declip_cli.evaluate.feature_cache import content_key, to_bytes
+from declip_cli.errors import DataError, EvaluateError
 from declip_cli.evaluate.features import (
+    EMBEDDING,
     FeatureOptions,
     ImageFeatures,
-    ImageInput,
+    embedder,
     image_features,
-    map_images,
-    text_features,
+    locate_images,
+    update_store,
 )
-from declip_cli.evaluate.index_folder import IndexFolder, Match
-from declip_cli.evaluate.listed import ListedPicture, PictureList, list_dataset
-from declip_cli.evaluate.nearest import EXACT, ApproximateIndex, Rows, Vectors, search_exact
+from declip_cli.evaluate.nearest import EXACT, ApproximateIndex, saved_index, search_exact
+from declip_cli.evaluate.texts import text_features
 from declip_cli.evaluate.token_wise import encode_image_tokens, encode_text_tokens
+from declip_cli.evaluate.vectors import Rows, Vectors, VectorStore, use_store
 from declip_cli.model.checkpoint import PretrainedModel
+
+_CHUNK_IMAGES = 1024
+"""Images compared with a query token by token at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Query:
-    """What is looked for: a text, or a picture."""
+    """What is looked for: a text, or a image."""
 
     text: str = ""
     image: Path | None = None
 
     @property
     def words(self) -> str:
-        """The text, or the picture's path."""
+        """The text, or the image's path."""
         return self.text if self.image is None else str(self.image)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hit:
-    """One picture found."""
+    """One image found."""
 
     rank: int
     """1 is the best."""
@@ -72,7 +75,7 @@ class SearchReport:
     """As given to faiss's index factory; `Flat` is exact."""
     hits: list[Hit]
     num_indexed: int
-    """Pictures that were searched."""
+    """Images that were searched."""
     changes: dict[str, int]
     """What was added to, changed in and removed from a saved index; empty without one."""
     skipped: dict[str, dict[str, int | str]]
@@ -110,42 +113,88 @@ def search(
     Args:
         model: a trained model; token-wise ones (FILIP) compare token by token, always exactly.
         dataset: the collection.
-        query: text or picture.
+        query: text or image.
         k: how many hits are wanted; there are fewer in a smaller collection.
-        index: `Flat`, or another description for faiss's index factory.
-        options: batch size, precision, threads, cache.
+        index: `Flat`, or another description for FAISS's index factory.
+        options: batch size, precision, threads, store.
 
     Returns:
         The hits, best first.
 
     Raises:
-        EvaluateError: no picture can be read, or the index cannot be made.
+        EvaluateError: no image can be read, or the index cannot be made.
     """
-    started, listed = time.perf_counter(), list_dataset(dataset)
-    options = options or FeatureOptions()
-    inputs = [(picture.path, picture.read) for picture in listed.pictures]
+    started, options = time.perf_counter(), options or FeatureOptions()
+    _need_exact(index, model)
     if model.token_wise:
-        _need_exact(index)
-        found = _token_wise_scores(model, inputs, query, options)
-        scores = found.features[:, 0].numpy()  # (N',)
-        rows = np.argsort(-scores, kind="stable")[:k]
-        best = scores[rows]
+        images, scores = _token_wise_scores(model, dataset, query, options)
+        order = np.argsort(-scores, kind="stable")[:k]
+        numbers, best, skipped = np.array(images.kept)[order], scores[order], images.skipped
+        num_indexed = len(images.kept)
     else:
         vector = query_vector(model, query, options)  # (D,)
-        found = image_features(model, inputs, options=options)
-        best, rows = _nearest(found.features.numpy(), vector.numpy(), k, index)
-    pictures = [listed.pictures[found.kept[row]] for row in rows.tolist()]
+        found = locate_images(model, dataset, embedder(model), label=EMBEDDING, options=options)
+        rows = np.unique(found.rows[found.rows >= 0])  # (n,)
+        made = ApproximateIndex.build(index, found.vectors, rows) if index != EXACT else None
+        numbers, best = _numbers(found.rows, *_nearest(made, found.vectors, rows, vector, k), k)
+        skipped, num_indexed = found.skipped, int((found.rows >= 0).sum())
     return SearchReport(
         query=query.words,
-        collection=listed.name,
+        collection=dataset.name,
         model=model.name,
         index=index,
-        hits=make_hits(pictures, best.tolist()),
-        num_indexed=len(found.kept),
+        hits=_hits([_described(dataset, number) for number in numbers.tolist()], best),
+        num_indexed=num_indexed,
         changes={},
-        skipped=listed.skipped.to_json() | found.skipped_to_json(),
+        skipped=_together(dataset.skipped, skipped).to_json(),
         seconds=time.perf_counter() - started,
     )
+
+
+def _nearest(
+    index: ApproximateIndex | None, vectors: Vectors, rows: Rows, vector: Vectors, k: int
+) -> tuple[Vectors, Rows]:
+    if index is None:
+        return search_exact(vectors, rows, vector, k)
+    return index.search(vectors, rows, vector, k)
+
+
+def _numbers(rows: Rows, scores: Vectors, found: Rows, k: int) -> tuple[Rows, Vectors]:
+    """Turn rows that were found into numbers of images, those of the same content by number, and their scores."""
+    by_row = np.argsort(rows, kind="stable")
+    firsts, lasts = (np.searchsorted(rows[by_row], found, side) for side in ("left", "right"))
+    numbers = [by_row[first:last] for first, last in zip(firsts, lasts, strict=True)]
+    return np.concatenate(numbers)[:k], np.repeat(scores, lasts - firsts)[:k]
+
+
+def _described(dataset: Dataset, number: int) -> tuple[str, str, Callable[[], bytes | Pixels]]:
+    try:
+        caption = next(iter(dataset.captions(number)), "")
+    except DataError:
+        caption = ""
+    return dataset.named(number), caption, lambda: dataset.read(number).image
+
+
+def _hits(found: Sequence[tuple[str, str, Callable[[], bytes | Pixels]]], scores: Vectors) -> list[Hit]:
+    return [
+        Hit(rank=rank, score=score, path=path, caption=caption, read=read)
+        for rank, ((path, caption, read), score) in enumerate(zip(found, scores.tolist(), strict=True), start=1)
+    ]
+
+
+def _together(first: Skips, second: Skips) -> Skips:
+    both = Skips(first)
+    both.add_all(second)
+    return both
+
+
+def _need_exact(index: str, model: PretrainedModel) -> None:
+    if model.token_wise and index != EXACT:
+        option = index if index.startswith("--") else f"--index {index}"
+        raise EvaluateError(
+            f"{option} needs one vector per image; a token-wise model (FILIP) has one per patch",
+            remedy="omit it, or use a model of another method",
+        )
 
 
 def search_saved(
@@ -161,118 +210,99 @@ def search_saved(
     """Bring a saved index up to date with a data set and search it.
 
     Args:
-        model: a trained model with one embedding per picture.
-        dataset: what the index shall hold; None searches what it holds, without a look at the pictures.
-        query: text or picture.
-        folder: of the index; made if it does not exist.
+        model: a trained model with one embedding per image.
+        dataset: what the index shall hold; None searches it as it is.
+        query: text or image.
+        folder: made if it does not exist.
         k: how many hits are wanted.
-        index: `Flat`, or another description for faiss's index factory; empty keeps the saved one's.
-        options: batch size, precision, threads; vectors are kept in the index and not in the cache.
+        index: as of `search`; empty keeps the saved one's.
+        options: as of `search`.
 
     Returns:
-        The hits, best first, and what changed in the index.
+        The hits and what changed.
 
     Raises:
-        EvaluateError: the index belongs to another model, cannot be made, or holds no picture.
+        EvaluateError: it belongs to another model, cannot be made, or holds no image.
     """
-    started = time.perf_counter()
-    if model.token_wise:
-        _need_exact(index or "--index-dir")
-    options = replace(options or FeatureOptions(), use_cache=False)
-    listed = list_dataset(dataset) if dataset is not None else None
-    encode = partial(image_features, model, options=replace(options, progress=None))
-    with IndexFolder(folder, fingerprint=model.fingerprint, model_name=model.name) as saved:
-        changes = saved.update(listed.pictures, encode, progress=options.progress).to_json() if listed else {}
-        saved.rebuild(index)
-        matches = saved.search(query_vector(model, query, options).numpy(), k)
+    started, options = time.perf_counter(), options or FeatureOptions()
+    _need_exact(index or "--index-dir", model)
+    name, vector = dataset.name if dataset is not None else str(folder), query_vector(model, query, options)  # (D,)
+
+    def work(store: VectorStore) -> SearchReport:
+        changes, skipped = _follow(store, model, dataset, options) if dataset is not None else ({}, store.skipped())
+        hits, num_indexed, spec = _search_store(store, index, vector, k)
         return SearchReport(
             query=query.words,
-            collection=listed.name if listed else str(folder),
+            collection=name,
             model=model.name,
-            index=saved.spec,
-            hits=make_hits(_matched(matches, listed), [match.score for match in matches]),
-            num_indexed=len(saved),
+            index=spec,
+            hits=hits,
+            num_indexed=num_indexed,
             changes=changes,
-            skipped=(listed.skipped.to_json() if listed else {}) | saved.skipped(),
+            skipped=skipped.to_json(),
             seconds=time.perf_counter() - started,
         )
 
-
-def _matched(matches: Sequence[Match], listed: PictureList | None) -> list[ListedPicture]:
-    readers = {picture.path: picture.read for picture in listed.pictures} if listed else {}
-    return [
-        ListedPicture(match.path, readers.get(match.path) or partial(read_picture, match.path), "", match.caption)
-        for match in matches
-    ]
+    if dataset is not None:
+        return use_store(folder, model.fingerprint, model.name, work, say=options.say)
+    with VectorStore(folder, model=model.fingerprint, model_name=model.name) as store:  # no images to make it anew from
+        return work(store)
 
 
-def _need_exact(index: str) -> None:
-    if index != EXACT:
-        option = index if index.startswith("--") else f"--index {index}"
-        raise EvaluateError(
-            f"{option} needs one vector per picture; a token-wise model (FILIP) has one per patch",
-            remedy="leave it away, or use a model of another method",
-        )
+def _search_store(store: VectorStore, index: str, vector: Vectors, k: int) -> tuple[list[Hit], int, str]:
+    listed = store.listed()
+    rows_of = np.array([row for _, _, row in listed], dtype=np.int64)  # (N,)
+    rows, vectors = np.unique(rows_of), store.vectors()  # (n,), (V, D)
+    made = saved_index(store, vectors, rows, index)
+    numbers, best = _numbers(rows_of, *_nearest(made, vectors, rows, vector, k), k)
+    found = [(path, caption, partial(read_picture, path)) for path, caption, _ in (listed[n] for n in numbers.tolist())]
+    return _hits(found, best), len(listed), made.spec if made is not None else EXACT
 
 
-def _nearest(features: Vectors, vector: Vectors, k: int, index: str) -> tuple[Vectors, Rows]:
-    none_dead = np.empty(0, dtype=np.int64)
-    if index == EXACT:
-        return search_exact(features, vector, k, dead=none_dead)
-    return ApproximateIndex.build(index, features).search(features, vector, k, dead=none_dead)
+def _follow(
+    store: VectorStore, model: PretrainedModel, dataset: Dataset, options: FeatureOptions
+) -> tuple[dict[str, int], Skips]:
+    """Make a saved index hold exactly the images of a data set; say what changed and what was skipped."""
+    found = update_store(store, model, dataset, embedder(model), options, is_shared=False)
+    num_removed = store.keep_asked()
+    changes = {
+        "num_added": found.num_read - found.num_changed,
+        "num_changed": found.num_changed,
+        "num_removed": num_removed,
+        "num_encoded": found.num_encoded,
+    }
+    return changes, _together(dataset.skipped, found.skipped)
 
 
-def make_hits(pictures: Sequence[ListedPicture], scores: Sequence[float]) -> list[Hit]:
-    """Number pictures in order.
-
-    Args:
-        pictures: best first.
-        scores: of each.
-
-    Returns:
-        The hits.
-    """
-    return [
-        Hit(rank=rank, score=score, path=picture.path, caption=picture.caption, read=picture.read)
-        for rank, (picture, score) in enumerate(zip(pictures, scores, strict=True), start=1)
-    ]
-
-
-def query_vector(model: PretrainedModel, query: Query, options: FeatureOptions) -> Tensor:
+def query_vector(model: PretrainedModel, query: Query, options: FeatureOptions) -> Vectors:
     """Encode what is looked for.
 
     Args:
-        model: a model with one embedding per picture and text.
-        query: text or picture.
-        options: precision, cache.
+        model: a model with one embedding per image and text.
+        query: text or image.
+        options: precision.
 
     Returns:
-        Unit length, float32 on the CPU, (D,).
+        Unit length, float32, (D,).
 
     Raises:
-        EvaluateError: the picture cannot be read.
+        EvaluateError: the image cannot be read.
     """
-    quiet = replace(options, progress=None)
+    alone = replace(options, progress=None, use_cache=False)
     if query.image is None:
-        return text_features(model, [query.text], options=quiet)[0]
-    inputs = [(str(query.image), partial(read_picture, str(query.image)))]
-    return image_features(model, inputs, options=quiet).features[0]
+        return text_features(model, [query.text], options=alone)[0].numpy()
+    return image_features(model, FilesDataset([query.image]), options=alone).features[0].numpy()
 
 
 def _token_wise_scores(
-    model: PretrainedModel, inputs: Sequence[ImageInput], query: Query, options: FeatureOptions
-) -> ImageFeatures:
-    """Score pictures by the best patch for each token, or patch, of the query, averaged over these; (N', 1)."""
-    quiet = replace(options, progress=None)
+    model: PretrainedModel, dataset: Dataset, query: Query, options: FeatureOptions
+) -> tuple[ImageFeatures, Vectors]:
+    """Score images by the best patch for each token, or patch, of the query, averaged over these; (N',)."""
+    alone = replace(options, progress=None, use_cache=False)
     if query.image is None:
-        tokens = encode_text_tokens(model, [query.text], options=quiet).tokens  # (L, Q)
+        tokens = encode_text_tokens(model, [query.text], options=alone).tokens  # (L, Q)
     else:
-        own = [(str(query.image), partial(read_picture, str(query.image)))]
-        tokens = encode_image_tokens(model, own, options=quiet).features[0]  # (P, Q)
-    tokens = tokens.to(next(model.encoder.parameters()).device)
-
-    def encode(images: Tensor) -> Tensor:
-        patches = F.normalize(model.encoder.encode_image_tokens(images).float(), dim=-1)  # (B, P, Q)
-        return (patches @ tokens.T).amax(1).mean(1, keepdim=True)  # (B, 1)
-
-    return map_images(model, inputs, encode, label=content_key(["search", to_bytes(tokens)]), options=options)
+        tokens = encode_image_tokens(model, FilesDataset([query.image]), options=alone).features[0]  # (P, Q)
+    images = encode_image_tokens(model, dataset, options=options)
+    scores = [(patches @ tokens.T).amax(1).mean(1) for patches in images.features.split(_CHUNK_IMAGES)]
+    return images, torch.cat(scores).numpy()

@@ -9,15 +9,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from declip_cli.evaluate.features import (
-    FeatureOptions,
-    ImageFeatures,
-    ImageInput,
-    length_sorted_batches,
-    map_images,
-)
+from declip_cli.data.dataset import Dataset
+from declip_cli.evaluate.features import FeatureOptions, ImageFeatures, map_images
 from declip_cli.evaluate.ranking import Ranks, ranks_in_rows
 from declip_cli.evaluate.shares import Part, encode_shares, take
+from declip_cli.evaluate.texts import length_sorted_batches
 from declip_cli.model.checkpoint import PretrainedModel
 from declip_cli.model.precision import autocast
 
@@ -55,15 +51,13 @@ class TokenTexts:
         return tokens, torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
 
 
-def encode_image_tokens(
-    model: PretrainedModel, pictures: Sequence[ImageInput], *, options: FeatureOptions
-) -> ImageFeatures:
-    """Encode pictures patch by patch.
+def encode_image_tokens(model: PretrainedModel, dataset: Dataset, *, options: FeatureOptions) -> ImageFeatures:
+    """Encode images patch by patch.
 
     Args:
         model: with token-wise heads.
-        pictures: N pictures.
-        options: batch size, precision, threads, cache.
+        dataset: N images.
+        options: batch size, precision, threads, store.
 
     Returns:
         Unit length patch features, (N', P, Q), and what was skipped.
@@ -75,7 +69,7 @@ def encode_image_tokens(
         shape[:] = tokens.shape[1:]
         return tokens.flatten(1)  # (B, P Q)
 
-    found = map_images(model, pictures, encode, label="image tokens", options=options)
+    found = map_images(model, dataset, encode, label="image tokens", options=options)
     width = shape[1] if shape else _token_width(model)
     tokens = found.features.unflatten(1, (-1, width))  # (N', P, Q)
     return ImageFeatures(features=tokens, kept=found.kept, skipped=found.skipped)

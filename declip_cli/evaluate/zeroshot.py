@@ -11,17 +11,10 @@ from torch import Tensor
 from declip_cli.data.catalogue import classified
 from declip_cli.data.dataset import Classes, Dataset, Metric
 from declip_cli.errors import EvaluateError
-from declip_cli.evaluate.feature_cache import content_key, to_bytes
-from declip_cli.evaluate.features import (
-    DatasetImages,
-    FeatureOptions,
-    ImageFeatures,
-    count_cut,
-    image_features,
-    map_images,
-)
+from declip_cli.evaluate.features import FeatureOptions, ImageFeatures, content_key, image_features, map_images
 from declip_cli.evaluate.metrics import chance_accuracy, mean_per_class_accuracy, top_k_accuracy
 from declip_cli.evaluate.prompts import Prompts, build_classifier, build_token_classifier, make_prompts
+from declip_cli.evaluate.texts import count_cut
 from declip_cli.model.checkpoint import PretrainedModel
 from declip_cli.model.precision import resolve_precision
 
@@ -185,14 +178,14 @@ def _predict(
         scores=scores,
         class_names=names,
     )
-    return predictions, images.skipped_to_json()
+    return predictions, images.skipped.to_json()
 
 
 def _rank_whole(
     model: PretrainedModel, dataset: Dataset, prompts: Prompts, options: FeatureOptions
 ) -> tuple[Tensor, Tensor, ImageFeatures]:
     classes = build_classifier(model, prompts, options=options)  # (C, D)
-    images = image_features(model, DatasetImages(dataset), options=options)
+    images = image_features(model, dataset, options=options)
     ranked, scores = _rank(images.features, classes)
     return ranked, scores, images
 
@@ -206,8 +199,8 @@ def _rank_token_wise(
     def encode(pixels: Tensor) -> Tensor:  # (B, S, S, 3) -> (B, C)
         return here.score(model.encoder.encode_image_tokens(pixels))
 
-    label = content_key(["token-wise", to_bytes(classes.tokens), to_bytes(classes.mask)])
-    images = map_images(model, DatasetImages(dataset), encode, label=label, options=options)
+    label = content_key(["token-wise scores", *map(content_key, prompts.by_class)])
+    images = map_images(model, dataset, encode, label=label, options=options)
     scores, ranked = images.features.topk(min(_TOP_K, images.features.shape[1]))
     return ranked, scores, images
 

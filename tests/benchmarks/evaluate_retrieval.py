@@ -100,21 +100,19 @@ def search(*, runs: int, num_vectors: int, spec: str) -> None:
         part[:] = centres[random.integers(0, len(centres), len(part))]
         part += 0.7 * random.standard_normal(part.shape, dtype=np.float32)
         part /= np.linalg.norm(part, axis=1, keepdims=True)
-    query, none_dead = vectors[7], np.empty(0, dtype=np.int64)
+    query, rows = vectors[7], np.arange(num_vectors)
 
     def plain() -> set[int]:
         scores = vectors @ query
         return set(np.argpartition(-scores, 10)[:10].tolist())
 
-    ways: dict[str, Callable[[], set[int]]] = {
-        "exact": lambda: set(search_exact(vectors, query, 10, dead=none_dead)[1].tolist())
-    }
+    ways: dict[str, Callable[[], set[int]]] = {"exact": lambda: set(search_exact(vectors, rows, query, 10)[1].tolist())}
     if spec:
         start = time.perf_counter()
-        index = ApproximateIndex.build(spec, vectors)
+        index = ApproximateIndex.build(spec, vectors, rows)
         seconds = time.perf_counter() - start
         report(f"build {spec} of {num_vectors} vectors", seconds, seconds, peer_name="-", unit="s", runs=1, ratio=1.0)
-        ways[spec] = lambda: set(index.search(vectors, query, 10, dead=none_dead)[1].tolist())
+        ways[spec] = lambda: set(index.search(vectors, rows, query, 10)[1].tolist())
     best = plain()
     for name, way in ways.items():
         found = way()

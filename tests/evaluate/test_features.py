@@ -11,16 +11,11 @@ from torch.nn import functional as F
 
 from declip_cli.data.image_views import evaluation_view
 from declip_cli.data.tokenizer import Tokenizer
-from declip_cli.errors import EvaluateError
-from declip_cli.evaluate.features import (
-    BLOCK_SIZE,
-    FeatureOptions,
-    count_cut,
-    image_features,
-    length_sorted_batches,
-    text_features,
-)
+from declip_cli.errors import DataError, EvaluateError
+from declip_cli.evaluate.features import FeatureOptions, image_features
+from declip_cli.evaluate.texts import count_cut, length_sorted_batches, text_features
 from declip_cli.model.checkpoint import PretrainedModel
+from tests.data_sets import MemoryDataset
 
 FP32 = FeatureOptions(precision="fp32", batch_size=3, threads=2)
 TEXTS = ["a cat", "a very long text about nothing at all", "!", "one two three!", "a dog on a log"]
@@ -31,13 +26,9 @@ def picture(seed: int, side: int = 20) -> bytes:
     return cv2.imencode(".png", pixels)[1].tobytes()
 
 
-def inputs_of(contents: list[bytes]) -> list[tuple[str, object]]:
-    return [(f"p{n}", lambda content=content: content) for n, content in enumerate(contents)]
-
-
 def test_pictures_are_encoded_one_by_one_as_together(tiny_model: PretrainedModel):
     contents = [picture(n) for n in range(7)]
-    result = image_features(tiny_model, inputs_of(contents), options=FP32)
+    result = image_features(tiny_model, MemoryDataset(contents), options=FP32)
     assert result.features.shape == (7, 10)
     assert result.kept == list(range(7))
     for content, row in zip(contents, result.features, strict=True):
@@ -48,30 +39,29 @@ def test_pictures_are_encoded_one_by_one_as_together(tiny_model: PretrainedModel
 
 
 def test_features_before_the_projection_have_the_width_of_the_tower(tiny_model: PretrainedModel):
-    result = image_features(tiny_model, inputs_of([picture(0)]), projected=False, normalise=False, options=FP32)
+    result = image_features(tiny_model, MemoryDataset([picture(0)]), projected=False, normalise=False, options=FP32)
     assert result.features.shape == (1, 24)
     assert result.features.norm() != pytest.approx(1.0, abs=1e-3)
 
 
 def test_unreadable_pictures_are_skipped_and_counted_by_cause(tiny_model: PretrainedModel):
     def gone() -> bytes:
-        raise FileNotFoundError("x")
+        raise DataError("no file", remedy="none", cause="missing file")
 
-    inputs = inputs_of([picture(0), b"not a picture", picture(1), b"nor this"])
-    inputs.insert(1, ("gone", gone))
+    inputs = MemoryDataset([picture(0), gone, b"not a picture", picture(1), b"nor this"])
     result = image_features(tiny_model, inputs, options=FP32)
     assert result.kept == [0, 3]
     assert result.features.shape == (2, 10)
-    causes = result.skipped_to_json()
-    assert causes.pop("missing file") == {"count": 1, "first": "gone"}
-    assert [entry for entry in causes.values()] == [{"count": 2, "first": "p1"}]
+    causes = result.skipped.to_json()
+    assert causes.pop("missing file") == {"count": 1, "first": "1.jpg"}
+    assert [entry for entry in causes.values()] == [{"count": 2, "first": "2.jpg"}]
 
 
 def test_it_is_an_error_when_no_picture_can_be_read(tiny_model: PretrainedModel):
-    with pytest.raises(EvaluateError, match="none of the 2 pictures can be read"):
-        image_features(tiny_model, inputs_of([b"x", b"y"]), options=FP32)
-    with pytest.raises(EvaluateError, match="no picture"):
-        image_features(tiny_model, [], options=FP32)
+    with pytest.raises(EvaluateError, match="none of the 2 images can be read"):
+        image_features(tiny_model, MemoryDataset([b"x", b"y"]), options=FP32)
+    with pytest.raises(EvaluateError, match="no image"):
+        image_features(tiny_model, MemoryDataset([]), options=FP32)
 
 
 class CountingEncoder:
@@ -97,50 +87,34 @@ def counting_model(tiny_model: PretrainedModel) -> PretrainedModel:
     return dataclasses.replace(tiny_model, encoder=CountingEncoder(tiny_model))
 
 
-def test_the_cache_answers_for_the_same_content_and_only_for_it(counting_model: PretrainedModel):
-    inputs = inputs_of([picture(0), b"broken", picture(1)])
+def test_the_store_answers_for_the_same_content_and_only_for_it(counting_model: PretrainedModel):
+    inputs = MemoryDataset([picture(0), b"broken", picture(1)])
     first = image_features(counting_model, inputs, options=FP32)
     again = image_features(counting_model, inputs, options=FP32)
     assert counting_model.encoder.num_images == 2
     torch.testing.assert_close(first.features, again.features, rtol=0, atol=0)
     assert (first.kept, first.skipped) == (again.kept, again.skipped)
 
-    image_features(counting_model, inputs_of([picture(0), b"broken", picture(2)]), options=FP32)
-    assert counting_model.encoder.num_images == 4
+    image_features(counting_model, MemoryDataset([picture(0), b"broken", picture(2)]), options=FP32)
+    assert counting_model.encoder.num_images == 3
     other = dataclasses.replace(counting_model, fingerprint="other weights")
     image_features(other, inputs, options=FP32)
-    assert counting_model.encoder.num_images == 6
+    assert counting_model.encoder.num_images == 5
     image_features(counting_model, inputs, projected=False, options=FP32)
-    assert counting_model.encoder.num_images == 8
+    assert counting_model.encoder.num_images == 7
     image_features(counting_model, inputs, options=dataclasses.replace(FP32, precision="bf16"))
-    assert counting_model.encoder.num_images == 10
+    assert counting_model.encoder.num_images == 9
     image_features(counting_model, inputs, options=dataclasses.replace(FP32, use_cache=False))
-    assert counting_model.encoder.num_images == 12
+    assert counting_model.encoder.num_images == 11
 
 
 def test_nothing_is_kept_of_a_model_in_training(counting_model: PretrainedModel, tmp_path: Path):
     unfinished = dataclasses.replace(counting_model, fingerprint="")
     for _ in range(2):
-        image_features(unfinished, inputs_of([picture(0)]), options=FP32)
+        image_features(unfinished, MemoryDataset([picture(0)]), options=FP32)
         text_features(unfinished, ["a cat"], options=FP32)
     assert (counting_model.encoder.num_images, counting_model.encoder.num_texts) == (2, 2)
-    assert not list(tmp_path.rglob("*.safetensors"))
-
-
-def test_a_grown_collection_reuses_its_first_blocks(counting_model: PretrainedModel):
-    contents = [picture(n % 5) for n in range(BLOCK_SIZE + 1)]
-    image_features(counting_model, inputs_of(contents), options=FP32)
-    image_features(counting_model, inputs_of([*contents, picture(9)]), options=FP32)
-    assert counting_model.encoder.num_images == BLOCK_SIZE + 1 + 2
-
-
-def test_a_damaged_cache_file_is_computed_again(counting_model: PretrainedModel, tmp_path: Path):
-    inputs = inputs_of([picture(0)])
-    first = image_features(counting_model, inputs, options=FP32)
-    (path,) = tmp_path.rglob("*.safetensors")
-    path.write_bytes(b"damaged")
-    again = image_features(counting_model, inputs, options=FP32)
-    torch.testing.assert_close(first.features, again.features)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_texts_keep_their_order_and_do_not_feel_their_neighbours(tiny_model: PretrainedModel):
@@ -170,13 +144,19 @@ def test_cut_texts_are_counted_as_the_tokenizer_cuts_them():
     assert count_cut(texts, 12) == tokenizer.num_truncated > 0
 
 
-def test_text_features_come_from_the_cache(counting_model: PretrainedModel):
+def test_text_features_come_from_the_store_in_any_order(counting_model: PretrainedModel):
     first = text_features(counting_model, TEXTS, options=FP32)
     again = text_features(counting_model, TEXTS, options=FP32)
     assert counting_model.encoder.num_texts == 5
     torch.testing.assert_close(first, again, rtol=0, atol=0)
-    text_features(counting_model, TEXTS[::-1], options=FP32)
-    assert counting_model.encoder.num_texts == 10
+    other = text_features(counting_model, [*TEXTS[::-1], "a new one"], options=FP32)
+    assert counting_model.encoder.num_texts == 6
+    torch.testing.assert_close(other[:5], first.flip(0), rtol=0, atol=0)
+
+
+def test_a_single_text_leaves_nothing_on_the_disk(tiny_model: PretrainedModel, tmp_path: Path):
+    text_features(tiny_model, ["a red bus"], options=FP32)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_no_text_is_an_error(tiny_model: PretrainedModel):
@@ -187,7 +167,7 @@ def test_no_text_is_an_error(tiny_model: PretrainedModel):
 def test_progress_is_told_to_the_end(tiny_model: PretrainedModel):
     told: list[tuple[int, int]] = []
     options = dataclasses.replace(FP32, progress=lambda done, total: told.append((done, total)))
-    image_features(tiny_model, inputs_of([picture(n) for n in range(4)]), options=options)
+    image_features(tiny_model, MemoryDataset([picture(n) for n in range(4)]), options=options)
     assert told == [(3, 4), (4, 4)]
 
 

@@ -8,7 +8,8 @@ import torch
 
 from declip_cli.data.catalogue import open_dataset
 from declip_cli.data.files_dataset import Subset
-from declip_cli.evaluate.features import DatasetImages, FeatureOptions, image_features, text_features
+from declip_cli.evaluate.features import FeatureOptions, image_features
+from declip_cli.evaluate.texts import text_features
 from declip_cli.evaluate.zeroshot import zeroshot
 from declip_cli.model.checkpoint import PretrainedModel
 
@@ -25,7 +26,7 @@ def on_gpu(model: PretrainedModel) -> PretrainedModel:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_features_are_those_of_the_cpu(tiny_model: PretrainedModel, precision: str):
-    pictures = DatasetImages(open_dataset("demo"))[:300]
+    pictures = Subset(open_dataset("demo"), range(300))
     options = dataclasses.replace(FP32, precision=precision)
     here, there = (image_features(m, pictures, options=options) for m in (tiny_model, on_gpu(tiny_model)))
     assert there.features.device.type == "cpu"

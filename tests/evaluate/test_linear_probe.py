@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 
 from declip_cli.errors import EvaluateError
 from declip_cli.evaluate import linear_probe as module
-from declip_cli.evaluate.features import DatasetImages, FeatureOptions, image_features
+from declip_cli.evaluate.features import FeatureOptions, image_features
 from declip_cli.evaluate.linear_probe import L2_GRID, Labelled, linear_probe, search_l2
 from declip_cli.evaluate.logistic import LogisticProblem
 from declip_cli.evaluate.probe_split import choose_shots, hold_out, open_probe_sets
@@ -51,7 +51,7 @@ def test_result_is_scikit_learns_on_train_and_validation_together(tmp_path, tiny
     report = linear_probe(tiny_model, sets, options=FRESH)
 
     def encode(part):
-        return image_features(tiny_model, DatasetImages(part), projected=False, normalise=False, options=FRESH).features
+        return image_features(tiny_model, part, projected=False, normalise=False, options=FRESH).features
 
     features = torch.cat([encode(sets.train), encode(sets.val)]).double()
     labels = [*sets.train.labels, *sets.val.labels]

@@ -9,8 +9,6 @@ from declip_cli.errors import EvaluateError
 from declip_cli.evaluate import nearest
 from declip_cli.evaluate.nearest import ApproximateIndex, search_exact
 
-NONE = np.empty(0, dtype=np.int64)
-
 
 def make_vectors(num: int, dim: int, seed: int = 0):
     random = np.random.default_rng(seed)
@@ -19,84 +17,80 @@ def make_vectors(num: int, dim: int, seed: int = 0):
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
-@pytest.mark.parametrize("has_faiss", [True, False])
-def test_exact_search_is_a_full_sort(monkeypatch, has_faiss):
+def test_exact_search_is_a_full_sort(monkeypatch):
     monkeypatch.setattr(nearest, "_BLOCK_ROWS", 64)
-    if not has_faiss:
-        monkeypatch.setitem(sys.modules, "faiss", None)
     vectors = make_vectors(150, 6)
     query = vectors[17]
-    scores, rows = search_exact(vectors, query, 9, dead=NONE)
+    scores, rows = search_exact(vectors, np.arange(150), query, 9)
     assert rows.tolist() == np.argsort(-(vectors @ query), kind="stable")[:9].tolist()
     assert scores == pytest.approx((vectors @ query)[rows], abs=1e-6)
 
 
-def test_dead_rows_are_never_found_and_never_cost_a_hit(monkeypatch):
+def test_rows_that_do_not_count_are_never_found_and_never_cost_a_hit(monkeypatch):
     monkeypatch.setattr(nearest, "_BLOCK_ROWS", 64)
     vectors = make_vectors(150, 6)
     order = np.argsort(-(vectors @ vectors[0]), kind="stable")
-    dead = np.sort(order[:20])
-    assert search_exact(vectors, vectors[0], 10, dead=dead)[1].tolist() == order[20:30].tolist()
+    assert search_exact(vectors, np.sort(order[20:]), vectors[0], 10)[1].tolist() == order[20:30].tolist()
 
 
 def test_more_hits_than_vectors_gives_all():
     vectors = make_vectors(5, 4)
-    assert sorted(search_exact(vectors, vectors[0], 10, dead=np.array([2]))[1].tolist()) == [0, 1, 3, 4]
+    assert sorted(search_exact(vectors, np.array([0, 1, 3, 4]), vectors[0], 10)[1].tolist()) == [0, 1, 3, 4]
 
 
 def test_of_equal_vectors_the_earlier_comes_first():
     vectors = np.repeat(make_vectors(1, 4), 6, axis=0)
-    assert search_exact(vectors, vectors[0], 3, dead=NONE)[1].tolist() == [0, 1, 2]
+    assert search_exact(vectors, np.arange(6), vectors[0], 3)[1].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("spec", ["HNSW16", "IVF8,Flat", "PCA12,IVF8,SQ8"])
 def test_approximate_index_finds_nearly_all_and_scores_exactly(spec, tmp_path):
-    vectors = make_vectors(1200, 16)
-    index = ApproximateIndex.build(spec, vectors[:1000])
-    index.add(vectors[1000:])
+    vectors, rows = make_vectors(1200, 16), np.arange(1200)
+    index = ApproximateIndex.build(spec, vectors, rows[:1000])
+    index.add(vectors, rows[1000:])
     index.write(tmp_path / "index.faiss")
-    again = ApproximateIndex.read(tmp_path / "index.faiss", spec, is_mapped=True)
-    assert len(again) == 1200
+    again = ApproximateIndex.read(tmp_path / "index.faiss", spec)
+    assert again is not None
+    assert again.rows.tolist() == rows.tolist()
     num_right = 0
     for query in make_vectors(20, 16, seed=1):
-        scores, rows = again.search(vectors, query, 10, dead=NONE)
+        scores, found = again.search(vectors, rows, query, 10)
         best = np.argsort(-(vectors @ query), kind="stable")[:10]
-        assert scores == pytest.approx((vectors @ query)[rows], abs=1e-6)
+        assert scores == pytest.approx((vectors @ query)[found], abs=1e-6)
         assert (np.diff(scores) <= 0).all()
-        num_right += len(set(rows.tolist()) & set(best.tolist()))
+        num_right += len(set(found.tolist()) & set(best.tolist()))
     assert num_right >= 180
 
 
-def test_approximate_index_looks_further_when_the_near_ones_are_dead():
+def test_approximate_index_looks_further_when_the_near_ones_do_not_count():
     vectors = make_vectors(1200, 16)
-    index = ApproximateIndex.build("HNSW16", vectors)
+    index = ApproximateIndex.build("HNSW16", vectors, np.arange(1200))
     order = np.argsort(-(vectors @ vectors[0]), kind="stable")
-    _, rows = index.search(vectors, vectors[0], 10, dead=np.sort(order[:300]))
+    _, rows = index.search(vectors, np.sort(order[300:]), vectors[0], 10)
     assert len(rows) == 10
     assert len(set(rows.tolist()) & set(order[300:310].tolist())) >= 8
 
 
+def test_index_that_is_not_one_is_not_read(tmp_path):
+    (tmp_path / "index.faiss").write_bytes(b"junk" * 20)
+    assert ApproximateIndex.read(tmp_path / "index.faiss", "HNSW16") is None
+    assert ApproximateIndex.read(tmp_path / "none.faiss", "HNSW16") is None
+
+
 def test_unknown_description_is_refused():
     with pytest.raises(EvaluateError, match="cannot make an index 'TREE7' of 4 dimensions"):
-        ApproximateIndex.build("TREE7", make_vectors(10, 4))
+        ApproximateIndex.build("TREE7", make_vectors(10, 4), np.arange(10))
 
 
 def test_more_lists_than_vectors_are_refused_with_a_fitting_number():
-    with pytest.raises(EvaluateError, match=r"IVF64,Flat needs at least 64 pictures .*found 50") as caught:
-        ApproximateIndex.build("IVF64,Flat", make_vectors(50, 4))
+    with pytest.raises(EvaluateError, match=r"IVF64,Flat needs at least 64 images .*found 50") as caught:
+        ApproximateIndex.build("IVF64,Flat", make_vectors(50, 4), np.arange(50))
     assert "IVF1,Flat" in caught.value.remedy
 
 
-def test_approximate_index_without_faiss_is_refused(monkeypatch):
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(EvaluateError, match="needs faiss"):
-        ApproximateIndex.build("HNSW16", make_vectors(10, 4))
-
-
 def test_macos_gets_one_faiss_thread(monkeypatch):
-    faiss = nearest.load_faiss()
     told = []
-    monkeypatch.setattr(faiss, "omp_set_num_threads", told.append)
+    monkeypatch.setattr(nearest.faiss, "omp_set_num_threads", told.append)
     monkeypatch.setattr(sys, "platform", "darwin")
-    nearest.load_faiss()
+    ApproximateIndex.build("HNSW16", make_vectors(10, 4), np.arange(10))
     assert told == [1]

@@ -4,9 +4,10 @@ import torch
 
 from declip_cli.data.catalogue import open_dataset
 from declip_cli.data.files_dataset import Subset
-from declip_cli.evaluate.features import DatasetImages, FeatureOptions, image_features, text_features
+from declip_cli.evaluate.features import FeatureOptions, image_features
 from declip_cli.evaluate.ranking import paired_ranks
 from declip_cli.evaluate.retrieve import read_pairs, retrieve
+from declip_cli.evaluate.texts import text_features
 from tests.data_sets import MemoryDataset
 
 FRESH = FeatureOptions(use_cache=False, threads=1, precision="fp32")
@@ -36,7 +37,7 @@ def test_report_has_the_promised_fields(tiny_model, make_picture):
 def test_scores_are_those_of_the_features(tiny_model, make_picture):
     made = make_set(make_picture, 15)
     report = retrieve(tiny_model, made, options=FRESH)
-    images = image_features(tiny_model, DatasetImages(made), options=FRESH).features
+    images = image_features(tiny_model, made, options=FRESH).features
     texts = text_features(tiny_model, [text for captions in made.texts for text in captions], options=FRESH)
     ranks = paired_ranks(images, texts, torch.arange(30) // 2)
     assert report.scores.text_to_image.mean_rank == float(ranks.text_to_image.double().mean())

@@ -7,8 +7,9 @@ import pytest
 
 from declip_cli.data.catalogue import open_dataset
 from declip_cli.errors import EvaluateError
-from declip_cli.evaluate.features import DatasetImages, FeatureOptions, image_features, text_features
+from declip_cli.evaluate.features import FeatureOptions, image_features
 from declip_cli.evaluate.search import Query, search, search_saved
+from declip_cli.evaluate.texts import text_features
 
 FRESH = FeatureOptions(use_cache=False, threads=1, precision="fp32")
 
@@ -25,7 +26,7 @@ def photos(tmp_path: Path, make_picture) -> Path:
 def test_hits_are_the_nearest_pictures_by_cosine(photos, tiny_model):
     listed = open_dataset(str(photos))
     report = search(tiny_model, listed, Query(text="a red bus"), k=5, options=FRESH)
-    images = image_features(tiny_model, DatasetImages(listed), options=FRESH).features
+    images = image_features(tiny_model, listed, options=FRESH).features
     cosines = (images @ text_features(tiny_model, ["a red bus"], options=FRESH)[0]).numpy()
     order = np.argsort(-cosines, kind="stable")[:5]
     assert [hit.path for hit in report.hits] == [listed.key(number) for number in order]
@@ -52,9 +53,9 @@ def test_token_wise_model_scores_a_text_by_its_tokens_best_patches(photos, tiny_
 
 def test_token_wise_model_takes_no_index(photos, tiny_token_model, tmp_path):
     listed = open_dataset(str(photos))
-    with pytest.raises(EvaluateError, match="--index HNSW8 needs one vector per picture"):
+    with pytest.raises(EvaluateError, match="--index HNSW8 needs one vector per image"):
         search(tiny_token_model, listed, Query(text="x"), index="HNSW8", options=FRESH)
-    with pytest.raises(EvaluateError, match="--index-dir needs one vector per picture"):
+    with pytest.raises(EvaluateError, match="--index-dir needs one vector per image"):
         search_saved(tiny_token_model, listed, Query(text="x"), folder=tmp_path / "index", options=FRESH)
 
 

@@ -59,7 +59,7 @@ def test_the_cases_hold_what_they_are_meant_to(ranks):
     assert ranks[0]["classes"]["report"]["num_prompts_cut"] > 0
     assert ranks[0]["classes, all of a rank unreadable"]["keys"] == ["1.jpg"]
     assert ranks[0]["pairs"]["num_images"] == 6
-    assert ranks[0]["none readable"].startswith("none of the 5 pictures can be read: missing file (2, first 0.jpg)")
+    assert ranks[0]["none readable"].startswith("none of the 5 images can be read: missing file (2, first 0.jpg)")
 
 
 def test_each_rank_encodes_its_share_only(ranks):

@@ -9,6 +9,7 @@ from declip_cli.evaluate import token_wise
 from declip_cli.evaluate.features import FeatureOptions
 from declip_cli.evaluate.ranking import ranks_in_rows
 from declip_cli.evaluate.token_wise import TokenTexts, encode_image_tokens, encode_text_tokens, token_wise_ranks
+from tests.data_sets import MemoryDataset
 
 FRESH = FeatureOptions(use_cache=False, threads=1, precision="fp32")
 
@@ -54,7 +55,7 @@ def test_padding_is_marked():
 
 
 def test_features_are_unit_length_per_patch_and_token(tiny_token_model, make_picture):
-    pictures = [(str(seed), lambda seed=seed: make_picture(seed)) for seed in range(3)]
+    pictures = MemoryDataset([make_picture(seed) for seed in range(3)])
     found = encode_image_tokens(tiny_token_model, pictures, options=FRESH)
     assert found.features.shape == (3, 4, 6)  # (N, P, Q)
     assert torch.allclose(found.features.norm(dim=-1), torch.ones(3, 4), atol=1e-5)
@@ -65,7 +66,7 @@ def test_features_are_unit_length_per_patch_and_token(tiny_token_model, make_pic
 
 
 def test_cached_patches_are_the_same(tiny_token_model, make_picture):
-    pictures = [(str(seed), lambda seed=seed: make_picture(seed)) for seed in range(3)]
+    pictures = MemoryDataset([make_picture(seed) for seed in range(3)])
     cached = FeatureOptions(threads=1, precision="fp32")
     first = encode_image_tokens(tiny_token_model, pictures, options=cached)
     again = encode_image_tokens(tiny_token_model, pictures, options=cached)

@@ -14,8 +14,9 @@ from declip_cli.data.catalogue import open_dataset
 from declip_cli.data.dataset import Classes, Dataset
 from declip_cli.errors import DataError, EvaluateError
 from declip_cli.evaluate.during_training import make_evaluator
-from declip_cli.evaluate.features import DatasetImages, FeatureOptions, image_features, text_features
+from declip_cli.evaluate.features import FeatureOptions, image_features
 from declip_cli.evaluate.retrieve import retrieve
+from declip_cli.evaluate.texts import text_features
 from declip_cli.evaluate.zeroshot import zeroshot
 from declip_cli.model.checkpoint import PretrainedModel
 from tests.conftest import random_model
@@ -36,8 +37,8 @@ def some_images(num: int, *, junk: tuple[int, ...] = (), missing: tuple[int, ...
     return [others.get(number) or demo.read(number).image for number in range(num)]
 
 
-def images(num: int, **causes: tuple[int, ...]) -> DatasetImages:
-    return DatasetImages(MemoryDataset(some_images(num, **causes)))
+def images(num: int, **causes: tuple[int, ...]) -> Dataset:
+    return MemoryDataset(some_images(num, **causes))
 
 
 def classes(num: int, *, num_classes: int = 7, **causes: tuple[int, ...]) -> Dataset:

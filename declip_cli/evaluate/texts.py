@@ -1,0 +1,116 @@
+"""Texts and a model → features: sorted by length, cut to the longest of each batch, stored by their content."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from declip_cli.data.tokenizer import END, Tokenizer
+from declip_cli.errors import EvaluateError
+from declip_cli.evaluate.features import FeatureOptions, by_content
+from declip_cli.evaluate.shares import Part, encode_shares, take
+from declip_cli.model.checkpoint import PretrainedModel
+from declip_cli.model.precision import autocast
+
+
+def text_features(
+    model: PretrainedModel,
+    texts: Sequence[str],
+    *,
+    normalise: bool = True,
+    options: FeatureOptions | None = None,
+) -> Tensor:
+    """Encode texts, sorted by length and cut to the longest of each batch.
+
+    Cutting changes nothing: the tower is causal and reads its feature at the end token. A single text is not stored.
+
+    Args:
+        model: the encoder and its context length.
+        texts: N texts; longer ones than the context are cut, keeping the end token.
+        normalise: make each row unit length.
+        options: batch size, precision, store.
+
+    Returns:
+        float32 on the CPU, (N, D), in the order of the texts.
+
+    Raises:
+        EvaluateError: there is no text.
+    """
+    options = options or FeatureOptions()
+    if not texts:
+        raise EvaluateError("there is no text to encode", remedy="check the captions of the data set")
+
+    def encode(numbers: Sequence[int]) -> Tensor:
+        chosen = [texts[number] for number in numbers]
+        return encode_shares(len(chosen), partial(_encode_texts, model, chosen), options).rows
+
+    digests = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in texts]
+    kept = options if len(texts) > 1 else replace(options, use_cache=False)
+    features = by_content(model, "texts", digests, encode, kept)
+    return F.normalize(features, dim=-1) if normalise else features
+
+
+def _encode_texts(model: PretrainedModel, texts: Sequence[str], own: range, options: FeatureOptions) -> Part:
+    """Encode the texts of a share, one row each."""
+    device = next(model.encoder.parameters()).device
+    texts = take(texts, own)
+    features: Tensor | None = None
+    num_done = 0
+    with torch.inference_mode(), autocast(options.precision, device):
+        for numbers, tokens in length_sorted_batches(texts, model.context_length, options.text_batch_size):
+            rows = model.encoder.encode_text(tokens.to(device)).float().cpu()  # (B, D)
+            if features is None:
+                features = torch.empty(len(texts), rows.shape[1])  # (N, D)
+            features[numbers] = rows
+            num_done += len(numbers)
+            if options.progress is not None:
+                options.progress(num_done, len(texts))
+    assert features is not None
+    return Part(features, torch.tensor(own))
+
+
+def count_cut(texts: Sequence[str], context_length: int) -> int:
+    """Count the texts that are longer than a model reads, and lose their ends.
+
+    Args:
+        texts: N texts.
+        context_length: longest text in tokens.
+
+    Returns:
+        How many are cut.
+    """
+    tokenizer = Tokenizer(context_length=context_length)
+    tokenizer.encode([text for text in texts if not _surely_fits(text, context_length)], pad_to_context=False)
+    return tokenizer.num_truncated
+
+
+def _surely_fits(text: str, context_length: int) -> bool:
+    """Say without tokenizing that a text is not cut: a token covers at least one byte, start and end are added.
+
+    Other characters and entities may become more bytes than they were, so nothing is said of them.
+    """
+    return len(text) <= context_length - 2 and text.isascii() and "&" not in text
+
+
+def length_sorted_batches(
+    texts: Sequence[str], context_length: int, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut texts into batches of similar length, each padded only to its own longest.
+
+    Args:
+        texts: N texts.
+        context_length: longest text in tokens.
+        batch_size: most texts per batch, B.
+
+    Yields:
+        The numbers of the texts, (B,), and their tokens, (B, L).
+    """
+    tokens = Tokenizer(context_length=context_length).encode(texts, pad_to_context=False)  # (N, L)
+    lengths = (tokens == END).int().argmax(dim=1) + 1  # (N,); the padding's id 0 is also that of "!"
+    for numbers in lengths.argsort(stable=True).split(batch_size):
+        longest = int(lengths[numbers].max())
+        yield numbers, tokens[numbers, :longest]  # (B,), (B, L)
