@@ -137,7 +137,7 @@ def open_lazy_shards(
     paths: Sequence[str], *, cache_dir: str | None = None, cache_gb: float = CACHE_GB
 ) -> LazyShardDataset:
     """Open archives of others without going through them; arguments and errors as of `open_shards`."""
-    shards = [shard for path in paths for shard in find_shards(path)]
+    shards = [shard for path in paths for shard in find_shards(path, cache_dir=cache_dir)]
     cache_dir, cache_bytes = cache_dir or default_cache_dir(), int(cache_gb * 1e9)
     return LazyShardDataset(shards, cache_dir=cache_dir, cache_bytes=cache_bytes, name=" ".join(paths))
 
@@ -148,5 +148,5 @@ def lack_indexes(paths: Sequence[str], *, cache_dir: str | None = None) -> bool:
     return any(
         not shard.sha256 and not shard.has_index and not find_index(shard, cache_dir=folder)[0]
         for path in paths
-        for shard in find_shards(path)
+        for shard in find_shards(path, cache_dir=folder)
     )

@@ -73,9 +73,9 @@ def default_cache_dir() -> str:
     return os.environ.get("DECLIP_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "declip")
 
 
-def find_shards(path: str, *, split: str | None = None) -> list[Shard]:
+def find_shards(path: str, *, split: str | None = None, cache_dir: str | None = None) -> list[Shard]:
     """List the shards that a folder, a file or a pattern means, in order; arguments and errors as of `open_shards`."""
-    return _find(path, split or "", default_cache_dir(), None)[0]
+    return _find(path, split or "", cache_dir or default_cache_dir(), None)[0]
 
 
 def _find(path: str, split: str, cache_dir: str, say: Say | None) -> tuple[list[Shard], str]:
