@@ -102,7 +102,7 @@ class PartWriter:
                 self._file = open(self._temporary, "wb")  # noqa: SIM115  (stays open)
             key = f"{self.num_pairs:09d}"
             image = append_file(self._file, f"{key}.jpg", pair.jpeg)
-            append_file(self._file, f"{key}.txt", pair.captions[0].encode())
+            append_file(self._file, f"{key}.txt", pair.captions[0].encode())  # what loaders such as OpenCLIP's read
             self._index.add(key, image, append_file(self._file, f"{key}.json", _metadata(pair)), is_json=True)
         if len(self._index) < self._shard_samples:
             return False

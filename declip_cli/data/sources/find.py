@@ -54,12 +54,12 @@ def _refuse_options(kind: SourceKind, config: PrepareConfig) -> None:
     require(
         kind in ("table", "urls") or not has_columns,
         f"--image-column and --caption-column are for tables, but {config.source} is taken for: {kind}",
-        remedy="leave them away, or --kind table",
+        remedy="omit them, or --kind table",
     )
     require(
         kind in ("table", "declip", "coco", "flickr30k", "yfcc15m") or not config.images,
         f"--images is for lists of file names, but {config.source} is taken for: {kind}",
-        remedy="leave it away, or say --kind",
+        remedy="omit --images, or say --kind",
     )
 
 
@@ -165,7 +165,7 @@ def _below(path: str, out: str) -> str:
 
 def _need(found: list[str], path: str, what: str) -> None:
     if not found:
-        raise DataError(f"no {what} file in {path}", remedy="check the path, or leave --kind away")
+        raise DataError(f"no {what} file in {path}", remedy="check the path, or omit --kind")
 
 
 def _tars_in(path: str) -> list[str]:
