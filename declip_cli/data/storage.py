@@ -124,7 +124,7 @@ def open_binary(path: str) -> BinaryIO:
 
 def read_bytes(path: str) -> bytes:
     """Read a whole file; arguments and errors as of `open_binary`."""
-    return bytes(_ask(path, "cat_file"))
+    return bytes(_ask(path, "cat_file")) if is_remote(path) else Path(path).read_bytes()
 
 
 def read_range(url: str, start: int, end: int) -> bytes:
