@@ -84,7 +84,7 @@ def clean_records(num: int) -> None:
             file.write("image,caption\n")
             file.writelines(f"{n:09d}.jpg,photograph {n // 2} of something that people like\n" for n in range(num))
         source = open_source(PrepareConfig(source=str(table), out=f"{folder}/out"))
-        for number, record in enumerate(source.records_from(0)):
+        for number, record in enumerate(source.records):
             captions = tuple(text for text in record.captions if not caption_problem(text, clean))
             hashes = {"picture_hash": rng.getrandbits(63) + 1, "looks_hash": rng.getrandbits(64) | 1}
             sizes = dict.fromkeys(("width", "height", "original_width", "original_height"), 256)

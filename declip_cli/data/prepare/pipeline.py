@@ -4,6 +4,7 @@ import time
 from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import cv2
@@ -178,7 +179,7 @@ class _Run:
         config = self._config
         work = partial(finish_records, config=config)
         run = run_on_ray if config.engine == "ray" else run_in_threads
-        outcomes = run(work, self._source.records_from(self._report.num_read), workers=config.workers)
+        outcomes = run(work, islice(self._source.records, self._report.num_read, None), workers=config.workers)
         try:
             for outcome in outcomes:
                 if not self._saved:

@@ -1,7 +1,7 @@
 """Recognise what a source is by looking at it, and open it."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from declip_cli.config_checks import require
 from declip_cli.data import storage
@@ -10,7 +10,7 @@ from declip_cli.data.catalogue import has_captions, open_dataset
 from declip_cli.data.prepare.config import PrepareConfig, SourceKind
 from declip_cli.data.sources import coco, flickr30k, folder, table, tars, urls, yfcc15m
 from declip_cli.data.sources.locate import locate_pictures
-from declip_cli.data.sources.records import BytesRecord, Record, Source, skip_first
+from declip_cli.data.sources.records import BytesRecord, Record, Source
 from declip_cli.errors import DataError
 from declip_cli.files import parse_json
 
@@ -42,10 +42,36 @@ def open_source(config: PrepareConfig) -> Source:
     if len(paths) > 1 and kind != "tars":
         raise DataError(f"{path} means {len(paths)} files; only tars may be several", remedy="give one file")
     _refuse_options(kind, config)
-    opener: Callable[[list[str], PrepareConfig], Source] | None = _OPENERS.get(kind)
-    if opener is not None:
-        return opener(paths, config)
-    return Source(kind, skip_first(folder.read_folder(path, skip=skip)))
+    return _open(kind, path, paths, config, skip)
+
+
+def _open(kind: SourceKind, path: str, paths: list[str], config: PrepareConfig, skip: str) -> Source:
+    images = config.images
+    match kind:
+        case "captions":
+            lists = _need([path] if storage.is_file(path) else folder.find_lists(path), path, folder.CAPTIONS_FILE)
+            root = storage.parent(path) if storage.is_file(path) else path
+            return Source(kind, folder.read_lists(lists, root=root), sum(map(_num_lines, lists)))
+        case "tars":
+            return Source(
+                kind, tars.read_tars(_need([tar for found in paths for tar in _tars_in(found)], path, ".tar"))
+            )
+        case "table":
+            image, captions = config.image_column, config.caption_columns
+            return Source(kind, table.read_table(path, image_column=image, caption_columns=captions, images=images))
+        case "declip":
+            return Source(kind, _read_declip(path, images), _num_lines(path))
+        case "coco":
+            lists = coco.find_annotations(path) if storage.is_folder(path) else [path]
+            return Source(kind, _annotations(_need(lists, path, "captions_*.json"), images))
+        case "flickr30k":
+            lists = flickr30k.find_lists(path) if storage.is_folder(path) else [path]
+            return Source(kind, _annotations(_need(lists, path, "dataset_*.json or .token"), images))
+        case "yfcc15m":
+            return Source(kind, yfcc15m.read_yfcc15m(path, images=images))
+        case "urls":
+            return Source(kind, urls.read_urls(path, config), _num_lines(path), is_download=True)
+    return Source(kind, folder.read_folder(path, skip=skip))
 
 
 def _refuse_options(kind: SourceKind, config: PrepareConfig) -> None:
@@ -77,52 +103,17 @@ def _open_known(name: str) -> Source:
                 found = dataset.read(number)
                 yield BytesRecord(found.key, found.encoded, found.captions, part)
 
-    return Source(name, skip_first(records()), sum(map(len, parts.values())))
+    return Source(name, records(), sum(map(len, parts.values())))
 
 
-def _open_captions(paths: list[str], config: PrepareConfig) -> Source:
-    path = paths[0]
-    lists = [path] if storage.is_file(path) else folder.find_lists(path)
-    _need(lists, path, folder.CAPTIONS_FILE)
-    root = storage.parent(path) if storage.is_file(path) else path
-    records = folder.read_lists(lists, root=root)
-    return Source("captions", skip_first(records), sum(map(_num_lines, lists)))
-
-
-def _open_tars(paths: list[str], config: PrepareConfig) -> Source:
-    shards = [shard for found in paths for shard in _tars_in(found)]
-    _need(shards, paths[0], ".tar")
-    return Source("tars", skip_first(tars.read_tars(shards)))
-
-
-def _open_table(paths: list[str], config: PrepareConfig) -> Source:
-    records = table.read_table(
-        paths[0], image_column=config.image_column, caption_columns=config.caption_columns, images=config.images
-    )
-    return Source("table", skip_first(records))
-
-
-def _open_declip(paths: list[str], config: PrepareConfig) -> Source:
-    rows = (row for row in table.read_rows(paths[0]) if isinstance(row.get("filename"), str))
+def _read_declip(path: str, images: str) -> Iterator[Record]:
+    rows = (row for row in table.read_rows(path) if isinstance(row.get("filename"), str))
     names = [row["filename"] for row, _ in zip(rows, range(100), strict=False)]
     try:
-        images = locate_pictures(paths[0], names, images=config.images)
+        images = locate_pictures(path, names, images=images)
     except DataError as error:
-        raise DataError(error.message, remedy="--images FOLDER, or --kind urls to download the pictures") from error
-    records = table.read_table(paths[0], image_column="filename", caption_columns=["caption"], images=images)
-    return Source("declip", skip_first(records), _num_lines(paths[0]))
-
-
-def _open_annotations(kind: SourceKind) -> Callable[[list[str], PrepareConfig], Source]:
-    def open_lists(paths: list[str], config: PrepareConfig) -> Source:
-        path = paths[0]
-        lists = [path]
-        if storage.is_folder(path):
-            lists = coco.find_annotations(path) if kind == "coco" else flickr30k.find_lists(path)
-        _need(lists, path, "captions_*.json" if kind == "coco" else "dataset_*.json or .token")
-        return Source(kind, skip_first(_annotations(lists, config.images)))
-
-    return open_lists
+        raise DataError(error.message, remedy="--images FOLDER, or --kind urls to download the images") from error
+    return table.read_table(path, image_column="filename", caption_columns=["caption"], images=images)
 
 
 def _annotations(lists: list[str], images: str) -> Iterator[Record]:
@@ -131,26 +122,6 @@ def _annotations(lists: list[str], images: str) -> Iterator[Record]:
             yield from flickr30k.read_tokens(path, images=images)
         else:
             yield from coco.read_annotations(path, images=images)
-
-
-def _open_yfcc15m(paths: list[str], config: PrepareConfig) -> Source:
-    return Source("yfcc15m", skip_first(yfcc15m.read_yfcc15m(paths[0], images=config.images)))
-
-
-def _open_urls(paths: list[str], config: PrepareConfig) -> Source:
-    return Source("urls", skip_first(urls.read_urls(paths[0], config)), _num_lines(paths[0]), is_download=True)
-
-
-_OPENERS = {
-    "captions": _open_captions,
-    "tars": _open_tars,
-    "table": _open_table,
-    "declip": _open_declip,
-    "coco": _open_annotations("coco"),
-    "flickr30k": _open_annotations("flickr30k"),
-    "yfcc15m": _open_yfcc15m,
-    "urls": _open_urls,
-}
 
 
 def _below(path: str, out: str) -> str:
@@ -163,9 +134,10 @@ def _below(path: str, out: str) -> str:
     return "" if relative.startswith("..") else relative.replace(os.sep, "/")
 
 
-def _need(found: list[str], path: str, what: str) -> None:
+def _need(found: list[str], path: str, what: str) -> list[str]:
     if not found:
         raise DataError(f"no {what} file in {path}", remedy="check the path, or omit --kind")
+    return found
 
 
 def _tars_in(path: str) -> list[str]:

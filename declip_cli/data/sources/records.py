@@ -1,8 +1,7 @@
 """What every source yields: where a picture and its captions lie, still unread."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Protocol
 
 from declip_cli.data import storage
@@ -99,8 +98,8 @@ class Source:
     """A source that has been recognised."""
 
     kind: str
-    records_from: Callable[[int], Iterator[Record]]
-    """Records from a number on, so that a run can be taken up again."""
+    records: Iterator[Record]
+    """All of them, once, always in the same order."""
     total: int = 0
     """Number of records where it is cheap to know, for the progress bar; 0 is unknown."""
     is_download: bool = False
@@ -173,15 +172,3 @@ def file_record(folder: str, name: object, captions: list[object], *, part: str 
     if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or storage.is_remote(name):
         return BadRecord(name, "path traversal", part)
     return FileRecord(name, storage.join(folder, name), tuple(captions), part)
-
-
-def skip_first(records: Iterator[Record]) -> Callable[[int], Iterator[Record]]:
-    """Make `Source.records_from` of records that cannot be entered in the middle: the first ones are dropped.
-
-    Args:
-        records: all of them; used once.
-
-    Returns:
-        A function from the first number wanted to the records from there on.
-    """
-    return lambda start: islice(records, start, None)

@@ -16,7 +16,7 @@ def test_a_table_is_read_in_constant_memory(tmp_path):
         file.writelines(f"{n:09d}.jpg,a caption of some length about picture number {n}\n" for n in range(6_000))
     tracemalloc.start()
     source = open_source(PrepareConfig(source=str(table), out=str(tmp_path / "out")))
-    num = sum(1 for _ in source.records_from(0))
+    num = sum(1 for _ in source.records)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert num == 6_000
