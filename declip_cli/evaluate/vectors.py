@@ -87,7 +87,7 @@ class VectorStore:
                 folder / DATABASE, timeout=_WAIT_S, isolation_level=None, check_same_thread=False
             )
             try:
-                self._database.executescript(_SCHEMA)
+                self._database.executescript(f"BEGIN IMMEDIATE;{_SCHEMA}COMMIT;")  # others may be at it
                 with self._writing():
                     self._check_model(model, model_name)
             except BaseException:
