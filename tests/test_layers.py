@@ -39,6 +39,17 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "__init__": set(),
 }
+DATA_FLOORS = (
+    {"dataset", "draws", "synonyms", "tokenizer"},
+    {"storage", "decode", "colour", "text_views", "order"},
+    {"shards", "image_views"},
+    {"sources", "pair_views"},
+    {"files_dataset", "loader"},
+    {"benchmarks", "loader_processes"},
+    {"catalogue", "stream"},
+    {"prepare"},
+)
+"""The rooms of `data` from the ground up; each imports from floors below its own only."""
 MAX_MODULE_LINES = 350
 MAX_FUNCTION_LINES = 50
 MAX_ARGUMENTS = 8
@@ -98,6 +109,19 @@ def test_a_room_imports_only_downward():
         if name not in MAY_IMPORT[room_of(path)] | {room_of(path)}
     ]
     assert not wrong
+
+
+def test_a_room_of_data_imports_only_downward():
+    floors = {room: number for number, rooms in enumerate(DATA_FLOORS) for room in rooms}
+    for path in (PACKAGE / "data").rglob("*.py"):
+        parts = path.relative_to(PACKAGE / "data").with_suffix("").parts
+        if parts == ("__init__",):
+            continue
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("declip_cli.data"):
+                inner = node.module.split(".")[2:3] or [alias.name for alias in node.names]
+                for room in set(inner) - {parts[0]}:
+                    assert floors[room] < floors[parts[0]], f"{ident(path)}:{node.lineno} imports {room}"
 
 
 def test_imports_are_absolute():

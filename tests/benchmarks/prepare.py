@@ -22,11 +22,11 @@ from lines import compare, report
 
 from declip_cli.data.prepare.clean import caption_problem
 from declip_cli.data.prepare.config import CleanConfig, PrepareConfig
+from declip_cli.data.prepare.find_source import open_source
 from declip_cli.data.prepare.pictures import shrink_picture
 from declip_cli.data.prepare.pipeline import prepare
 from declip_cli.data.prepare.seen import Looks, Seen
 from declip_cli.data.prepare.stages import Pair
-from declip_cli.data.sources.find import open_source
 
 SIDE_PX, QUALITY = 256, 95
 SIZES = ((500, 375), (1024, 768), (1600, 1200))

@@ -14,12 +14,12 @@ from declip_cli.data.dataset import Skips
 from declip_cli.data.prepare.config import PrepareConfig
 from declip_cli.data.prepare.engines import run_in_threads, run_on_ray
 from declip_cli.data.prepare.exclude import look_at
+from declip_cli.data.prepare.find_source import open_source
 from declip_cli.data.prepare.hashes import hash64
 from declip_cli.data.prepare.seen import Seen
 from declip_cli.data.prepare.shard_writer import PartWriter
 from declip_cli.data.prepare.stages import LeftOut, Pair, finish_records
 from declip_cli.data.prepare.state import OutFolder
-from declip_cli.data.sources.find import open_source
 from declip_cli.data.sources.records import Source
 from declip_cli.errors import DataError
 

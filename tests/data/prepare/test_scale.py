@@ -1,10 +1,10 @@
 import tracemalloc
 
 from declip_cli.data.prepare.config import CleanConfig, PrepareConfig
+from declip_cli.data.prepare.find_source import open_source
 from declip_cli.data.prepare.hashes import HashCounter, hash64
 from declip_cli.data.prepare.seen import Looks, Seen
 from declip_cli.data.prepare.stages import Pair
-from declip_cli.data.sources.find import open_source
 
 MIB = 1 << 20
 

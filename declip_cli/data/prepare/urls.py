@@ -38,7 +38,7 @@ _SETTINGS = {
     "timeout": 10,
     "retries": 1,
 }
-_DOWNLOADER = ("-m", "declip_cli.data.sources.img2dataset_process")
+_DOWNLOADER = ("-m", "declip_cli.data.prepare.img2dataset_process")
 _POLL_S = 0.2
 _FAILURES = {
     r"HTTP Error (\d+)": "download: HTTP {}",

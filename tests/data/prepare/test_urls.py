@@ -6,10 +6,10 @@ import threading
 import pytest
 
 from declip_cli.data.catalogue import open_dataset
+from declip_cli.data.prepare import urls
 from declip_cli.data.prepare.config import PrepareConfig
 from declip_cli.data.prepare.pipeline import prepare
-from declip_cli.data.sources import urls
-from declip_cli.data.sources.urls import name_failure
+from declip_cli.data.prepare.urls import name_failure
 from declip_cli.errors import DataError
 
 

@@ -7,8 +7,9 @@ from declip_cli.config_checks import require
 from declip_cli.data import storage
 from declip_cli.data.benchmarks.known import known_sets
 from declip_cli.data.catalogue import has_captions, open_dataset
+from declip_cli.data.prepare import urls
 from declip_cli.data.prepare.config import PrepareConfig, SourceKind
-from declip_cli.data.sources import coco, flickr30k, folder, table, tars, urls, yfcc15m
+from declip_cli.data.sources import coco, flickr30k, folder, table, tars, yfcc15m
 from declip_cli.data.sources.locate import locate_pictures
 from declip_cli.data.sources.records import BytesRecord, Record, Source
 from declip_cli.errors import DataError
