@@ -26,6 +26,8 @@ PART_BYTES = 8 << 20
 """How much of a remote file is asked for at once where it is read from front to back."""
 _WAITS_S = (0.1, 0.4, 1.6, 6.4)
 _FINAL = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, DataError)
+_PASSING = (408, 425, 429)
+"""What a web server answers where a request may succeed later, besides its own faults."""
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -80,7 +82,18 @@ def _ask(path: str, method: str, *args: Any, **options: Any) -> Any:  # noqa: AN
 
         return getattr(LocalFileSystem(), method)(os.path.abspath(path), *args, **options)
     system, inner = _store(path)
-    return attempt(path, lambda: getattr(system, method)(inner, *args, **options))
+
+    def work() -> Any:  # noqa: ANN401
+        try:
+            return getattr(system, method)(inner, *args, **options)
+        except FileNotFoundError as error:
+            status = getattr(error.__cause__, "status", 0)
+            is_told = 400 <= status < 500 and status not in _PASSING
+            if error.__cause__ is None or is_told or not path.startswith("http"):
+                raise
+            raise error.__cause__ from None  # fsspec takes any fault of a web server for a file that is not there
+
+    return attempt(path, work)
 
 
 class _RemoteFile(io.RawIOBase):
@@ -143,7 +156,12 @@ def read_range(url: str, start: int, end: int) -> bytes:
 
 def is_file(path: str) -> bool:
     """Say whether there is a file of this name."""
-    return bool(_ask(path, "isfile"))
+    if not is_remote(path):
+        return os.path.isfile(path)
+    try:
+        return bool(_ask(path, "info")["type"] == "file")  # `isfile` of fsspec says no where a store fails
+    except OSError:
+        return False
 
 
 def is_folder(path: str) -> bool:

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 
 _ROOM_AFTER_EVICTION = 0.05
 _STALE_S = 3600.0
+_SCANS = 3
 _LEDGER = "bytes.lock"
 
 
@@ -151,9 +152,13 @@ class BlockCache:
 
     def _evict(self, target_bytes: int) -> int:
         """Delete until at most so many bytes are left; return how many are."""
-        with os.scandir(self._folder) as entries:
-            found = [(entry.stat(), entry.path) for entry in entries if not entry.name.startswith("bytes")]
-        files = sorted((stat.st_mtime, stat.st_size, path) for stat, path in found if not path.endswith(".lock"))
+        for turn in range(_SCANS):
+            try:
+                files = self._files()
+                break
+            except FileNotFoundError:  # another process has just put one into place, or given it up
+                if turn == _SCANS - 1:
+                    raise
         left = sum(size for _, size, _ in files)
         for changed, size, path in files:
             is_in_the_making = path.endswith(".tmp") and time.time() - changed < _STALE_S
@@ -162,3 +167,10 @@ class BlockCache:
                     os.remove(path)
                     left -= size
         return left
+
+    def _files(self) -> list[tuple[float, int, str]]:
+        """List when each was fetched, how large it is and where, in that order."""
+        with os.scandir(self._folder) as entries:
+            named = [entry for entry in entries if not entry.name.startswith("bytes") and entry.name[-5:] != ".lock"]
+            stats = [(entry.stat(), entry.path) for entry in named]
+        return sorted((stat.st_mtime, stat.st_size, path) for stat, path in stats)

@@ -123,7 +123,7 @@ class ShardFiles:
             if piece.shard.is_remote:
                 download = (storage.read_range(path, *part) for part in parts)
                 self._cache.fetch(piece.name, piece.num_bytes, download)
-            else:
+            elif hasattr(os, "posix_fadvise"):  # not on macOS
                 handle = storage.attempt(path, lambda: self._handle(path))
                 os.posix_fadvise(handle.number, start, piece.num_bytes, os.POSIX_FADV_WILLNEED)
 

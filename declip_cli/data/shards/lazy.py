@@ -61,7 +61,10 @@ class LazyShardDataset(Shards):
         """How many pairs there are, from what img2dataset wrote beside its shards, else from the first shard."""
         step = max(1, self.num_shards // _NUM_STATS)
         known = [(shard.num_bytes, _successes(shard)) for shard in self._shards[::step]]
-        known = [(size, pairs) for size, pairs in known if pairs] or [(self._shards[0].num_bytes, self.count(0))]
+        known = [(size, pairs) for size, pairs in known if pairs]
+        if not known:  # the first may be damaged
+            counts = ((self._shards[shard].num_bytes, self.count(shard)) for shard in range(self.num_shards))
+            known = [next((pair for pair in counts if pair[1]), (1, 0))]
         sizes, pairs = (sum(column) for column in zip(*known, strict=True))
         return int(sum(shard.num_bytes for shard in self._shards) * pairs / max(1, sizes))
 

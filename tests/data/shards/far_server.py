@@ -7,7 +7,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class FarServer:
-    """Files by path; `faults` are names of what goes wrong with the next requests for content, one each."""
+    """Files by path; `faults` are names of what goes wrong with the next requests, one each: of those for
+    content, or, with `fails_heads`, of all."""
+
+    fails_heads = False
 
     def __init__(self):
         self.files, self.asked, self.faults = {}, [], []
@@ -33,7 +36,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, *, with_content):
         self.far.asked.append((self.command, self.path, self.headers.get("Range", "")))
-        fault = self.far.faults.pop(0) if with_content and self.far.faults else ""
+        fault = self.far.faults.pop(0) if self.far.faults and (with_content or self.far.fails_heads) else ""
         content = self.far.files.get(self.path)
         if fault == "late":
             time.sleep(0.2)

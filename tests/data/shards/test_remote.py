@@ -135,6 +135,24 @@ def test_a_damaged_copy_of_the_index_is_fetched_again_and_a_damaged_original_don
     assert said == [f"{prepared}/shards.index is damaged; the indexes of the shards are used"]
 
 
+@pytest.mark.parametrize("fault", ["busy", "hang up"])
+def test_a_fault_is_not_taken_for_a_file_that_is_not_there(far, monkeypatch, fault):
+    monkeypatch.setattr(storage, "_WAITS_S", (0.0, 0.0))
+    far.files["/a.tar"] = b"abc"
+    far.fails_heads = True
+    for look, there in ((storage.is_file, True), (lambda path: storage.facts(path).num_bytes, 3)):
+        far.faults[:] = [fault] * 3
+        assert look(f"{far.url}/a.tar") == there
+        far.faults[:] = [fault] * 99
+        with pytest.raises(DataError, match="cannot read http") as caught:
+            look(f"{far.url}/a.tar")
+        assert caught.value.cause == UNREAD
+    far.faults.clear()
+    assert not storage.is_file(f"{far.url}/b.tar")
+    with pytest.raises(FileNotFoundError):
+        storage.facts(f"{far.url}/b.tar")
+
+
 def test_archives_that_nobody_indexed_are_read_when_their_turn_comes(tmp_path, far):
     for shard in range(3):
         path = write_tar(tmp_path / f"{shard}.tar", [*pairs(range(10 * shard, 10 * shard + 4 + shard)), ("x.jpg", b"")])
@@ -174,6 +192,21 @@ def test_the_number_of_pairs_is_estimated_from_what_img2dataset_says(tmp_path):
     assert len(open_lazy_shards([str(tmp_path)], cache_dir=str(tmp_path / "cache"))) == 120
 
 
+def test_a_first_archive_without_pairs_does_not_make_the_estimate_none(tmp_path):
+    for shard in range(4):
+        write_tar(tmp_path / f"{shard:05d}.tar", pairs(range(5)) if shard else [("a.txt", b"no image" * 1000)])
+    assert len(open_lazy_shards([str(tmp_path)], cache_dir=str(tmp_path / "cache"))) >= 15
+
+
+def test_local_archives_are_read_where_the_system_takes_no_advice(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    monkeypatch.delattr(os, "POSIX_FADV_WILLNEED", raising=False)
+    write_tar(tmp_path / "0.tar", pairs(range(5)))
+    data = open_lazy_shards([str(tmp_path)], cache_dir=str(tmp_path / "cache"))
+    data.fetch(0)
+    assert data.count(0) == 5
+
+
 def kept(cache_dir):
     return {path.name for path in cache_dir.iterdir() if "." not in path.name} - {"bytes"}
 
@@ -196,6 +229,14 @@ def test_what_is_released_goes_first_then_what_is_oldest(tmp_path):
     (tmp_path / "bytes").write_text("nonsense")
     cache.fetch("h", 230, [bytes(230)])
     assert kept(tmp_path) == set("efgh")
+
+
+def test_a_lock_that_vanishes_does_not_keep_others_from_making_room(tmp_path):
+    (tmp_path / "gone.lock").symlink_to(tmp_path / "nowhere")
+    cache = BlockCache(str(tmp_path), bound_bytes=500)
+    for name in "abc":
+        cache.fetch(name, 230, [bytes(230)])
+    assert kept(tmp_path) == set("bc")
 
 
 def test_the_bound_holds_while_many_write_and_after_one_was_killed(tmp_path):
