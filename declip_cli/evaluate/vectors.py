@@ -252,7 +252,8 @@ class VectorStore:
 
     @contextmanager
     def _writing(self, begin: str = "BEGIN IMMEDIATE") -> Iterator[None]:
-        self._database.execute(begin)
+        with self._lock:  # a look-up of another thread would hold the lock for reading that other processes wait for
+            self._database.execute(begin)
         try:
             yield
         except BaseException:
