@@ -134,6 +134,11 @@ class TrainStream(Iterator[Batch]):
         for key, value in found.items():
             before = state.get(key, {"kind": "exact"})  # runs of old had but one order
             if before != value:
+                if key == "fingerprint" and "order" not in state:
+                    raise DataError(
+                        "the run was begun with other data, or by an older version, which tells data apart otherwise",
+                        remedy="finish it with that version, or begin a new run from its weights: --init RUN",
+                    )
                 raise DataError(
                     f"the run was begun with another data {key} (found {value}, expected {before})",
                     remedy="resume with the --data, --seed, data.order, data.streams and data.open_blocks of then",

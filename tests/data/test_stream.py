@@ -345,6 +345,14 @@ def test_a_state_from_before_there_were_orders_is_exact():
         stream(BlockStore(), order="blocks").restore(state)
 
 
+def test_a_state_of_an_older_version_is_not_said_to_be_of_other_data():
+    state = stream().state() | {"fingerprint": "bb"}
+    del state["order"]
+    with pytest.raises(DataError, match="or by an older version") as caught:
+        stream().restore(state)
+    assert "--init" in caught.value.remedy
+
+
 @pytest.mark.parametrize(("key", "value"), [("seed", 2), ("fingerprint", "bb")])
 def test_a_state_of_another_run_is_refused(key, value):
     source = stream()
