@@ -71,7 +71,7 @@ def zeroshot(
         from declip_cli.evaluate.features import FeatureOptions
 
         options = FeatureOptions(
-            batch_size=batch_size, precision=precision.value, threads=threads, use_cache=not no_cache
+            batch_size=batch_size, precision=precision.value, threads=threads, use_cache=not no_cache, say=note
         )
         if download:
             _download(names, data_root)

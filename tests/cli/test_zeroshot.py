@@ -69,6 +69,16 @@ def test_unreadable_pictures_are_told_on_stderr(photos: Path, tiny_run: Path):
     assert "broken.png" in result.stderr
 
 
+def test_features_that_cannot_be_kept_are_told_on_stderr(
+    photos: Path, tmp_path: Path, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / "file"))
+    result = run(photos, "--model", tiny_run, "--json")
+    assert result.exit_code == 0, result.output
+    assert "features are computed and not kept" in result.stderr
+
+
 def test_the_newest_run_is_used_and_named(photos: Path, tiny_run: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("DECLIP_RUNS", str(tiny_run.parent))
     result = run(photos, "--json")
