@@ -66,7 +66,8 @@ def write_gallery(path: Path, report: SearchReport, *, query_image: bytes = b"")
         EvaluateError: the file cannot be written.
     """
     try:
-        write_text(path, render_gallery(report, query_image=query_image))
+        page = render_gallery(report, query_image=query_image)
+        write_text(path, page.encode("utf-8", "replace").decode())  # file names may hold what is no text
     except OSError as error:
         raise EvaluateError(
             f"cannot write the gallery {path}: {error.strerror}",

@@ -112,6 +112,11 @@ def test_picture_that_is_gone_does_not_break_the_page():
     assert "picture cannot be read" in render_gallery(SearchReport(**{**fields(report), "hits": hits}))
 
 
+def test_name_that_is_not_text_does_not_break_the_page(tmp_path):
+    write_gallery(tmp_path / "page.html", make_report(words="a\udcff"))
+    assert "a?/1.png" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
 def test_folder_that_is_not_there_is_told(tmp_path):
     with pytest.raises(EvaluateError, match="cannot write the gallery") as caught:
         write_gallery(tmp_path / "no" / "hits.html", make_report())
