@@ -152,6 +152,7 @@ def _descend(point: Tensor, closure: Callable[[], float], *, max_iterations: int
         [point],
         max_iter=max_iterations,
         max_eval=2 * max_iterations + 1,
+        history_size=10,  # one of 100 costs more than it saves, most of all on few samples
         tolerance_grad=0.0,
         tolerance_change=tolerance_change,
         line_search_fn="strong_wolfe",
