@@ -1,4 +1,4 @@
-"""Search: the images of a collection that a text or a image describes best."""
+"""Search: the images of a collection that a text or an image describes best."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ _CHUNK_IMAGES = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Query:
-    """What is looked for: a text, or a image."""
+    """What is looked for: a text, or an image."""
 
     text: str = ""
     image: Path | None = None
@@ -250,9 +250,9 @@ def search_saved(
 
 
 def _search_store(store: VectorStore, index: str, vector: Vectors, k: int) -> tuple[list[Hit], int, str]:
-    listed = store.listed()
+    listed, vectors = store.snapshot()  # (V, D)
     rows_of = np.array([row for _, _, row in listed], dtype=np.int64)  # (N,)
-    rows, vectors = np.unique(rows_of), store.vectors()  # (n,), (V, D)
+    rows = np.unique(rows_of)  # (n,)
     made = saved_index(store, vectors, rows, index)
     numbers, best = _numbers(rows_of, *_nearest(made, vectors, rows, vector, k), k)
     found = [(path, caption, partial(read_picture, path)) for path, caption, _ in (listed[n] for n in numbers.tolist())]

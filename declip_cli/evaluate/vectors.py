@@ -191,6 +191,11 @@ class VectorStore:
             found = self._database.execute(query + " ORDER BY key")
             return [(_text(key), _text(caption), row) for key, caption, row in found]
 
+    def snapshot(self) -> tuple[list[tuple[str, str, int]], Vectors]:
+        """Return `listed` and `vectors` as of one moment, whatever other processes write."""
+        with self._border(), self._writing("BEGIN"):
+            return self.listed(), self.vectors()
+
     def skipped(self) -> Skips:
         """Return the images that have no vector."""
         query = "SELECT cause, COUNT(*), MIN(key) FROM images JOIN contents USING (digest) WHERE number IS NULL"
@@ -256,11 +261,11 @@ class VectorStore:
             self._database.execute(begin)
         try:
             yield
+            self._database.execute("COMMIT")  # waits for those who read
         except BaseException:
             with suppress(sqlite3.Error):
                 self._database.execute("ROLLBACK")
             raise
-        self._database.execute("COMMIT")
 
     @contextmanager
     def _border(self) -> Iterator[None]:

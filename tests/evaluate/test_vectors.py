@@ -214,6 +214,26 @@ def test_writers_at_the_same_time_end_with_the_same_rows(update, many):
     assert len(set(whole[0].rows.tolist())) == 24
 
 
+def test_a_search_sees_names_and_vectors_of_one_moment(open_store, many, update, monkeypatch):
+    update(Collection(many(8)))
+    with open_store() as reader, open_store() as writer:
+        rows_then = [row for _, _, row in reader.listed()]
+        vectors_then = np.array(reader.vectors())
+        look = reader.vectors
+
+        def compact_meanwhile():
+            with pytest.raises(EvaluateError, match="locked"):
+                writer.keep_asked()  # forgets all images, and moves rows
+            return look()
+
+        writer._database.execute("PRAGMA busy_timeout = 1")
+        monkeypatch.setattr(reader, "vectors", compact_meanwhile)
+        listed, found = reader.snapshot()
+        assert [row for _, _, row in listed] == rows_then
+        assert np.array_equal(found, vectors_then)
+        assert writer.keep_asked() == 8
+
+
 def test_paths_of_other_folders_are_told_apart(many, tiny_model, tmp_path, monkeypatch):
     one, other = (Collection({"1.jpg": many(2)[f"00{n}.jpg"]}) for n in (0, 1))
     other.stamp = one.stamp  # as of files of one size that were unpacked in the same second
