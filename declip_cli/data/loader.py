@@ -5,7 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -101,9 +101,6 @@ class Filled(NamedTuple):
     """Texts that whoever filled these rows has cut so far."""
     is_exhausted: bool = False
     """Too many samples in a row could not be used; the rows are not filled."""
-
-
-Fill: TypeAlias = Callable[[Room, Task], Filled]
 
 
 def make_order(samples: Dataset, config: StreamConfig) -> Order:

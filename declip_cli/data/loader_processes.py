@@ -62,7 +62,6 @@ class _Ticket:
     unfinished: set[int]
     """Numbers of its tasks."""
     results: dict[int, Filled]
-    is_dropped: bool = False
 
 
 @dataclass(slots=True)

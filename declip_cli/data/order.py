@@ -69,18 +69,6 @@ class Order(ABC):
     def _range_around(self, epoch: int, position: int) -> tuple[int, int]:
         """Return the first position, and the number of positions, among which stand-ins are sought."""
 
-    def windows(self, epoch: int, positions: Integers) -> list[Window]:
-        """List the windows that some positions lie in; none where nothing can be read ahead."""
-        return []
-
-    def after(self, window: Window) -> Window:
-        """Return the window of the same stream that follows, in the next epoch if need be."""
-        raise NotImplementedError
-
-    def pieces(self, window: Window) -> list[int]:
-        """List the blocks (of uncounted sets, shards) that a window reads."""
-        raise NotImplementedError
-
 
 class ExactOrder(Order):
     """An exact shuffle of the whole data set.
@@ -130,13 +118,17 @@ class _Plan:
     """Window → its shuffle, of those used last."""
 
 
-class _WindowedOrder(Order):
+class WindowedOrder(Order):
     """Pieces are permuted over the epoch; samples are shuffled exactly inside windows of several pieces."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
         self._plans: dict[int, _Plan] = {}
         self._lock = threading.RLock()
+
+    @abstractmethod
+    def pieces(self, window: Window) -> list[int]:
+        """List the blocks (of uncounted sets, shards) that a window reads."""
 
     @abstractmethod
     def _draw_up(self, epoch: int) -> _Plan: ...
@@ -174,14 +166,14 @@ class _WindowedOrder(Order):
         return table
 
     def windows(self, epoch: int, positions: Integers) -> list[Window]:
-        """See `Order`."""
+        """List the windows that some positions lie in."""
         plan = self._plan(epoch, int(positions.max()) + 1)
         found = np.unique(np.searchsorted(plan.bounds, self._places(plan, positions), "right") - 1)
         streams = np.searchsorted(plan.stream_windows, found, "right") - 1
         return [Window(stream, epoch, index) for stream, index in zip(streams.tolist(), found.tolist(), strict=True)]
 
     def after(self, window: Window) -> Window:
-        """See `Order`."""
+        """Return the window of the same stream that follows, in the next epoch if need be."""
         stream, epoch, index = window
         if index + 1 < self._plan(epoch).stream_windows[stream + 1]:
             return Window(stream, epoch, index + 1)
@@ -199,7 +191,7 @@ class _WindowedOrder(Order):
             return self._plans[epoch]
 
 
-class BlockOrder(_WindowedOrder):
+class BlockOrder(WindowedOrder):
     """A shuffle that reads every block of the shards in one piece and once.
 
     Blocks are permuted over the epoch and cut into C streams of equal length. Each stream is cut into windows of
@@ -232,7 +224,7 @@ class BlockOrder(_WindowedOrder):
         return end <= self._num
 
     def pieces(self, window: Window) -> list[int]:
-        """See `Order`."""
+        """See `WindowedOrder`."""
         plan = self._plan(window.epoch)
         first = np.searchsorted(plan.starts, plan.bounds[window.number], "right") - 1
         last = np.searchsorted(plan.starts, plan.bounds[window.number + 1], "left")
@@ -265,7 +257,7 @@ class BlockOrder(_WindowedOrder):
         return _Plan(blocks, starts, np.concatenate(bounds), streams, np.cumsum(counts), np.empty(0, np.int64))
 
 
-class ShardOrder(_WindowedOrder):
+class ShardOrder(WindowedOrder):
     """A shuffle of shards that are counted only when their turn comes.
 
     Whole shards are permuted over the epoch, and the samples of several consecutive ones are shuffled exactly. In the
@@ -294,7 +286,7 @@ class ShardOrder(_WindowedOrder):
         return bool(end <= self._plan(epoch, end).bounds[-1])
 
     def pieces(self, window: Window) -> list[int]:
-        """See `Order`."""
+        """See `WindowedOrder`."""
         plan = self._plan(window.epoch)
         found: list[int] = plan.pieces[plan.edges[window.number] : plan.edges[window.number + 1]].tolist()
         return found

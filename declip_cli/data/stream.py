@@ -15,7 +15,7 @@ from declip_cli.batch import Batch
 from declip_cli.data.dataset import UNREAD, Dataset, Skips
 from declip_cli.data.loader import ROWS_PER_TASK, StreamConfig, Task, ThreadLoader, make_order
 from declip_cli.data.loader_processes import ProcessLoader
-from declip_cli.data.order import Order, ShardOrder, Window
+from declip_cli.data.order import Order, ShardOrder, Window, WindowedOrder
 from declip_cli.data.pair_views import BadSample
 from declip_cli.errors import DataError
 
@@ -72,7 +72,7 @@ class TrainStream(Iterator[Batch]):
         tasks_per_batch = -(-config.batch_size // ROWS_PER_TASK)
         self._num_ahead = max(2, -(-2 * config.workers // tasks_per_batch)) if config.workers else 0
         self._loader = _start_loader(samples, self._order, config, num_rooms=self._num_ahead + 1)
-        self._ahead = ReadAhead(self._order, self._loader)
+        self._ahead = ReadAhead.of(self._order, self._loader)
         self._pending: deque[_Pending] = deque()
         self._consumed = self._scheduled = (0, 0)  # epoch, position in its order
         self._bad: dict[int, BadSample] = {}
@@ -197,7 +197,7 @@ class TrainStream(Iterator[Batch]):
         # Stream after stream, so that a rank's rows belong to few of them.
         positions = positions[np.argsort(positions % self._order.num_streams, kind="stable")]
         positions = positions[config.rank * config.batch_size :][: config.batch_size]
-        used_up = self._ahead.move_to(epoch, positions)
+        used_up = self._ahead.move_to(epoch, positions) if self._ahead else []
         numbers = self._order.numbers(epoch, positions)
         cuts = range(0, config.batch_size, ROWS_PER_TASK)
         tasks = [Task(cut, epoch, _part(positions, cut), _part(numbers, cut)) for cut in cuts]
@@ -237,16 +237,21 @@ class TrainStream(Iterator[Batch]):
         for pending in self._pending:
             self._loader.drop(pending.ticket)
         self._pending.clear()
-        self._ahead = ReadAhead(self._order, self._loader)
+        self._ahead = ReadAhead.of(self._order, self._loader)
 
 
 class ReadAhead:
     """Fetch the blocks of each stream's next window while the present one is read, and release those that are done."""
 
-    def __init__(self, order: Order, loader: Loader) -> None:
+    def __init__(self, order: WindowedOrder, loader: Loader) -> None:
         self._order, self._loader = order, loader
         self._open: dict[int, deque[Window]] = {}
         """Stream → its windows that are fetched and not released, first the oldest."""
+
+    @staticmethod
+    def of(order: Order, loader: Loader) -> "ReadAhead | None":
+        """Make one where an order has windows; else there is nothing to fetch."""
+        return ReadAhead(order, loader) if isinstance(order, WindowedOrder) else None
 
     def move_to(self, epoch: int, positions: NDArray[np.int64]) -> list[int]:
         """Fetch what some positions, and those after them, need; return the blocks that those before them needed."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from declip_cli.data.dataset import Dataset, Skips
+from declip_cli.data.shards.store import default_cache_dir
 from declip_cli.errors import DataError, EvaluateError
 from declip_cli.evaluate.image_pipeline import FeatureOptions, Progress, encode_images
 from declip_cli.evaluate.shares import Part, encode_shares
@@ -230,7 +231,7 @@ def _with_store(
     precision = resolve_precision(options.precision, next(model.encoder.parameters()).device)
     view = f"{model.image_side_px} {model.resize_px} {model.interpolation}"
     key = content_key([kind, model.fingerprint, view, precision])
-    folder = Path(os.environ.get("DECLIP_CACHE") or Path.home() / ".cache" / "declip") / "vectors" / key[:32]
+    folder = Path(default_cache_dir()) / "vectors" / key[:32]
     try:
         return use_store(folder, key, model.name, stored, say=options.say)
     except StoreError as error:

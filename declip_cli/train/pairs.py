@@ -9,15 +9,13 @@ from declip_cli.data import storage
 from declip_cli.data.benchmarks.known import known_sets
 from declip_cli.data.catalogue import has_shards, open_dataset
 from declip_cli.data.dataset import Dataset
-from declip_cli.data.shards.dataset import Shards
+from declip_cli.data.shards.dataset import BLOCK_MIB, Shards
 from declip_cli.data.shards.lazy import LazyShardDataset, lack_indexes, open_lazy_shards
 from declip_cli.data.shards.store import find_shards
 from declip_cli.errors import DataError
 from declip_cli.process_group import from_first
 from declip_cli.resolve import DataFacts
 
-BLOCK_BYTES = 8 << 20
-"""Of a data set, about."""
 _LARGE_BYTES = 100e9
 """What is larger is read in blocks, however much memory there is."""
 
@@ -65,7 +63,7 @@ def facts_of(samples: Dataset) -> DataFacts:
         num_pairs=len(samples),
         fingerprint=samples.fingerprint,
         num_blocks=num_blocks,
-        suits_blocks=is_lazy or getattr(samples, "is_remote", False) or _is_large(num_blocks * BLOCK_BYTES),
+        suits_blocks=is_lazy or getattr(samples, "is_remote", False) or _is_large(num_blocks * BLOCK_MIB * 2**20),
         is_counted=not is_lazy,
     )
 

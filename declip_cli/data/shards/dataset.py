@@ -16,6 +16,8 @@ from declip_cli.data.shards.files import Piece, Shard, ShardFiles
 from declip_cli.data.shards.index import ShardIndex, read_indexes
 from declip_cli.data.shards.tar_samples import read_captions, read_metadata
 
+BLOCK_MIB = 8
+"""Size of the blocks of shards that are read in one piece, about."""
 _MAX_GAP_BYTES = 64 << 10
 _MAX_BLOCK_FACTOR = 8
 _MAX_PIECES = 4096
@@ -101,7 +103,7 @@ class ShardDataset(Shards):
         *,
         cache_dir: str,
         cache_bytes: int,
-        block_mib: float = 8,
+        block_mib: float = BLOCK_MIB,
         name: str = "",
         split: str = "",
     ) -> None:
