@@ -66,7 +66,7 @@ class TextTransformer(nn.Module):
     def pool_at_end(self, states: Tensor, tokens: Tensor) -> Tensor:
         """Take the state at each text's first end-of-text token, (B, L, E) and (B, L) → (B, E)."""
         ends = (tokens == END_ID).int().argmax(1)
-        return states[torch.arange(len(tokens), device=tokens.device), ends]
+        return states[torch.arange(tokens.shape[0], device=tokens.device), ends]
 
     def project(self, features: Tensor) -> Tensor:
         """Map features into the shared embedding, (B, E) → (B, D)."""

@@ -69,7 +69,8 @@ class VisionTransformer(nn.Module):
             Features after the last layer norm, patch states before it (as the original's FILIP reads them).
         """
         states = self._embed_patches(pixels)  # (B, P, E)
-        first = self.class_embedding.to(states.dtype).expand(len(states), 1, -1)
+        # `shape` rather than `len`, here and in the text tower: an exporter would take a length for a constant.
+        first = self.class_embedding.to(states.dtype).expand(states.shape[0], 1, -1)
         states = torch.cat([first, states], dim=1) + self.positional_embedding.to(states.dtype)  # (B, 1 + P, E)
         states = self.transformer(self.ln_pre(states).to(states.dtype))
         return ImageStates(features=self.ln_post(states[:, 0]), patches=states[:, 1:])
