@@ -38,6 +38,10 @@ class ModelConfig:
     """Width of the shared embedding; None: the architecture's own."""
     quick_gelu: bool = True
     """x·sigmoid(1.702x), as OpenAI and the original; false is the exact GELU."""
+    resize_px: int | None = None
+    """Shorter side of a picture before the centre crop of evaluations; None: the image's side, as OpenCLIP does it."""
+    resize_mode: Literal["shortest", "squash"] = "shortest"
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     gradient_checkpointing: bool = False
     """Keep only block inputs in memory and compute the rest again: about a third more time, much less memory."""
 

@@ -19,6 +19,7 @@ from declip_cli.config import ModelConfig
 from declip_cli.model.architectures import Architecture, TextDims, VitDims, find_architecture
 from declip_cli.model.checkpoint import PretrainedModel, save_model
 from declip_cli.model.clip import DualEncoder
+from declip_cli.model.preprocessing import Preprocessing
 
 
 @pytest.fixture(autouse=True)
@@ -51,8 +52,7 @@ def random_model(*, token_wise_dim: int = 0, seed: int = 0) -> PretrainedModel:
         method="filip" if token_wise_dim else "clip",
         arch="test",
         token_wise=bool(token_wise_dim),
-        image_side_px=16,
-        resize_px=18,
+        preprocessing=Preprocessing(image_side_px=16, resize_px=18),
         context_length=12,
         fingerprint=f"random weights {seed} {token_wise_dim}",
     )

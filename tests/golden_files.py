@@ -13,12 +13,12 @@ from torch import Tensor
 
 from declip_cli.batch import Batch
 from declip_cli.config import MethodConfig
+from declip_cli.interop.original import from_original, original_ids
 from declip_cli.methods.base import Method
 from declip_cli.methods.registry import METHODS
 from declip_cli.model.architectures import Architecture, ResNetDims, TextDims, VitDims
 from declip_cli.model.clip import DualEncoder
 from declip_cli.model.heads import TOKEN_WISE_DIM, SimClrHead
-from declip_cli.model.interop import from_original, original_ids
 
 GOLDEN_DIR = Path(os.environ.get("DECLIP_GOLDEN_DIR") or Path(__file__).parent / "golden")
 

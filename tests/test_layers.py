@@ -27,15 +27,16 @@ MAY_IMPORT = {
     "losses": set(),
     "data": FLOOR_0,
     "model": FLOOR_0,
-    # floor 2: two embeddings at once
+    # floor 2: models of other projects; two embeddings at once
+    "interop": FLOOR_0 | {"data", "model"},
     "methods": FLOOR_0 | {"losses", "model"},
     # what was asked becomes one resolved run
     "resolve": FLOOR_0 | {"model", "methods"},
     # floor 3: steps, scores; they do not know each other
-    "train": FLOOR_0 | {"losses", "data", "model", "methods", "resolve"},
+    "train": FLOOR_0 | {"losses", "data", "model", "interop", "methods", "resolve"},
     "evaluate": FLOOR_0 | {"losses", "data", "model"},
     # floor 4: words in, words out
-    "cli": FLOOR_0 | {"losses", "data", "model", "methods", "resolve", "train", "evaluate"},
+    "cli": FLOOR_0 | {"losses", "data", "model", "interop", "methods", "resolve", "train", "evaluate"},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -24,7 +24,7 @@ def open_model(path: Path | None, *, threads: int = 0) -> "PretrainedModel":
     """
     import torch
 
-    from declip_cli.model.checkpoint import load_model
+    from declip_cli.interop.read import load_model
 
     if threads:
         torch.set_num_threads(threads)

@@ -222,7 +222,9 @@ def _happens(probability: float, rng: random.Random) -> bool:
     return probability > 0.0 and rng.random() < probability
 
 
-def evaluation_view(image: bytes | Pixels, *, side_px: int, resize_px: int, interpolation: str = "bilinear") -> Pixels:
+def evaluation_view(
+    image: bytes | Pixels, *, side_px: int, resize_px: int, interpolation: str = "bilinear", is_squashed: bool = False
+) -> Pixels:
     """Cut the middle out of a picture, the same each time.
 
     The shorter side is resized to `resize_px` with an antialiased filter, then a square of `side_px`
@@ -233,6 +235,7 @@ def evaluation_view(image: bytes | Pixels, *, side_px: int, resize_px: int, inte
         side_px: S, at most `resize_px`.
         resize_px: length of the shorter side before the cut.
         interpolation: `bilinear` or `bicubic`.
+        is_squashed: resize both sides to `resize_px`, whatever the picture's shape.
 
     Returns:
         RGB, uint8, (S, S, 3).
@@ -249,7 +252,7 @@ def evaluation_view(image: bytes | Pixels, *, side_px: int, resize_px: int, inte
     pixels = decode_image(image) if isinstance(image, bytes) else image  # (H, W, 3)
     height, width = pixels.shape[:2]
     shorter = min(height, width)
-    new_width, new_height = (int(resize_px * side / shorter) for side in (width, height))
+    new_width, new_height = (int(resize_px * side / (side if is_squashed else shorter)) for side in (width, height))
     left, top = (int(round((side - side_px) / 2.0)) for side in (new_width, new_height))
     # Pillow takes four bytes a pixel as they lie; three it would unpack and pack, holding up all other threads.
     padded = cv2.cvtColor(pixels, cv2.COLOR_RGB2RGBA)  # (H, W, 4)

@@ -229,7 +229,9 @@ def _with_store(
     if not options.caches(model):
         return computed()
     precision = resolve_precision(options.precision, next(model.encoder.parameters()).device)
-    view = f"{model.image_side_px} {model.resize_px} {model.interpolation}"
+    how = model.preprocessing
+    view = f"{how.image_side_px} {how.resize_px} {how.interpolation}"
+    view += " squash" if how.resize_mode == "squash" else ""
     key = content_key([kind, model.fingerprint, view, precision])
     folder = Path(default_cache_dir()) / "vectors" / key[:32]
     try:

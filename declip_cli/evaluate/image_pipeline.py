@@ -130,8 +130,13 @@ def _prepare(
             digest = _digest(image)
             if is_known(digest):
                 return Encoded(number, digest), None
+        how = model.preprocessing
         view = evaluation_view(
-            image, side_px=model.image_side_px, resize_px=model.resize_px, interpolation=model.interpolation
+            image,
+            side_px=how.image_side_px,
+            resize_px=how.resize_px,
+            interpolation=how.interpolation,
+            is_squashed=how.resize_mode == "squash",
         )  # (S, S, 3)
     except DataError as error:
         return Encoded(number, digest, cause=error.cause), None

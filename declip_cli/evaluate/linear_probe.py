@@ -322,6 +322,7 @@ def _encoder(model: PretrainedModel, kind: FeatureKind) -> Callable[[Tensor], Te
 
 
 def _raw_pixels(job: _Job, options: FeatureOptions) -> Baseline:
-    small = replace(job.model, image_side_px=RAW_SIDE_PX, resize_px=RAW_SIDE_PX)
+    view = replace(job.model.preprocessing, image_side_px=RAW_SIDE_PX, resize_px=RAW_SIDE_PX)
+    small = replace(job.model, preprocessing=view)
     found = job.run(small, lambda images: images.flatten(1).float() / 255, f"raw pixels {RAW_SIDE_PX}", options)
     return Baseline(side_px=RAW_SIDE_PX, l2=found.fit.l2, top1=found.top1, mean_per_class=found.mean_per_class)

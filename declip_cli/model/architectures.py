@@ -1,7 +1,7 @@
 """Names of architectures and their dimensions."""
 
 import difflib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from declip_cli.config import ModelConfig
@@ -17,6 +17,19 @@ class VitDims:
     width: int
     num_layers: int
     num_heads: int
+    mlp_ratio: float = 4.0
+    """Width of the MLPs' hidden layer, in widths; see `mlp_width`."""
+    norm_eps: float = 1e-5
+    """Added to the variance in layer norms."""
+    quick_gelu: bool = True
+    """x·sigmoid(1.702x), as OpenAI and the original; false is the exact GELU."""
+    has_pre_norm: bool = True
+    """A layer norm before the first block (CLIP's; SLIP's towers, made of timm's, have none)."""
+
+    @property
+    def mlp_width(self) -> int:
+        """Width of the MLPs' hidden layer, as OpenCLIP rounds it."""
+        return int(self.width * self.mlp_ratio)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +49,14 @@ class TextDims:
     width: int = 512
     num_layers: int = 12
     num_heads: int = 8
+    mlp_ratio: float = 4.0
+    norm_eps: float = 1e-5
+    quick_gelu: bool = True
+
+    @property
+    def mlp_width(self) -> int:
+        """Width of the MLPs' hidden layer, as OpenCLIP rounds it."""
+        return int(self.width * self.mlp_ratio)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +67,11 @@ class Architecture:
     embed_dim: int = 512
     vision: VitDims | ResNetDims
     text: TextDims = TextDims()
-    quick_gelu: bool = True
+
+    def with_activation(self, quick_gelu: bool) -> "Architecture":
+        """Return the same with another activation in both towers; ResNets have ReLUs only."""
+        vision = self.vision if isinstance(self.vision, ResNetDims) else replace(self.vision, quick_gelu=quick_gelu)
+        return replace(self, vision=vision, text=replace(self.text, quick_gelu=quick_gelu))
 
 
 _TINY_TEXT = TextDims(context_length=24, width=128, num_layers=1, num_heads=4)
@@ -116,19 +141,13 @@ def find_architecture(config: ModelConfig) -> Architecture:
         f"model.embed_dim must be positive (got {config.embed_dim})",
         remedy=f"--set model.embed_dim={base.embed_dim}",
     )
-    text = TextDims(
-        context_length=length,
-        width=base.text.width,
-        num_layers=base.text.num_layers,
-        num_heads=base.text.num_heads,
-    )
-    return Architecture(
+    found = replace(
+        base,
         image_side_px=side,
         embed_dim=config.embed_dim or base.embed_dim,
-        vision=base.vision,
-        text=text,
-        quick_gelu=config.quick_gelu,
+        text=replace(base.text, context_length=length),
     )
+    return found.with_activation(config.quick_gelu)
 
 
 def describe_architecture(architecture: Architecture) -> dict[str, Any]:

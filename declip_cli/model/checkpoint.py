@@ -1,4 +1,4 @@
-"""A model folder: safetensors and metadata, written whole, read strictly; OpenCLIP reads it too."""
+"""A model folder: safetensors and metadata, written whole, read strictly; OpenCLIP reads it too where it can."""
 
 import hashlib
 import json
@@ -14,13 +14,14 @@ from torch import Tensor
 
 from declip_cli import __version__
 from declip_cli.config import MethodName, ModelConfig
-from declip_cli.errors import DeclipError, ModelError
+from declip_cli.errors import ModelError
 from declip_cli.files import SUMS_FILE, check_folder, existing_folder, new_folder, parse_json
-from declip_cli.model.architectures import Architecture, VitDims, describe_architecture
+from declip_cli.model.architectures import Architecture, describe_architecture
 from declip_cli.model.clip import DualEncoder
 from declip_cli.model.heads import TOKEN_WISE_DIM
-from declip_cli.model.interop import load_foreign, open_clip_config, open_clip_state, set_pixels
-from declip_cli.model.shapes import check_heads, infer_architecture
+from declip_cli.model.open_clip_layout import open_clip_config, open_clip_state, why_not_open_clip
+from declip_cli.model.preprocessing import Preprocessing, read_preprocessing
+from declip_cli.model.shapes import Untraced, infer_architecture
 
 WEIGHTS_FILE = "open_clip_model.safetensors"
 OPEN_CLIP_CONFIG_FILE = "open_clip_config.json"
@@ -28,8 +29,10 @@ OWN_CONFIG_FILE = "declip.json"
 EXTRA_FILE = "declip_extra.safetensors"
 """What OpenCLIP has no place for: the mask token's embedding and the token-wise heads."""
 FORMAT = 1
-_TAKEN = "a run folder, a model folder, or a checkpoint of OpenCLIP or the original DeCLIP"
-_PARSING = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError, MemoryError)
+_AGAIN = "copy the folder again"
+_LATER = ("mlp_ratio", "norm_eps", "quick_gelu", "has_pre_norm")
+"""Dimensions that folders of earlier versions do not name; what they leave out is as in CLIP."""
+PARSING_ERRORS = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError, MemoryError)
 """What reading damaged configurations and weights may raise."""
 
 
@@ -44,26 +47,40 @@ class PretrainedModel:
     arch: str
     token_wise: bool
     """Whether pictures and texts are compared token by token (FILIP)."""
-    image_side_px: int
-    resize_px: int
-    """Length of the shorter side before the centre crop."""
+    preprocessing: Preprocessing
     context_length: int
     fingerprint: str
     """sha256 of weights and preprocessing; empty for a model that is still being trained."""
-    interpolation: str = "bilinear"
-    """Filter with which pictures are resized: `bilinear` or `bicubic` (OpenAI, most of OpenCLIP)."""
+
+    @property
+    def image_side_px(self) -> int:
+        """Side of the square that the model sees."""
+        return self.preprocessing.image_side_px
 
 
-def default_resize_px(image_side_px: int) -> int:
-    """Return the shorter side before the centre crop: 256 for 224, the whole picture for small models.
+def trained_preprocessing(encoder: DualEncoder, config: ModelConfig) -> Preprocessing:
+    """Return how pictures are prepared for a model that is trained here.
 
-    Source: ONECROP, P/data/imagenet_dataloader.py.
+    Without other settings the shorter side is resized to the side of the image, as OpenCLIP does it, so that the
+    folder scores the same there. The original resizes to 256 for 224 (ONECROP, P/data/imagenet_dataloader.py).
+
+    Raises:
+        ModelError: pictures would be smaller than the image.
     """
-    return round(image_side_px * 256 / 224) if image_side_px >= 128 else image_side_px
+    side = encoder.architecture.image_side_px
+    values = {
+        "image_side_px": side,
+        "resize_px": config.resize_px or side,
+        "resize_mode": config.resize_mode,
+        "interpolation": config.interpolation,
+        "mean": _digits(encoder.pixel_mean),
+        "std": _digits(encoder.pixel_std),
+    }
+    return read_preprocessing(values, remedy=f"--set model.resize_px={side}")
 
 
 def save_model(encoder: DualEncoder, folder: Path, *, config: ModelConfig, method: str) -> None:
-    """Write a model folder that `load_model` and OpenCLIP (`local-dir:`) read.
+    """Write a model folder that `load_model` reads, and OpenCLIP (`local-dir:`) where it can express the model.
 
     Args:
         encoder: the model, on any device.
@@ -73,7 +90,7 @@ def save_model(encoder: DualEncoder, folder: Path, *, config: ModelConfig, metho
     """
     state = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
     weights, extra = open_clip_state(state)
-    mean, std = _digits(encoder.pixel_mean), _digits(encoder.pixel_std)
+    preprocessing = trained_preprocessing(encoder, config)
     own = {
         "format": FORMAT,
         "declip_version": __version__,
@@ -82,19 +99,14 @@ def save_model(encoder: DualEncoder, folder: Path, *, config: ModelConfig, metho
         "has_token_wise_heads": encoder.token_wise is not None,
         "arch": config.arch,
         "architecture": describe_architecture(encoder.architecture),
-        "preprocessing": {
-            "image_side_px": encoder.architecture.image_side_px,
-            "resize_px": default_resize_px(encoder.architecture.image_side_px),
-            "interpolation": "bilinear",
-            "mean": mean,
-            "std": std,
-        },
+        "preprocessing": preprocessing.to_json(),
         "tokenizer": {"vocabulary": "clip-bpe", "context_length": encoder.architecture.text.context_length},
     }
     with new_folder(folder) as new:
         save_file(weights, new / WEIGHTS_FILE)
         save_file(extra, new / EXTRA_FILE)
-        _write_json(open_clip_config(encoder.architecture, mean, std), new / OPEN_CLIP_CONFIG_FILE)
+        if not why_not_open_clip(encoder.architecture, preprocessing):
+            _write_json(open_clip_config(encoder.architecture, preprocessing), new / OPEN_CLIP_CONFIG_FILE)
         _write_json(own, new / OWN_CONFIG_FILE)
 
 
@@ -133,84 +145,95 @@ def find_newest_run(root: Path) -> Path:
     return max(found, key=lambda path: (path / WEIGHTS_FILE).stat().st_mtime_ns).parent
 
 
-def load_model(path: Path | None, *, device: str | torch.device = "cpu", option: str = "--model") -> PretrainedModel:
-    """Open a run folder, a model folder or a checkpoint file of another project, for evaluation.
-
-    Args:
-        path: where the model lies; None takes the newest run.
-        device: where to put it.
-        option: of the command line, with which the user named it; for messages.
-
-    Returns:
-        The model in evaluation mode.
-
-    Raises:
-        ModelError: nothing there, or it is incomplete, damaged, contradicts itself or does not fit.
-    """
-    path = find_newest_run(runs_root()) if path is None else path
-    if not os.path.exists(path):
-        raise ModelError(f"no model at {path}", remedy=f"{option} takes {_TAKEN}")
+def find_folder(path: Path) -> Path | None:
+    """Find the model folder of ours at a path: the folder itself, or `model/` of a run folder; None where none is."""
+    if path.is_file():
+        return None
     inner = existing_folder(path / "model")
     folder = inner if inner.is_dir() else existing_folder(path)
     is_own = (folder / OWN_CONFIG_FILE).is_file() or OWN_CONFIG_FILE.encode() in _sums(folder)
-    if path.is_file() or not is_own:
-        return _load_foreign(path if path.is_file() else folder, device, option)
+    return folder if is_own else None
+
+
+def read_model(folder: Path, *, name: str) -> PretrainedModel:
+    """Read a model folder of ours.
+
+    Args:
+        folder: from `find_folder`.
+        name: what to call the model.
+
+    Returns:
+        The model on the CPU, in evaluation mode.
+
+    Raises:
+        ModelError: it is incomplete, damaged or contradicts itself.
+    """
     own, open_clip, state, fingerprint = _read_folder(folder)
     try:
-        architecture = _check_own(own, open_clip, state)
+        architecture, preprocessing = _check_own(own, open_clip, state)
         encoder = DualEncoder(architecture, token_wise_dim=TOKEN_WISE_DIM if own["has_token_wise_heads"] else 0)
         encoder.load_state_dict(state)
-        set_pixels(encoder, own["preprocessing"]["mean"], own["preprocessing"]["std"])
-    except (ModelError, *_PARSING) as error:
+        encoder.set_pixels(preprocessing.mean, preprocessing.std)
+    except (ModelError, *PARSING_ERRORS) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise ModelError(f"the model in {folder} is damaged: {reason}", remedy="copy the folder again") from error
+        raise ModelError(f"the model in {folder} is damaged: {reason}", remedy=_AGAIN) from error
     return PretrainedModel(
-        encoder=encoder.eval().to(device),
-        name=str(path),
+        encoder=encoder.eval(),
+        name=name,
         method=own["method"],
         arch=own["arch"],
         token_wise=own["token_wise"],
-        image_side_px=architecture.image_side_px,
-        resize_px=own["preprocessing"]["resize_px"],
+        preprocessing=preprocessing,
         context_length=architecture.text.context_length,
-        interpolation=own["preprocessing"]["interpolation"],
         fingerprint=fingerprint,
     )
 
 
-def _check_own(own: dict[str, Any], open_clip: dict[str, Any], state: dict[str, Tensor]) -> Architecture:
+def _check_own(
+    own: dict[str, Any], open_clip: dict[str, Any] | None, state: dict[str, Tensor]
+) -> tuple[Architecture, Preprocessing]:
     """Read the architecture off the weights; whatever the two configurations say must agree with it.
 
     Raises:
         ModelError: they contradict each other.
-        KeyError, TypeError, …: one of `_PARSING`: something is missing or of another kind.
+        KeyError, TypeError, …: one of `PARSING_ERRORS`: something is missing or of another kind.
     """
-    given, pixels = own["architecture"], own["preprocessing"]
-    found = infer_architecture(state, quick_gelu=bool(given["quick_gelu"]))
-    vision_heads, text_heads = given["vision"]["num_heads"], given["text"]["num_heads"]
-    check_heads(vision_heads, found.vision.width * (1 if isinstance(found.vision, VitDims) else 32))
-    check_heads(text_heads, found.text.width)
-    found = replace(
-        found, vision=replace(found.vision, num_heads=vision_heads), text=replace(found.text, num_heads=text_heads)
+    given, preprocessing = own["architecture"], read_preprocessing(own["preprocessing"], remedy=_AGAIN)
+    vision, text = given["vision"], given["text"]
+    old = given.get("quick_gelu", True)  # of both towers, in folders of earlier versions
+    untraced = Untraced(
+        vision_heads=vision["num_heads"],
+        text_heads=text["num_heads"],
+        vision_quick_gelu=vision.get("quick_gelu", old),
+        text_quick_gelu=text.get("quick_gelu", old),
+        vision_norm_eps=vision.get("norm_eps", 1e-5),
+        text_norm_eps=text.get("norm_eps", 1e-5),
     )
+    found = infer_architecture(state, untraced)
     has_heads = any(name.startswith("token_wise.") for name in state)
-    side = found.image_side_px
+    described = describe_architecture(found)
+    for tower in ("vision", "text"):  # an earlier version does not say all
+        described[tower] = {k: v for k, v in described[tower].items() if k in given[tower] or k not in _LATER}
     wanted = {
-        "architecture": describe_architecture(found),
+        "architecture": described,
         "has_token_wise_heads": has_heads,
         "token_wise": bool(own["token_wise"]) and has_heads,
         "method": own["method"] if own["method"] in get_args(MethodName) else "one of the methods there are",
         "arch": str(own["arch"]),
-        "preprocessing": {
-            "image_side_px": side,
-            "resize_px": min(max(int(pixels["resize_px"]), side), 8 * side),
-            "interpolation": "bicubic" if pixels["interpolation"] == "bicubic" else "bilinear",
-        },
+        "preprocessing": {"image_side_px": found.image_side_px},
         "tokenizer": {"vocabulary": "clip-bpe", "context_length": found.text.context_length},
     }
     _compare(wanted, own, OWN_CONFIG_FILE, "the weights")
-    _compare(open_clip_config(found, pixels["mean"], pixels["std"]), open_clip, OPEN_CLIP_CONFIG_FILE, OWN_CONFIG_FILE)
-    return found
+    # Earlier versions wrote OpenCLIP's configuration though they resized to 256 px themselves.
+    as_there = preprocessing if open_clip is None else replace(preprocessing, resize_px=found.image_side_px)
+    is_expected = not why_not_open_clip(found, as_there)
+    if is_expected != (open_clip is not None):
+        problem = "missing" if is_expected else "there, but cannot express the model"
+        raise ModelError(f"{OPEN_CLIP_CONFIG_FILE} is {problem}", remedy=_AGAIN)
+    _compare(
+        open_clip_config(found, as_there) if is_expected else None, open_clip, OPEN_CLIP_CONFIG_FILE, OWN_CONFIG_FILE
+    )
+    return found, preprocessing
 
 
 def _compare(wanted: Any, given: Any, file: str, other: str, field: str = "") -> None:  # noqa: ANN401  (JSON)
@@ -221,12 +244,10 @@ def _compare(wanted: Any, given: Any, file: str, other: str, field: str = "") ->
         return
     wanted = list(wanted) if isinstance(wanted, tuple) else wanted
     if wanted != given or isinstance(wanted, bool) != isinstance(given, bool):
-        raise ModelError(
-            f"{field} is {given!r:.60} in {file}, by {other} {wanted!r:.60}", remedy="copy the folder again"
-        )
+        raise ModelError(f"{field} is {given!r:.60} in {file}, by {other} {wanted!r:.60}", remedy=_AGAIN)
 
 
-def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor], str]:
+def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, Tensor], str]:
     """Read both configurations, weights and fingerprint; once more where a run replaced the folder meanwhile."""
     for is_last_try in (False, False, True):
         before = _sums(folder)
@@ -234,17 +255,16 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str
             if before:
                 check_folder(folder)
             own, state = _read_own_config(folder), _read_state(folder)
-            open_clip = _read_config(folder / OPEN_CLIP_CONFIG_FILE)
-            fingerprint = _fingerprint(folder / WEIGHTS_FILE, folder / EXTRA_FILE, folder / OWN_CONFIG_FILE)
+            path = folder / OPEN_CLIP_CONFIG_FILE
+            open_clip = _read_config(path) if path.exists() else None
+            fingerprint = fingerprint_of(folder / WEIGHTS_FILE, folder / EXTRA_FILE, folder / OWN_CONFIG_FILE)
             if _sums(folder) == before:
                 return own, open_clip, state, fingerprint
         except (OSError, ValueError, ModelError) as error:
             if is_last_try or _sums(folder) == before:
                 if isinstance(error, ModelError):
                     raise
-                raise ModelError(
-                    f"the model in {folder} is damaged: {error}", remedy="copy the folder again"
-                ) from error
+                raise ModelError(f"the model in {folder} is damaged: {error}", remedy=_AGAIN) from error
     raise ModelError(f"the model in {folder} changes while it is read", remedy="try again in a moment")
 
 
@@ -260,9 +280,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read {path}: {error}", remedy="copy the folder again") from error
+        raise ModelError(f"cannot read {path}: {error}", remedy=_AGAIN) from error
     if not isinstance(config, dict):
-        raise ModelError(f"cannot read {path}: no JSON object", remedy="copy the folder again")
+        raise ModelError(f"cannot read {path}: no JSON object", remedy=_AGAIN)
     return config
 
 
@@ -282,43 +302,19 @@ def _read_state(folder: Path) -> dict[str, Tensor]:
         extra = load_file(folder / EXTRA_FILE)
         mask = extra.pop("mask_embedding")
         weights["token_embedding.weight"] = torch.cat([weights["token_embedding.weight"], mask[None]])
-    except (OSError, SafetensorError, *_PARSING) as error:
-        raise ModelError(f"cannot read the weights in {folder}: {error}", remedy="copy the folder again") from error
+    except (OSError, SafetensorError, *PARSING_ERRORS) as error:
+        raise ModelError(f"cannot read the weights in {folder}: {error}", remedy=_AGAIN) from error
     state = {name if name.startswith(("visual.", "logit_scale")) else f"text.{name}": v for name, v in weights.items()}
     state |= extra
     counters = "num_batches_tracked"
     wrong = next((n for n, value in state.items() if not value.is_floating_point() and not n.endswith(counters)), "")
     if wrong:
-        raise ModelError(f"{wrong} of the weights in {folder} is not of floats", remedy="copy the folder again")
+        raise ModelError(f"{wrong} of the weights in {folder} is not of floats", remedy=_AGAIN)
     return state
 
 
-def _load_foreign(path: Path, device: str | torch.device, option: str) -> PretrainedModel:
-    try:
-        foreign = load_foreign(path)
-    except DeclipError:
-        raise
-    except Exception as error:
-        raise ModelError(
-            f"{path} is not a model that declip can read: {' '.join(str(error).split()):.300}",
-            remedy=f"{option} takes {_TAKEN}",
-        ) from error
-    architecture = foreign.encoder.architecture
-    return PretrainedModel(
-        encoder=foreign.encoder.eval().to(device),
-        name=str(path),
-        method=foreign.method,
-        arch=foreign.project,
-        token_wise=foreign.method == "filip",
-        image_side_px=architecture.image_side_px,
-        resize_px=foreign.resize_px,
-        context_length=architecture.text.context_length,
-        interpolation=foreign.interpolation,
-        fingerprint=_fingerprint(*([path] if path.is_file() else sorted(path.glob("open_clip_*")))),
-    )
-
-
-def _fingerprint(*paths: Path) -> str:
+def fingerprint_of(*paths: Path) -> str:
+    """Return the sha256 of files, one after another."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:

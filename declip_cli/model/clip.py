@@ -1,6 +1,7 @@
 """The dual encoder: an image tower, a text tower and the scale of their cosines."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -8,14 +9,12 @@ from torch import Tensor, nn
 
 from declip_cli.model.architectures import Architecture, VitDims
 from declip_cli.model.heads import TokenWiseHeads
+from declip_cli.model.preprocessing import IMAGE_MEAN, IMAGE_STD
 from declip_cli.model.resnet import ModifiedResNet
 from declip_cli.model.text_transformer import END_ID, TextTransformer
 from declip_cli.model.transformer import Transformer
 from declip_cli.model.vision_transformer import ImageStates, VisionTransformer
 
-IMAGE_MEAN = (0.485, 0.456, 0.406)
-IMAGE_STD = (0.229, 0.224, 0.225)
-"""ImageNet's, in [0, 1], as the original uses everywhere (prototype/data/imagenet_dataloader.py)."""
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 """Logarithm of every logit scale before training (CLIP, arXiv 2103.00020, section 2.5)."""
 
@@ -37,21 +36,18 @@ class DualEncoder(nn.Module):
         super().__init__()
         self.architecture = architecture
         self.visual = _build_vision(architecture)
-        text = architecture.text
-        self.text = TextTransformer(
-            context_length=text.context_length,
-            width=text.width,
-            num_layers=text.num_layers,
-            num_heads=text.num_heads,
-            embed_dim=architecture.embed_dim,
-            quick_gelu=architecture.quick_gelu,
-        )
+        self.text = TextTransformer(architecture.text, embed_dim=architecture.embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
         self.token_wise: TokenWiseHeads | None = None
         if token_wise_dim:
             self.token_wise = TokenWiseHeads(self.visual.feature_dim, self.text.feature_dim, width=token_wise_dim)
         self.register_buffer("pixel_mean", torch.tensor(IMAGE_MEAN), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(IMAGE_STD), persistent=False)
+
+    def set_pixels(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Normalise pixels from now on by the mean and the deviation of each channel, in [0, 1]."""
+        self.pixel_mean.copy_(torch.tensor(mean))
+        self.pixel_std.copy_(torch.tensor(std))
 
     def normalise(self, images: Tensor) -> Tensor:
         """Turn bytes into what the image tower takes.
@@ -160,15 +156,7 @@ def unit(embeds: Tensor) -> Tensor:
 def _build_vision(architecture: Architecture) -> VisionTransformer | ModifiedResNet:
     dims = architecture.vision
     if isinstance(dims, VitDims):
-        return VisionTransformer(
-            image_side_px=architecture.image_side_px,
-            patch_side_px=dims.patch_side_px,
-            width=dims.width,
-            num_layers=dims.num_layers,
-            num_heads=dims.num_heads,
-            embed_dim=architecture.embed_dim,
-            quick_gelu=architecture.quick_gelu,
-        )
+        return VisionTransformer(dims, image_side_px=architecture.image_side_px, embed_dim=architecture.embed_dim)
     return ModifiedResNet(
         image_side_px=architecture.image_side_px,
         num_blocks=dims.num_blocks,

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from declip_cli.model.architectures import TextDims
 from declip_cli.model.transformer import Transformer
 
 END_ID = 49407
@@ -15,33 +16,29 @@ class TextTransformer(nn.Module):
     """CLIP's causal text transformer with OpenAI's parameter names.
 
     Args:
-        context_length: largest L.
-        width: E.
-        num_layers: number of blocks.
-        num_heads: H.
+        dims: of the tower: its context length is the largest L, its width E.
         embed_dim: D.
-        quick_gelu: OpenAI's approximation of the GELU.
 
     Source: P/model/text_encoder/text_transformer.py; the projection has a bias, unlike OpenAI's.
     """
 
-    def __init__(
-        self,
-        *,
-        context_length: int,
-        width: int,
-        num_layers: int,
-        num_heads: int,
-        embed_dim: int,
-        quick_gelu: bool,
-    ) -> None:
+    def __init__(self, dims: TextDims, *, embed_dim: int) -> None:
         super().__init__()
-        self.context_length = context_length
+        width = dims.width
+        self.context_length = dims.context_length
         self.feature_dim = width
         self.token_embedding = nn.Embedding(VOCABULARY_SIZE, width)
-        self.positional_embedding = nn.Parameter(0.01 * torch.randn(context_length, width))
-        self.transformer = Transformer(width, num_layers, num_heads=num_heads, is_causal=True, quick_gelu=quick_gelu)
-        self.ln_final = nn.LayerNorm(width)
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(dims.context_length, width))
+        self.transformer = Transformer(
+            width,
+            dims.num_layers,
+            num_heads=dims.num_heads,
+            is_causal=True,
+            quick_gelu=dims.quick_gelu,
+            mlp_width=dims.mlp_width,
+            norm_eps=dims.norm_eps,
+        )
+        self.ln_final = nn.LayerNorm(width, eps=dims.norm_eps)
         self.text_projection = nn.Linear(width, embed_dim)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.text_projection.weight, std=width**-0.5)

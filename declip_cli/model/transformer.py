@@ -1,5 +1,7 @@
 """The residual attention block that both towers are made of."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,10 +53,10 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """Two linear layers around a GELU."""
 
-    def __init__(self, width: int, *, quick_gelu: bool) -> None:
+    def __init__(self, width: int, hidden_width: int, *, quick_gelu: bool) -> None:
         super().__init__()
-        self.c_fc = nn.Linear(width, 4 * width)
-        self.c_proj = nn.Linear(4 * width, width)
+        self.c_fc = nn.Linear(width, hidden_width)
+        self.c_proj = nn.Linear(hidden_width, width)
         self.quick_gelu = quick_gelu
 
     def forward(self, states: Tensor) -> Tensor:
@@ -71,12 +73,12 @@ class Mlp(nn.Module):
 class ResidualAttentionBlock(nn.Module):
     """Attention and MLP, each normalised before and added to what came in."""
 
-    def __init__(self, width: int, num_heads: int, *, quick_gelu: bool) -> None:
+    def __init__(self, width: int, num_heads: int, *, quick_gelu: bool, mlp_width: int, norm_eps: float) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(width)
+        self.ln_1 = nn.LayerNorm(width, eps=norm_eps)
         self.attn = Attention(width, num_heads)
-        self.ln_2 = nn.LayerNorm(width)
-        self.mlp = Mlp(width, quick_gelu=quick_gelu)
+        self.ln_2 = nn.LayerNorm(width, eps=norm_eps)
+        self.mlp = Mlp(width, mlp_width, quick_gelu=quick_gelu)
 
     def forward(self, states: Tensor, is_causal: bool) -> Tensor:
         """Refine the tokens of each sequence, (B, L, E) → (B, L, E)."""
@@ -94,14 +96,26 @@ class Transformer(nn.Module):
         num_heads: H, divides E.
         is_causal: whether tokens see only those before them.
         quick_gelu: OpenAI's approximation of the GELU.
+        mlp_width: of the MLPs' hidden layer; None: four times E.
+        norm_eps: added to the variance in layer norms.
     """
 
-    def __init__(self, width: int, num_layers: int, *, num_heads: int, is_causal: bool, quick_gelu: bool) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_layers: int,
+        *,
+        num_heads: int,
+        is_causal: bool,
+        quick_gelu: bool,
+        mlp_width: int | None = None,
+        norm_eps: float = 1e-5,
+    ) -> None:
         super().__init__()
         self.is_causal = is_causal
         self.gradient_checkpointing = False
-        blocks = (ResidualAttentionBlock(width, num_heads, quick_gelu=quick_gelu) for _ in range(num_layers))
-        self.resblocks = nn.ModuleList(blocks)
+        options: dict[str, Any] = {"quick_gelu": quick_gelu, "mlp_width": mlp_width or 4 * width, "norm_eps": norm_eps}
+        self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, num_heads, **options) for _ in range(num_layers))
         self._initialise(width, num_layers)
 
     def _initialise(self, width: int, num_layers: int) -> None:

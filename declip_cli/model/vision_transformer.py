@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from declip_cli.model.architectures import VitDims
 from declip_cli.model.transformer import Transformer
 
 
@@ -23,30 +24,17 @@ class VisionTransformer(nn.Module):
     """CLIP's vision transformer with OpenAI's parameter names.
 
     Args:
-        image_side_px: S.
-        patch_side_px: side of a patch; divides S.
-        width: E.
-        num_layers: number of blocks.
-        num_heads: H.
+        dims: of the tower, whose width is E.
+        image_side_px: S, a multiple of the side of a patch.
         embed_dim: D.
-        quick_gelu: OpenAI's approximation of the GELU.
     """
 
     is_batch_dependent = False
     """Whether a picture's features depend on the others in the batch (BatchNorm)."""
 
-    def __init__(
-        self,
-        *,
-        image_side_px: int,
-        patch_side_px: int,
-        width: int,
-        num_layers: int,
-        num_heads: int,
-        embed_dim: int,
-        quick_gelu: bool,
-    ) -> None:
+    def __init__(self, dims: VitDims, *, image_side_px: int, embed_dim: int) -> None:
         super().__init__()
+        width, patch_side_px = dims.width, dims.patch_side_px
         self.patch_side_px = patch_side_px
         self.feature_dim = width
         num_patches = (image_side_px // patch_side_px) ** 2
@@ -54,9 +42,17 @@ class VisionTransformer(nn.Module):
         self.conv1 = nn.Conv2d(3, width, patch_side_px, stride=patch_side_px, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(num_patches + 1, width))
-        self.ln_pre = nn.LayerNorm(width)
-        self.transformer = Transformer(width, num_layers, num_heads=num_heads, is_causal=False, quick_gelu=quick_gelu)
-        self.ln_post = nn.LayerNorm(width)
+        self.ln_pre = nn.LayerNorm(width, eps=dims.norm_eps) if dims.has_pre_norm else nn.Identity()
+        self.transformer = Transformer(
+            width,
+            dims.num_layers,
+            num_heads=dims.num_heads,
+            is_causal=False,
+            quick_gelu=dims.quick_gelu,
+            mlp_width=dims.mlp_width,
+            norm_eps=dims.norm_eps,
+        )
+        self.ln_post = nn.LayerNorm(width, eps=dims.norm_eps)
         self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
     def forward(self, pixels: Tensor) -> ImageStates:

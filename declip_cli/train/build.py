@@ -19,10 +19,11 @@ from declip_cli.data.loader import StreamConfig
 from declip_cli.data.stream import TrainStream
 from declip_cli.distributed import copy_from_main, rank, world_size
 from declip_cli.errors import TrainError
+from declip_cli.interop.read import load_model
 from declip_cli.methods.base import Method
 from declip_cli.methods.registry import build_method
+from declip_cli.model.architectures import Architecture, VitDims
 from declip_cli.model.batch_norm import use_full_batch_norm
-from declip_cli.model.checkpoint import load_model
 from declip_cli.model.precision import has_native_bf16
 from declip_cli.process_group import from_all
 from declip_cli.resolve import Machine, ResolvedRun, settled
@@ -236,7 +237,7 @@ def _start_from(method: Method, config: RunConfig) -> None:
     missing = [name for name in ours if name not in theirs and not name.startswith("token_wise.")]
     mine, other = method.encoder.architecture, start.encoder.architecture
     kinds: dict[str, tuple[Any, Any]] = {
-        "the activation (model.quick_gelu)": (mine.quick_gelu, other.quick_gelu),
+        "the activation (model.quick_gelu)": (_activations(mine), _activations(other)),
         "the number of attention heads": (
             (mine.vision.num_heads, mine.text.num_heads),
             (other.vision.num_heads, other.text.num_heads),
@@ -252,6 +253,12 @@ def _start_from(method: Method, config: RunConfig) -> None:
     method.encoder.load_state_dict(ours | {name: theirs[name] for name in ours if name in theirs})
     method.encoder.pixel_mean.copy_(start.encoder.pixel_mean)
     method.encoder.pixel_std.copy_(start.encoder.pixel_std)
+
+
+def _activations(architecture: Architecture) -> tuple[bool, bool]:
+    """Tell of both towers whether they have QuickGELU."""
+    vision, text = architecture.vision, architecture.text
+    return (vision.quick_gelu if isinstance(vision, VitDims) else text.quick_gelu), text.quick_gelu
 
 
 def _freeze(method: Method, config: RunConfig) -> None:

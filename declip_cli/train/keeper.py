@@ -8,7 +8,7 @@ from typing import Any
 
 from declip_cli.distributed import copy_from_main, rank, world_size
 from declip_cli.errors import TrainError
-from declip_cli.model.checkpoint import PretrainedModel, default_resize_px, save_model
+from declip_cli.model.checkpoint import PretrainedModel, save_model, trained_preprocessing
 from declip_cli.model.clip import DualEncoder
 from declip_cli.process_group import from_all
 from declip_cli.train.build import Training
@@ -87,16 +87,14 @@ class Keeper:
                 # Ranks have statistics of their own; all score the model that rank 0 saves.
                 encoder = copy.deepcopy(encoder)
                 copy_from_main(encoder.buffers())
-            architecture = encoder.architecture
             model = PretrainedModel(
                 encoder=encoder.eval(),
                 name="(in training)",
                 method=config.method.name,
                 arch=config.model.arch,
                 token_wise=config.method.name == "filip",
-                image_side_px=architecture.image_side_px,
-                resize_px=default_resize_px(architecture.image_side_px),
-                context_length=architecture.text.context_length,
+                preprocessing=trained_preprocessing(encoder, config.model),
+                context_length=encoder.architecture.text.context_length,
                 fingerprint="",
             )
             scores = self._evaluate(model)

@@ -23,9 +23,9 @@ from declip_cli.config import AugmentConfig, ModelConfig, TextView
 from declip_cli.data.catalogue import open_dataset
 from declip_cli.data.text_views import TextViews
 from declip_cli.data.tokenizer import Tokenizer
+from declip_cli.interop.read import load_model
 from declip_cli.model import neighbours
 from declip_cli.model.architectures import find_architecture
-from declip_cli.model.checkpoint import load_model
 from declip_cli.model.clip import DualEncoder
 
 VIEWS: tuple[TextView, ...] = ("plain", "augmented", "masked")

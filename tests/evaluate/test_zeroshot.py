@@ -22,8 +22,9 @@ from declip_cli.evaluate.features import FeatureOptions
 from declip_cli.evaluate.prompts import build_token_classifier, load_templates, make_prompts
 from declip_cli.evaluate.report import class_report, write_predictions
 from declip_cli.evaluate.zeroshot import ZeroshotReport, zeroshot
+from declip_cli.interop.read import load_model
 from declip_cli.model.architectures import find_architecture
-from declip_cli.model.checkpoint import PretrainedModel, load_model, save_model
+from declip_cli.model.checkpoint import PretrainedModel, save_model
 from declip_cli.model.clip import DualEncoder
 from tests.data_sets import MemoryDataset
 

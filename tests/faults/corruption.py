@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from declip_cli.errors import DeclipError
-from declip_cli.model.checkpoint import load_model
+from declip_cli.interop.read import load_model
 from declip_cli.train.run_dir import RunDir
 from tests.faults.harness import damage
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from declip_cli.model.interop import rename_original
+from declip_cli.interop.original import rename_original
 from tests.golden_files import golden_batch, golden_cases, golden_method, load_golden
 
 METHODS = ("clip", "slip", "filip", "declip", "defilip")

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from declip_cli.config import ModelConfig
 from declip_cli.errors import ModelError
 from declip_cli.files import digest_of
-from declip_cli.model import interop
+from declip_cli.interop import open_clip as open_clip_reader
+from declip_cli.interop.read import load_model
 from declip_cli.model.architectures import Architecture, ResNetDims, TextDims, VitDims, find_architecture
-from declip_cli.model.checkpoint import find_newest_run, load_model, save_model
+from declip_cli.model.checkpoint import find_newest_run, save_model
 from declip_cli.model.clip import IMAGE_MEAN, DualEncoder
 from tests.golden_files import golden_batch, golden_cases, golden_state, load_golden
 
@@ -81,7 +82,7 @@ def test_a_saved_model_is_read_back_bit_by_bit(tmp_path, config):
     assert not model.encoder.training
     assert (model.method, model.arch, model.token_wise) == ("declip", config.arch, False)
     side = encoder.architecture.image_side_px
-    assert (model.image_side_px, model.resize_px, model.context_length) == (side, side, 9)
+    assert (model.image_side_px, model.preprocessing.resize_px, model.context_length) == (side, side, 9)
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -94,10 +95,14 @@ def test_token_wise_heads_are_saved_and_a_filip_model_is_compared_token_by_token
         assert model.token_wise == (method == "filip")
 
 
-def test_a_large_picture_is_resized_to_256_before_the_crop_to_224(tmp_path):
-    config = ModelConfig(arch="vit-tiny32", image_side_px=224)
-    save_model(new_encoder(config), tmp_path, config=config, method="clip")
-    assert (load_model(tmp_path).image_side_px, load_model(tmp_path).resize_px) == (224, 256)
+def test_pictures_are_resized_to_the_side_of_the_image_unless_the_configuration_says_otherwise(tmp_path):
+    for resize_px, expected in ((None, 224), (256, 256)):
+        config = ModelConfig(arch="vit-tiny32", image_side_px=224, resize_px=resize_px)
+        save_model(new_encoder(config), tmp_path, config=config, method="clip")
+        found = load_model(tmp_path).preprocessing
+        assert (found.image_side_px, found.resize_px) == (224, expected)
+        # OpenCLIP's configuration cannot express a crop after the resize, so it says nothing rather than that.
+        assert (tmp_path / "open_clip_config.json").exists() == (resize_px is None)
 
 
 def test_the_fingerprint_follows_the_weights_and_nothing_else(tmp_path):
@@ -143,7 +148,7 @@ def test_a_folder_of_open_clip_is_read_with_its_heads_activation_and_preprocessi
     model = load_model(folder)
     assert model.encoder.pixel_mean.tolist() == pytest.approx([0.1, 0.2, 0.3])
     assert model.encoder.pixel_std.tolist() == pytest.approx([0.4, 0.5, 0.6])
-    assert (model.interpolation, model.arch, model.method) == ("bicubic", "open_clip", "clip")
+    assert (model.preprocessing.interpolation, model.arch, model.method) == ("bicubic", "open_clip", "clip")
     images = encoder.normalise(pictures(encoder.architecture.image_side_px))
     with torch.no_grad():
         torch.testing.assert_close(model.encoder.encode_image(images), encoder.encode_image(images))
@@ -165,7 +170,7 @@ def test_a_checkpoint_file_of_open_clip_is_read_by_its_shapes(tmp_path):
 
 def with_recorded_heads(monkeypatch, architecture):
     """Heads cannot be read off shapes; published models have them 64 wide, the recordings narrower."""
-    infer = interop.infer_architecture
+    infer = open_clip_reader.infer_architecture
 
     def with_heads(*args, **options):
         found = infer(*args, **options)
@@ -174,7 +179,7 @@ def with_recorded_heads(monkeypatch, architecture):
         assert dataclasses.replace(found.text, num_heads=architecture.text.num_heads) == architecture.text
         return architecture
 
-    monkeypatch.setattr(interop, "infer_architecture", with_heads)
+    monkeypatch.setattr(open_clip_reader, "infer_architecture", with_heads)
 
 
 @pytest.mark.parametrize(
@@ -339,12 +344,25 @@ def test_a_checkpoint_without_parameters_by_name_is_an_error(tmp_path, content):
         ("open_clip_config.json", "preprocess_cfg.std", ..., r"preprocess_cfg.std is None .* \[0.229"),
         ("open_clip_config.json", "model_cfg", [1], "model_cfg is .1. in open_clip_config.json"),
         ("declip.json", "preprocessing.mean", [0.5, 0.5, 0.5], r"preprocess_cfg.mean is \[0.485.* \[0.5"),
-        ("declip.json", "preprocessing.image_side_px", 64, "preprocessing.image_side_px is 64 .* 32"),
-        ("declip.json", "preprocessing.resize_px", 10**12, "preprocessing.resize_px is 1000000000000"),
-        ("declip.json", "preprocessing.interpolation", "nearest", "interpolation is 'nearest'"),
+        ("declip.json", "preprocessing.image_side_px", 64, "preprocessing.resize_px is 32; expected in .64, 512."),
+        (
+            "declip.json",
+            "preprocessing.resize_px",
+            10**12,
+            "preprocessing.resize_px is 1000000000000; expected in .32, 256.",
+        ),
+        (
+            "declip.json",
+            "preprocessing.interpolation",
+            "nearest",
+            "interpolation is 'nearest'; expected bilinear or bicubic",
+        ),
         ("declip.json", "preprocessing.std", ..., "no 'std'"),
-        ("declip.json", "architecture.quick_gelu", False, "model_cfg.quick_gelu is True .* False"),
-        ("declip.json", "architecture.quick_gelu", "yes", "quick_gelu is 'yes'"),
+        ("declip.json", "architecture.text.quick_gelu", False, "open_clip_config.json is there, but cannot express"),
+        ("declip.json", "architecture.vision.quick_gelu", "yes", "quick_gelu is true or false .got 'yes'"),
+        ("declip.json", "architecture.vision.norm_eps", 3, "3 is no epsilon"),
+        ("declip.json", "architecture.vision.mlp_ratio", 3.0, "vision.mlp_ratio is 3.0 .* 4.0"),
+        ("declip.json", "architecture.vision.has_pre_norm", False, "vision.has_pre_norm is False .* True"),
         ("declip.json", "architecture.embed_dim", 10**12, "architecture.embed_dim is 1000000000000 .* weights 10"),
         ("declip.json", "architecture.vision.num_layers", 10**12, "vision.num_layers is 1000000000000 .* weights 4"),
         ("declip.json", "architecture.vision.width", -1, "vision.width is -1 .* 96"),

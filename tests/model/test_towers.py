@@ -1,7 +1,5 @@
 """The towers equal those of PyTorch and OpenCLIP on the same weights."""
 
-import dataclasses
-
 import open_clip
 import pytest
 import torch
@@ -12,8 +10,9 @@ from declip_cli.config import ModelConfig
 from declip_cli.errors import ConfigError
 from declip_cli.model import transformer
 from declip_cli.model.architectures import ARCHITECTURES, Architecture, ResNetDims, TextDims, VitDims, find_architecture
-from declip_cli.model.clip import IMAGE_MEAN, IMAGE_STD, DualEncoder
-from declip_cli.model.interop import open_clip_config, open_clip_state
+from declip_cli.model.clip import DualEncoder
+from declip_cli.model.open_clip_layout import open_clip_config, open_clip_state
+from declip_cli.model.preprocessing import Preprocessing
 from declip_cli.model.text_transformer import END_ID
 from declip_cli.model.transformer import Attention, ResidualAttentionBlock, Transformer
 
@@ -54,7 +53,8 @@ def pictures(side, *, num=3, seed=0):
 
 def peer_of(encoder):
     """Build OpenCLIP's model with the encoder's weights."""
-    config = open_clip_config(encoder.architecture, IMAGE_MEAN, IMAGE_STD)["model_cfg"]
+    side = encoder.architecture.image_side_px
+    config = open_clip_config(encoder.architecture, Preprocessing(image_side_px=side, resize_px=side))["model_cfg"]
     peer = open_clip.CLIP(**config)
     weights, _ = open_clip_state(encoder.state_dict())
     missing, unexpected = peer.load_state_dict(weights, strict=False)
@@ -99,7 +99,7 @@ def test_a_causal_transformer_does_not_look_ahead():
 @pytest.mark.parametrize("quick_gelu", [False, True])
 @pytest.mark.parametrize("base", [VIT, RESNET], ids=["vit", "resnet"])
 def test_both_towers_equal_those_of_open_clip(base, quick_gelu):
-    encoder = shaken(DualEncoder(dataclasses.replace(base, quick_gelu=quick_gelu))).eval()
+    encoder = shaken(DualEncoder(base.with_activation(quick_gelu))).eval()
     peer = peer_of(encoder)
     images, tokens = pictures(base.image_side_px), texts(length=11)
     with torch.no_grad():

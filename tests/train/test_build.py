@@ -6,8 +6,9 @@ import torch
 
 from declip_cli.config import ModelConfig, TrainConfig
 from declip_cli.errors import TrainError
+from declip_cli.interop.read import load_model
 from declip_cli.model.architectures import find_architecture
-from declip_cli.model.checkpoint import load_model, save_model
+from declip_cli.model.checkpoint import save_model
 from declip_cli.model.clip import DualEncoder
 from declip_cli.train import build, launch, loop
 from declip_cli.train.build import count_cores, find_machine

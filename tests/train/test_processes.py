@@ -10,7 +10,7 @@ import torch
 
 from declip_cli.config import TrainConfig
 from declip_cli.errors import TrainError
-from declip_cli.model.interop import rename_original
+from declip_cli.interop.original import rename_original
 from declip_cli.train.launch import RankFailed, start_processes, wanted_processes
 from tests.golden_files import golden_case, golden_cases, load_golden
 from tests.train.ranks import batch_norm_step, fail_on_rank_one, run, run_batch_norm, step, wait_for_the_end

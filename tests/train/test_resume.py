@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from declip_cli.config_files import merge_into
 from declip_cli.errors import DataError, TrainError
-from declip_cli.model.checkpoint import load_model
+from declip_cli.interop.read import load_model
 from declip_cli.resolve import resolve_run
 from declip_cli.train import loop
 from declip_cli.train import run as run_module

@@ -1,0 +1,78 @@
+"""Checkpoints of the original DeCLIP code: their parameter names and vocabulary ⇄ ours."""
+
+import torch
+from torch import Tensor
+
+_MASK_ROW = 49406
+"""The original's vocabulary puts the mask token before start and end; ours puts it after them."""
+_UNUSED: tuple[str, ...] = ("visual.fc.", "predictor_sim.bn3.", "projector_text.", "predictor_text.")
+_UNUSED += ("projector_nn_text.", "predictor_nn_text.")
+_RENAMED = {
+    "encode_text.": "encoder.text.",
+    "text_encoder.": "encoder.text.",
+    "visual.": "encoder.visual.",
+    "image_mapping.": "encoder.token_wise.image_mapping.",
+    "text_mapping.": "encoder.token_wise.text_mapping.",
+    "text_label_predictor.": "mask_head.",
+    "predictor_sim.": "simclr_head.",
+}
+
+
+def rename_original(name: str) -> str:
+    """Translate a parameter name of the original DeCLIP code.
+
+    Args:
+        name: such as `module.encode_text.ln_final.weight`.
+
+    Returns:
+        The name in a method's state dict; empty for parameters the original allocates but never uses.
+
+    Source: Sense-GVT/DeCLIP, prototype/model/*.py.
+    """
+    name = name.removeprefix("module.")
+    if name.startswith(_UNUSED):
+        return ""
+    for theirs, ours in _RENAMED.items():
+        if name.startswith(theirs):
+            return ours + name[len(theirs) :]
+    return "encoder.logit_scale" if name == "logit_scale" else name
+
+
+def from_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Translate a state dict of the original DeCLIP code into a method's.
+
+    Args:
+        state: parameters by name, with or without the prefix `module.`.
+
+    Returns:
+        Parameters of the method, with the vocabulary in our order.
+    """
+    ours = {}
+    for name, value in state.items():
+        new_name = rename_original(name)
+        if not new_name:
+            continue
+        if new_name in ("encoder.text.token_embedding.weight", "mask_head.weight", "mask_head.bias"):
+            value = _move_mask_row_last(value)
+        if new_name == "encoder.logit_scale":
+            value = value.reshape(())
+        ours[new_name] = value
+    return ours
+
+
+def _move_mask_row_last(rows: Tensor) -> Tensor:
+    before, mask, after = rows.split([_MASK_ROW, 1, len(rows) - _MASK_ROW - 1])
+    return torch.cat([before, after, mask])
+
+
+def original_ids(ids: Tensor) -> Tensor:
+    """Translate token ids of the original's vocabulary into ours; -100 and ordinary ids stay.
+
+    Args:
+        ids: int64, any shape.
+
+    Returns:
+        Our ids, same shape.
+    """
+    moved = torch.where(ids > _MASK_ROW, ids - 1, ids)
+    return torch.where(ids == _MASK_ROW, ids.new_tensor(49408), moved)
