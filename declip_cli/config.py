@@ -310,7 +310,8 @@ class TrainConfig:
     """Broken batches in a row, each skipped and counted, after which the last good state is taken up again."""
     max_rollbacks: int = 3
     """How often that may happen, each time at half the rate, before the run ends with an error."""
-    tracker: Literal["tensorboard", "wandb"] | None = None
+    tracker: Literal["tensorboard", "wandb", "mlflow"] | None = None
+    """Where reports go beside `metrics.jsonl`: TensorBoard's files in the run folder, or a server."""
     processes: int | None = None
     """Processes to start; None: one per GPU, else 1. Ignored under a launcher that already set the ranks."""
 

@@ -51,6 +51,8 @@ class Training:
     step_seconds: float = 0.0
     """Of these, spent in steps: evaluations and savings left out."""
     num_rollbacks: int = 0
+    tracked_runs: dict[str, str] = field(default_factory=dict)
+    """Tracker → its name of this run, under which a resumed session goes on."""
     bad_steps: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))
     """Broken batches in all, and in a row up to now; on the device, int64, (2,)."""
 
@@ -196,7 +198,9 @@ def build_training(run: ResolvedRun, samples: Dataset, *, path: Path, is_resumed
 def _build_accelerator(run: ResolvedRun, path: Path) -> Accelerator:
     tracker = run.config.train.tracker
     if tracker and importlib.util.find_spec(tracker) is None:
-        raise TrainError(f"train.tracker is {tracker}, which is not installed", remedy=f"pip install {tracker}")
+        raise TrainError(
+            f"train.tracker is {tracker}, which is not installed", remedy=f"pip install 'declip[{tracker}]'"
+        )
     return Accelerator(
         cpu=run.machine.device == "cpu",
         mixed_precision={"fp32": "no"}.get(run.machine.precision, run.machine.precision),

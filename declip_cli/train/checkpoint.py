@@ -36,6 +36,7 @@ def capture_state(training: Training) -> SavedState:
         "step_seconds": training.step_seconds,
         "num_rollbacks": training.num_rollbacks,
         "bad_steps": training.bad_steps.tolist(),
+        "tracked_runs": training.tracked_runs,
         "stream": training.stream.state(),
         "pixels": [training.method.encoder.pixel_mean.tolist(), training.method.encoder.pixel_std.tolist()],
         "world_size": world_size(),
@@ -86,6 +87,7 @@ def restore_state(training: Training, state: SavedState) -> list[str]:
     training.seconds, training.startup_seconds = values["seconds"], values["startup_seconds"]
     training.step_seconds = values["step_seconds"]
     training.num_rollbacks = values["num_rollbacks"]
+    training.tracked_runs = values.get("tracked_runs", training.tracked_runs)
     training.bad_steps.copy_(torch.tensor(values["bad_steps"]))
     return notes
 

@@ -26,6 +26,7 @@ from declip_cli.train.loop import train
 from declip_cli.train.meter import StepReport
 from declip_cli.train.pairs import facts_of, open_pairs
 from declip_cli.train.run_dir import RunDir, SavedState
+from declip_cli.train.tracker import Tracker
 
 Say = Callable[[str], None]
 """Tells people something; called on rank 0 only."""
@@ -117,26 +118,29 @@ def _pretrain(
     with _memory_explained(run):
         training = build_training(run, samples, path=request.path, is_resumed=state is not None)
     lines = restore_state(training, state) if state else []
+    tracker = None
     if rank() == 0:
+        if before is None:
+            run_dir.check_free(force=request.force)
+        if config.train.tracker:
+            tracker = Tracker(training, request.path, _flat(to_plain(run.config)))
+            held.callback(tracker.close)
         if before is None:
             held.enter_context(run_dir.locked())
         lines = _open_folder(request, run_dir, run, before, training.step) + [f"note: {line}" for line in lines]
         for line in [f"run folder: {request.path}", *_describe(training), *lines]:
             say(line)
             run_dir.append_log(line)
-    _start_tracker(training)
     try:
         with _stop_on_signals(say) as should_stop, _memory_explained(run):
             for report in train(training, run_dir, evaluate=evaluate, find_score=find_score, should_stop=should_stop):
-                _record(report, training, run_dir)
+                _record(report, run_dir, tracker)
                 if report.is_last and rank() == 0 and training.stream.num_cut_captions:
                     length = run.config.model.context_length
                     say(f"{training.stream.num_cut_captions} texts were longer than {length} tokens and were cut")
                 yield report
     finally:
         training.stream.close()
-        if config.train.tracker:
-            training.accelerator.end_training()
 
 
 def _before(request: Request, run_dir: RunDir, held: ExitStack) -> tuple[ResolvedRun | None, SavedState | None]:
@@ -207,20 +211,7 @@ def _describe(training: Training) -> Iterator[str]:
         yield f"going on from step {training.step} of {total}"
 
 
-def _start_tracker(training: Training) -> None:
-    name = training.config.train.tracker
-    if not name:
-        return
-    try:
-        training.accelerator.init_trackers("declip", config=_flat(to_plain(training.config)))
-    except Exception as error:  # whatever the tracker's package raises
-        raise TrainError(
-            f"cannot start the tracker {name}: {error}",
-            remedy="wandb login, or export WANDB_MODE=offline" if name == "wandb" else "leave out train.tracker",
-        ) from error
-
-
-def _record(report: StepReport, training: Training, run_dir: RunDir) -> None:
+def _record(report: StepReport, run_dir: RunDir, tracker: Tracker | None) -> None:
     if rank() != 0:
         return
     record = asdict(report)
@@ -230,12 +221,12 @@ def _record(report: StepReport, training: Training, run_dir: RunDir) -> None:
     run_dir.append_log(f"step {report.step}/{report.total_steps} {_flat(report.losses)}")
     for sentence in report.advice:
         run_dir.append_log(sentence)
-    if training.config.train.tracker:
+    if tracker is not None:
         values = {f"loss/{name}": value for name, value in report.losses.items()}
         names = ("learning_rate", "logit_scale", "gradient_norm", "samples_per_second", "wait_share", "num_bad_steps")
         values |= {name: record[name] for name in names}
         numbers = {f"eval/{key}": v for key, v in _flat(report.evaluations).items() if isinstance(v, int | float)}
-        training.accelerator.log(values | numbers, step=report.step)
+        tracker.log(values | numbers, step=report.step)
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

@@ -79,7 +79,16 @@ class RunDir:
         Raises:
             TrainError: the folder holds files.
         """
-        if self._is_empty():
+        self.check_free(force=force)
+        for path in () if self._is_empty() else self.path.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != _LOCK_FILE:  # it is held
+                path.unlink()
+
+    def check_free(self, *, force: bool) -> None:
+        """Raise TrainError where `claim` would."""
+        if not self.path.exists() or self._is_empty():
             return
         if not force:
             raise TrainError(
@@ -91,11 +100,6 @@ class RunDir:
                 f"{self.path} holds files but is no run folder, so --force does not delete it",
                 remedy="choose another --out",
             )
-        for path in self.path.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != _LOCK_FILE:  # it is held
-                path.unlink()
 
     def _is_empty(self) -> bool:
         """Tell whether nothing is lost by starting here: no files, or only those of a run that could not start."""

@@ -339,7 +339,7 @@ def test_no_data_is_an_error():
             "method declip has no loss term mlmm",
             "its terms are clip, simsiam, mlm, nn",
         ),
-        (["--set", "train.tracker=nothing"], "train.tracker must be one of tensorboard, wandb", "--set"),
+        (["--set", "train.tracker=nothing"], "train.tracker must be one of tensorboard, wandb, mlflow", "--set"),
         (
             ["--set", "train.eval=['demo']", "--set", "train.keep_best=demo.top9"],
             "train.keep_best is no score",
