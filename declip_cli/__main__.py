@@ -1,4 +1,4 @@
-"""The front door: the Typer app with its five commands."""
+"""The front door: the Typer app with its commands."""
 
 import os
 from typing import Annotated
@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from declip_cli import __version__
+from declip_cli.cli.export import export
 from declip_cli.cli.linear_probe import linear_probe
 from declip_cli.cli.prepare import prepare
 from declip_cli.cli.pretrain import pretrain
@@ -20,7 +21,7 @@ app = typer.Typer(
     help="Pre-train CLIP-style models from few image-text pairs, and evaluate them.",
     epilog="A first run, with the data that comes along: `declip pretrain --data demo`",
 )
-for command in (prepare, pretrain, zeroshot, linear_probe, retrieve):
+for command in (prepare, pretrain, zeroshot, linear_probe, retrieve, export):
     app.command(no_args_is_help=True)(command)
 
 

@@ -311,7 +311,6 @@ class TrainConfig:
     max_rollbacks: int = 3
     """How often that may happen, each time at half the rate, before the run ends with an error."""
     tracker: Literal["tensorboard", "wandb", "mlflow"] | None = None
-    """Where reports go beside `metrics.jsonl`: TensorBoard's files in the run folder, or a server."""
     processes: int | None = None
     """Processes to start; None: one per GPU, else 1. Ignored under a launcher that already set the ranks."""
 

@@ -79,8 +79,13 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Pixels:
     with _opened(data, max_pixels) as image:
         if not _is_plain_jpeg(image):
             image.load()
-            return np.array(_to_rgb(ImageOps.exif_transpose(image)), dtype=np.uint8)
+            return pixels_of(image)
     return decode_jpeg(data)
+
+
+def pixels_of(image: Image.Image) -> Pixels:
+    """Turn a picture that Pillow has opened into upright RGB, as `decode_image` does; errors as there."""
+    return np.array(_to_rgb(ImageOps.exif_transpose(image)), dtype=np.uint8)
 
 
 def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageHeader:

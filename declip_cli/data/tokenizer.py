@@ -50,12 +50,7 @@ class _Vocabulary:
 
 @lru_cache(maxsize=1)
 def _load_vocabulary() -> _Vocabulary:
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    order = printable + sorted(set(range(256)) - set(printable))
-    letters = {}  # the file writes unprintable bytes as the letters from U+0100 on
-    for rank, byte in enumerate(order):
-        letters[chr(byte) if rank < len(printable) else chr(256 + rank - len(printable))] = rank
-    ids = letters | {letter + "</w>": rank + 256 for letter, rank in letters.items()}
+    order, ids = _byte_pieces()
     pieces = [bytes([byte]) for byte in order] + [bytes([byte]) + b" " for byte in order]
     merges = {}
     with gzip.open(asset_path("vocabulary/merges.txt.gz"), "rt", encoding="utf-8") as lines:
@@ -69,6 +64,31 @@ def _load_vocabulary() -> _Vocabulary:
     for rank, byte in enumerate(order):
         byte_ids[byte] = rank
     return _Vocabulary(tuple(byte_ids), merges, tuple(pieces))
+
+
+def _byte_pieces() -> tuple[list[int], dict[str, int]]:
+    """Return the bytes in the order of their ids; and the ids of single bytes as the merges' file writes them."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    order = printable + sorted(set(range(256)) - set(printable))
+    letters = {}  # the file writes unprintable bytes as the letters from U+0100 on
+    for rank, byte in enumerate(order):
+        letters[chr(byte) if rank < len(printable) else chr(256 + rank - len(printable))] = rank
+    return order, letters | {letter + "</w>": rank + 256 for letter, rank in letters.items()}
+
+
+def vocabulary_files() -> tuple[dict[str, int], str]:
+    """Return the vocabulary as other projects keep it.
+
+    Returns:
+        Piece → id, the 49,408 of OpenAI without our mask token; and the text of `merges.txt`.
+    """
+    with gzip.open(asset_path("vocabulary/merges.txt.gz"), "rt", encoding="utf-8") as file:
+        next(file)  # the version
+        merges = file.read()
+    _, ids = _byte_pieces()
+    for line in merges.splitlines():
+        ids["".join(line.split())] = len(ids)
+    return ids | {"<|startoftext|>": START, "<|endoftext|>": END}, f"#version: 0.2\n{merges}"
 
 
 class _WordIds(dict[str, tuple[int, ...]]):
@@ -147,7 +167,7 @@ class Tokenizer:
         Returns:
             Ordinary ids, each below `NUM_ORDINARY`.
         """
-        return list(chain.from_iterable(map(self._words.__getitem__, self._tidy(text).lower().split())))
+        return list(chain.from_iterable(map(self._words.__getitem__, self.tidy(text).lower().split())))
 
     def frame(self, ids: Sequence[int]) -> list[int]:
         """Put start and end around ordinary ids, cutting and counting what is too long.
@@ -198,7 +218,7 @@ class Tokenizer:
         text = b"".join(special[token] if token in special else pieces[token] for token in row)
         return text.decode("utf-8", errors="replace").strip()
 
-    def _tidy(self, text: str) -> str:
+    def tidy(self, text: str) -> str:
         """Repair broken unicode, curly quotes and HTML entities, as OpenAI's tokenizer does before all else.
 
         `ftfy.fix_text` takes ten times as long as all the rest, so it only sees texts that it might change: with

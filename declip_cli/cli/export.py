@@ -1,0 +1,36 @@
+"""`declip export`: a model in another project's format, compared with ours before it is reported."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from declip_cli.cli.console import emit, user_errors
+from declip_cli.cli.options import Force, Json
+
+_FORMATS = Literal["openclip", "huggingface", "onnx"]
+
+
+def export(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Run folder, model folder or checkpoint.")],
+    to: Annotated[_FORMATS, typer.Option("--to", help="Whose format.")],
+    out: Annotated[Path, typer.Option("--out", help="The folder to write.")],
+    licence: Annotated[
+        str, typer.Option("--license", help="For the model card, as the Hub names it.", show_default="not stated")
+    ] = "",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model for OpenCLIP, transformers or ONNX, read it back there and compare the embeddings.
+
+    Example: `declip export runs/declip-vit-b32 --to huggingface --out clip-vit-b32 --license mit`
+    """
+    with user_errors():
+        from declip_cli.interop.export import export as write
+        from declip_cli.interop.model_card import Card
+        from declip_cli.interop.read import load_model
+        from declip_cli.interop.run_facts import read_run_facts
+
+        opened = load_model(model, option="MODEL")
+        card = Card(name=out.resolve().name, licence=licence, facts=read_run_facts(model))
+        emit(write(opened, to, out, card=card, force=force).to_json(), as_json=as_json)

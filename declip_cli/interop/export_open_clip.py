@@ -1,0 +1,41 @@
+"""A model as OpenCLIP's folder: two files, opened there as `local-dir:` or from the Hub."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from declip_cli.interop.pictures import Embedded, Sample
+from declip_cli.model.checkpoint import OPEN_CLIP_CONFIG_FILE, WEIGHTS_FILE, PretrainedModel
+from declip_cli.model.clip import unit
+from declip_cli.model.open_clip_layout import open_clip_config, open_clip_state, why_not_open_clip
+
+
+def why_not(model: PretrainedModel) -> str:
+    """Say what of a model OpenCLIP cannot express; empty where it can express all."""
+    if model.token_wise:
+        return "it compares token by token, and its whole pictures and texts were not trained"
+    return why_not_open_clip(model.encoder.architecture, model.preprocessing)
+
+
+def write(model: PretrainedModel, folder: Path) -> None:
+    """Write the configuration and the weights; the mask token and token-wise heads, of training only, stay behind."""
+    state = {name: value.contiguous() for name, value in model.encoder.state_dict().items()}
+    weights, _ = open_clip_state(state)
+    config = open_clip_config(model.encoder.architecture, model.preprocessing)
+    (folder / OPEN_CLIP_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def embed(folder: Path, sample: Sample) -> Embedded:
+    """Let OpenCLIP encode a sample with what it reads from a folder: model, transform and tokenizer."""
+    import open_clip
+
+    name = f"local-dir:{folder}"
+    model, _, transform = open_clip.create_model_and_transforms(name)
+    tokenizer = open_clip.get_tokenizer(name)
+    model.eval()
+    with torch.inference_mode():
+        images = model.encode_image(torch.stack([transform(picture) for picture in sample.pictures]))
+        return Embedded(images=unit(images), texts=unit(model.encode_text(tokenizer(list(sample.texts)))))

@@ -1,0 +1,69 @@
+"""`declip export` as a user types it, and `declip_cli.load` in a notebook."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import declip_cli
+from declip_cli.__main__ import app
+from tests.interop.small_models import picture_file
+
+
+def export(*words: str | Path):
+    return CliRunner().invoke(app, ["export", *(str(word) for word in words)])
+
+
+def test_one_json_object_says_where_the_export_is_and_how_far_it_is_from_the_model(tiny_run: Path, tmp_path: Path):
+    result = export(tiny_run, "--to", "openclip", "--out", tmp_path / "out", "--license", "mit", "--json")
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert (report["out"], report["to"]) == (str(tmp_path / "out"), "openclip")
+    assert 0 < report["max_abs_difference"] <= 1e-5
+    assert report["num_compared"] >= 48
+    assert report["seconds"] > 0
+    assert (tmp_path / "out" / "README.md").read_text().startswith('---\nlicense: "mit"\n')
+
+
+def test_what_cannot_be_exported_is_an_error_with_a_way_out(tiny_run: Path, tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").touch()
+    result = export(tiny_run, "--to", "onnx", "--out", tmp_path / "out")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == f"error: {tmp_path / 'out'} is there already\n  fix: choose another --out\n"
+    result = export(tmp_path / "nowhere", "--to", "onnx", "--out", tmp_path / "new")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "fix: MODEL takes a run folder" in result.stderr
+
+
+@pytest.mark.parametrize("words", [["--to", "tensorflow", "--out", "x"], ["--to", "onnx"], ["--out", "x"]])
+def test_wrong_usage_exits_with_2(tiny_run: Path, words: list[str]):
+    assert export(tiny_run, *words).exit_code == 2
+
+
+def test_a_notebook_gets_model_preprocessing_and_tokenizer(tiny_run: Path, tmp_path: Path):
+    (tmp_path / "picture.jpg").write_bytes(picture_file())
+    picture = Image.open(tmp_path / "picture.jpg")
+    peer, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tiny_run / 'model'}")
+    texts = ["a cat", "a dog"]
+    with torch.no_grad():
+        expected = peer.eval().encode_image(transform(picture)[None])
+        expected_texts = peer.encode_text(open_clip.get_tokenizer(f"local-dir:{tiny_run / 'model'}")(texts))
+        model, preprocess, tokenizer = declip_cli.load(tiny_run)
+        found = model.encode_image(preprocess(picture)[None])
+        found_texts = model.encode_text(tokenizer(texts))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found_texts, expected_texts, rtol=0, atol=1e-5)
+    assert not model.training
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = "import sys, declip_cli; assert declip_cli.load; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "False False\n", done.stderr
