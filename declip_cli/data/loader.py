@@ -5,14 +5,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from declip_cli.config import AugmentConfig, Views
-from declip_cli.data.dataset import Dataset
+from declip_cli.data.dataset import BlockDataset, Dataset
 from declip_cli.data.image_views import ImageViews
 from declip_cli.data.order import BlockOrder, ExactOrder, Order, ShardOrder
 from declip_cli.data.pair_views import BadSample, PairTexts, PairViews, UnreadablePair, lay_texts
@@ -105,13 +105,13 @@ class Filled(NamedTuple):
 
 def make_order(samples: Dataset, config: StreamConfig) -> Order:
     """Choose the order that a configuration asks for; the exact one where a data set has no blocks."""
-    if config.order == "blocks" and hasattr(samples, "num_shards"):
+    if config.order == "exact" or not isinstance(samples, BlockDataset):
+        return ExactOrder(len(samples), config.seed)
+    firsts = samples.block_firsts
+    if firsts is None:
         open_shards = max(2, config.open_blocks // _BLOCKS_PER_SHARD)
-        return ShardOrder(samples.num_shards, config.seed, open_shards=open_shards, count=samples.count)  # type: ignore[attr-defined]
-    if config.order == "blocks" and hasattr(samples, "block_firsts"):
-        firsts = samples.block_firsts
-        return BlockOrder(firsts, config.seed, num_streams=config.num_streams, open_blocks=config.open_blocks)
-    return ExactOrder(len(samples), config.seed)
+        return ShardOrder(samples.num_blocks, config.seed, open_shards=open_shards, count=samples.count)
+    return BlockOrder(firsts, config.seed, num_streams=config.num_streams, open_blocks=config.open_blocks)
 
 
 class Filler:
@@ -172,15 +172,17 @@ def room_shapes(config: StreamConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def fetch_piece(samples: Any, piece: int) -> None:  # noqa: ANN401  (only data sets with blocks have the methods)
-    """Bring a block or a shard near; what cannot be had is missed when it is read."""
-    with suppress(DataError):
-        samples.fetch(piece)
+def fetch_piece(samples: Dataset, piece: int) -> None:
+    """Bring a block near; what cannot be had is missed when it is read."""
+    if isinstance(samples, BlockDataset):
+        with suppress(DataError):
+            samples.fetch(piece)
 
 
-def release_piece(samples: Any, piece: int) -> None:  # noqa: ANN401
-    """Let a block or a shard go."""
-    samples.release(piece)
+def release_piece(samples: Dataset, piece: int) -> None:
+    """Let a block go."""
+    if isinstance(samples, BlockDataset):
+        samples.release(piece)
 
 
 class ThreadLoader:

@@ -11,12 +11,11 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from declip_cli.data.dataset import ROW_BITS
 from declip_cli.data.draws import scattered, shuffled
 
 Integers: TypeAlias = NDArray[np.int64]
 
-ROW_BITS = 32
-"""Bits of the row in the number of a sample whose shard is not counted yet; the shard stands above them."""
 _ALL_PIECES = 0
 
 

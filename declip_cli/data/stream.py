@@ -1,11 +1,12 @@
 """Shuffled, rank-split, exactly resumable batches without end."""
 
+import pickle
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -21,7 +22,6 @@ from declip_cli.errors import DataError
 
 _MIN_ROWS_TO_JUDGE = 1000
 
-T = TypeVar("T")
 Loader: TypeAlias = ThreadLoader | ProcessLoader
 
 
@@ -277,12 +277,7 @@ def _start_loader(
 ) -> ThreadLoader | ProcessLoader:
     if config.loader == "threads" or not config.workers:
         return ThreadLoader(samples, order, config, empty=partial(_empty, pin_memory=config.pin_memory))
-    reopen = samples.reopen() if hasattr(samples, "reopen") else partial(_same, samples)
-    return ProcessLoader(reopen, config, num_rooms=num_rooms)
-
-
-def _same(value: T) -> T:
-    return value
+    return ProcessLoader(partial(pickle.loads, pickle.dumps(samples)), config, num_rooms=num_rooms)
 
 
 def _part(values: NDArray[np.int64], first: int) -> list[int]:

@@ -8,8 +8,8 @@ from declip_cli.config_checks import require
 from declip_cli.data import storage
 from declip_cli.data.benchmarks.known import known_sets
 from declip_cli.data.catalogue import has_shards, open_dataset
-from declip_cli.data.dataset import Dataset
-from declip_cli.data.shards.dataset import BLOCK_MIB, Shards
+from declip_cli.data.dataset import BlockDataset, Dataset
+from declip_cli.data.shards.dataset import BLOCK_BYTES, Shards
 from declip_cli.data.shards.lazy import LazyShardDataset, lack_indexes, open_lazy_shards
 from declip_cli.data.shards.store import find_shards
 from declip_cli.errors import DataError
@@ -40,7 +40,7 @@ def open_pairs(config: DataConfig, before: DataFacts | None, say: Callable[[str]
     is_counted = before.is_counted if before is not None else from_first(lambda: _shall_be_counted(config))
     if not is_counted:
         lazy = open_lazy_shards(config.path, cache_dir=config.cache_dir, cache_gb=config.cache_gb)
-        num_shards, guess = lazy.num_shards, len(lazy)
+        num_shards, guess = lazy.num_blocks, len(lazy)
         say(f"{num_shards} archives without an index are read as they come: about {guess} pairs, an estimate")
         return lazy
     split = config.split or "train"
@@ -57,13 +57,14 @@ def open_pairs(config: DataConfig, before: DataFacts | None, say: Callable[[str]
 
 def facts_of(samples: Dataset) -> DataFacts:
     """Say what the pairs add to a configuration."""
-    num_blocks = len(getattr(samples, "block_firsts", (0,))) - 1
     is_lazy = isinstance(samples, LazyShardDataset)
+    num_blocks = samples.num_blocks if isinstance(samples, BlockDataset) and not is_lazy else 0
+    is_remote = isinstance(samples, BlockDataset) and samples.is_remote
     return DataFacts(
         num_pairs=len(samples),
         fingerprint=samples.fingerprint,
         num_blocks=num_blocks,
-        suits_blocks=is_lazy or getattr(samples, "is_remote", False) or _is_large(num_blocks * BLOCK_MIB * 2**20),
+        suits_blocks=is_lazy or is_remote or _is_large(num_blocks * BLOCK_BYTES),
         is_counted=not is_lazy,
     )
 

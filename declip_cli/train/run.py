@@ -13,7 +13,7 @@ import torch
 
 from declip_cli.config import RunConfig
 from declip_cli.config_files import to_plain
-from declip_cli.data.shards.dataset import BLOCK_MIB
+from declip_cli.data.shards.dataset import BLOCK_BYTES
 from declip_cli.distributed import rank
 from declip_cli.errors import TrainError
 from declip_cli.model.resnet import ModifiedResNet
@@ -189,7 +189,7 @@ def _describe(training: Training) -> Iterator[str]:
     if config.data.order == "blocks" and training.run.data.is_counted:
         # A window that is read and the next one, each of up to twice as many blocks as asked for.
         num_open = config.data.open_blocks
-        need_gb = min(4 * num_open, training.run.data.num_blocks) * BLOCK_MIB * 2**20 / 1e9
+        need_gb = min(4 * num_open, training.run.data.num_blocks) * BLOCK_BYTES / 1e9
         yield (
             f"pairs are read in blocks, {config.data.streams} streams, shuffled among at least {num_open} blocks; "
             f"of remote shards up to {need_gb:.1f} GB are kept at a time"

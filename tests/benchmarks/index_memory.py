@@ -28,7 +28,7 @@ def memory():
 before, began = memory(), time.perf_counter()
 if sys.argv[2] == "check":
     read_indexes(sys.argv[3], check=True)
-data = pickle.loads(Path(sys.argv[1]).read_bytes())()
+data = pickle.loads(Path(sys.argv[1]).read_bytes())
 data.block_firsts
 opened, seconds = memory(), time.perf_counter() - began
 rng = random.Random(0)
@@ -68,7 +68,7 @@ def main():
         shards = [Shard(f"s3://far/{n:05d}.tar", SHARD_SAMPLES * 25_600 + 1024, str(n)) for n in range(num_shards)]
         data = ShardDataset(shards, [path], cache_dir=folder, cache_bytes=1)
         assert int(np.diff(data.block_firsts).sum()) == len(data)
-        (Path(folder) / "reopen").write_bytes(pickle.dumps(data.reopen()))
+        (Path(folder) / "reopen").write_bytes(pickle.dumps(data))
         for how in ("check", "reopen"):
             program = [sys.executable, "-c", _OPEN, f"{folder}/reopen", how, path, str(options.lookups)]
             subprocess.run(program, check=True)

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from declip_cli.data.dataset import Dataset, Example, Skips
+from declip_cli.data.dataset import BlockDataset, Example, Skips
 from declip_cli.data.shards.files import Piece, Shard, ShardFiles
 from declip_cli.data.shards.index import ShardIndex, read_indexes
 from declip_cli.data.shards.tar_samples import read_captions, read_metadata
 
-BLOCK_MIB = 8
+BLOCK_BYTES = 8 << 20
 """Size of the blocks of shards that are read in one piece, about."""
 _MAX_GAP_BYTES = 64 << 10
 _MAX_BLOCK_FACTOR = 8
@@ -24,11 +24,12 @@ _MAX_PIECES = 4096
 _FACTS = ("name", "split", "note", "classes", "labels", "fold_size")
 
 
-class Shards(Dataset):
+class Shards(BlockDataset):
     """What all data sets in shards have in common: how one sample is read."""
 
     def __init__(self, shards: Sequence[Shard], files: ShardFiles) -> None:
         self._shards, self._files = shards, files
+        self.is_remote = any(shard.is_remote for shard in shards)
 
     @abstractmethod
     def _locate(self, number: int) -> tuple[Piece, ShardIndex, int]:
@@ -36,17 +37,8 @@ class Shards(Dataset):
 
     _reopen: Callable[[], "Shards"]
 
-    def reopen(self) -> Callable[[], "Shards"]:
-        """Return what opens the same data in another process of this machine, without asking the store."""
-        return self._reopen
-
     def __reduce__(self) -> tuple[Any, ...]:
         return self._reopen, (), {name: getattr(self, name) for name in _FACTS}
-
-    @property
-    def is_remote(self) -> bool:
-        """Say whether any shard has to be fetched."""
-        return any(shard.is_remote for shard in self._shards)
 
     def read(self, number: int) -> Example:
         """Read one pair, in one request unless captions and image lie far apart; see `Dataset.read`."""
@@ -91,7 +83,6 @@ class ShardDataset(Shards):
         index_files: local files whose indexes are those of the shards, in order.
         cache_dir: local folder for what is fetched.
         cache_bytes: how much of it may be there at a time.
-        block_mib: size of the blocks, about.
         name: as the user typed it.
         split: of the data.
     """
@@ -103,29 +94,27 @@ class ShardDataset(Shards):
         *,
         cache_dir: str,
         cache_bytes: int,
-        block_mib: float = BLOCK_MIB,
         name: str = "",
         split: str = "",
     ) -> None:
         super().__init__(shards, ShardFiles(cache_dir, cache_bytes=cache_bytes))
-        cut = functools.partial(ShardDataset, shards, index_files, block_mib=block_mib, name=name, split=split)
-        self._reopen = functools.partial(cut, cache_dir=cache_dir, cache_bytes=cache_bytes)
+        options: dict[str, Any] = {"cache_dir": cache_dir, "cache_bytes": cache_bytes, "name": name, "split": split}
+        self._reopen = functools.partial(ShardDataset, shards, index_files, **options)
         self.name, self.split = name, split
         self._indexes = [index for path in index_files for index in read_indexes(path, check=False)]
         self.skipped = Skips()
         for index in self._indexes:
             self.skipped.add_all(index.skipped)
         self._firsts = [0, *accumulate(len(index) for index in self._indexes)]
-        self._block_bytes = int(block_mib * (1 << 20))
-        self.block_firsts = self._cut()
-        """Sample numbers at which blocks begin, and the number of samples, int64, (blocks + 1,)."""
+        self.block_firsts: NDArray[np.int64] = self._cut()
+        self.num_blocks = len(self.block_firsts) - 1
         self._piece_of = functools.lru_cache(_MAX_PIECES)(self._find_piece)
 
     def _cut(self) -> NDArray[np.int64]:
         """Cut each shard into blocks of equally many samples."""
         firsts = [np.zeros(0, np.int64)]
         for first, index in zip(self._firsts, self._indexes, strict=False):
-            num = min(len(index), -(-index.tar_bytes // self._block_bytes))
+            num = min(len(index), -(-index.tar_bytes // BLOCK_BYTES))
             firsts.append(first + np.arange(num, dtype=np.int64) * len(index) // max(1, num))
         return np.concatenate([*firsts, [len(self)]]).astype(np.int64)
 
@@ -153,6 +142,10 @@ class ShardDataset(Shards):
         begin = self._firsts[shard]
         return Piece(self._shards[shard], *self._indexes[shard].span(first - begin, end - 1 - begin))
 
+    def count(self, block: int) -> int:
+        """See `BlockDataset.count`."""
+        return int(self.block_firsts[block + 1] - self.block_firsts[block])
+
     def fetch(self, block: int) -> None:
         """Bring a block near, in one request, so that `read` need not wait.
 
@@ -166,7 +159,7 @@ class ShardDataset(Shards):
             DataError: the store did not give it; the cause is `UNREAD`.
         """
         piece = self._piece_of(block)
-        if piece.num_bytes <= _MAX_BLOCK_FACTOR * self._block_bytes:  # else something large lies between the samples
+        if piece.num_bytes <= _MAX_BLOCK_FACTOR * BLOCK_BYTES:  # else something large lies between the samples
             self._files.fetch(piece)
 
     def release(self, block: int) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from declip_cli.data import storage
-from declip_cli.data.dataset import Skips
+from declip_cli.data.dataset import ROW_BITS, Skips
 from declip_cli.data.shards.block_cache import locked
 from declip_cli.data.shards.dataset import Shards
 from declip_cli.data.shards.files import Piece, Shard, ShardFiles
@@ -18,8 +18,6 @@ from declip_cli.data.shards.indexing import find_index, make_index, place_in_cac
 from declip_cli.data.shards.store import CACHE_GB, default_cache_dir, find_shards
 from declip_cli.files import parse_json
 
-ROW_BITS = 32
-"""A sample's number is its shard's number shifted by so many bits, plus its row there."""
 _MAX_OPEN = 128
 _NUM_STATS = 16
 
@@ -42,7 +40,7 @@ class LazyShardDataset(Shards):
         facts: dict[str, Any] = {"cache_dir": cache_dir, "cache_bytes": cache_bytes, "name": name}
         self._reopen = functools.partial(LazyShardDataset, shards, **facts)
         self.name, self._cache_dir, self.skipped = name, cache_dir, Skips()
-        self.num_shards = len(shards)
+        self.num_blocks, self.block_firsts = len(shards), None
         self._counts: dict[int, int] = {}
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self._lock = threading.Lock()
@@ -59,11 +57,11 @@ class LazyShardDataset(Shards):
     @functools.cached_property
     def estimated_len(self) -> int:
         """How many pairs there are, from what img2dataset wrote beside its shards, else from the first shard."""
-        step = max(1, self.num_shards // _NUM_STATS)
+        step = max(1, self.num_blocks // _NUM_STATS)
         known = [(shard.num_bytes, _successes(shard)) for shard in self._shards[::step]]
         known = [(size, pairs) for size, pairs in known if pairs]
         if not known:  # the first may be damaged
-            counts = ((self._shards[shard].num_bytes, self.count(shard)) for shard in range(self.num_shards))
+            counts = ((self._shards[shard].num_bytes, self.count(shard)) for shard in range(self.num_blocks))
             known = [next((pair for pair in counts if pair[1]), (1, 0))]
         sizes, pairs = (sum(column) for column in zip(*known, strict=True))
         return int(sum(shard.num_bytes for shard in self._shards) * pairs / max(1, sizes))
@@ -72,7 +70,7 @@ class LazyShardDataset(Shards):
         """Return the number of pairs of a shard; one without an index is fetched, and its index kept.
 
         Args:
-            shard: position, from 0 to `num_shards - 1`.
+            shard: position, from 0 to `num_blocks - 1`.
 
         Returns:
             How many there are, perhaps none.
@@ -99,7 +97,7 @@ class LazyShardDataset(Shards):
 
     def _locate(self, number: int) -> tuple[Piece, ShardIndex, int]:
         shard, row = number >> ROW_BITS, number & ((1 << ROW_BITS) - 1)
-        if not 0 <= shard < self.num_shards or row >= self.count(shard):
+        if not 0 <= shard < self.num_blocks or row >= self.count(shard):
             raise IndexError(number)
         return _whole(self._shards[shard]), self._index(shard), row
 
