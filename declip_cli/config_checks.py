@@ -1,55 +1,56 @@
 """Checks of configuration values: what must hold, and the sentence that is said where it does not."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Annotated, Any, TypeAlias, get_args, get_type_hints
 
 from declip_cli.errors import ConfigError
 
 
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What a number must be; it stands in the annotation of its field. None is left to be settled later."""
+
+    words: str
+    """Follows the name of the setting in the message."""
+    holds: Callable[[float], bool]
+
+
+Fraction: TypeAlias = Annotated[float, Rule("is a fraction in [0, 1]", lambda value: 0 <= value <= 1)]
+FractionBelow1: TypeAlias = Annotated[float, Rule("is in [0, 1)", lambda value: 0 <= value < 1)]
+Positive: TypeAlias = Annotated[float, Rule("must be positive", lambda value: 0 < value < math.inf)]
+NotNegative: TypeAlias = Annotated[float, Rule("cannot be negative", lambda value: value >= 0)]
+AtLeast0: TypeAlias = Annotated[int, Rule("cannot be negative", lambda value: value >= 0)]
+AtLeast1: TypeAlias = Annotated[int, Rule("must be at least 1", lambda value: value >= 1)]
+
+
 def require(condition: bool, message: str, *, remedy: str) -> None:
-    """Raise ConfigError unless a condition on the configuration holds.
-
-    Args:
-        condition: what must be true.
-        message: names the option and the values found and expected.
-        remedy: how to mend it.
-
-    Raises:
-        ConfigError: the condition is false.
-    """
+    """Raise ConfigError unless a condition on the configuration holds; the message names option and values."""
     if not condition:
         raise ConfigError(message, remedy=remedy)
 
 
-def require_fractions(section: str, values: Mapping[str, float]) -> None:
-    """Raise ConfigError unless every value lies in [0, 1].
-
-    Args:
-        section: the configuration section, for the message.
-        values: key → value.
+def check_rules(section: str, config: Any) -> None:  # noqa: ANN401
+    """Hold the fields of a section against the rules in their annotations.
 
     Raises:
-        ConfigError: a value is outside [0, 1].
+        ConfigError: a value breaks its rule; the remedy is the default.
     """
-    for key, value in values.items():
-        require(
-            0.0 <= value <= 1.0,
-            f"{section}.{key} is a fraction in [0, 1] (got {value})",
-            remedy=f"--set {section}.{key}=…",
-        )
+    for key, rule, default in _rules_of(type(config)):
+        value = getattr(config, key)
+        named = {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, Mapping) else {key: value}
+        for name, item in named.items():
+            message = f"{section}.{name} {rule.words} (got {item})"
+            require(item is None or rule.holds(item), message, remedy=f"--set {section}.{name}={default}")
 
 
-def require_at_least(lowest: int, section: str, values: Mapping[str, float | None]) -> None:
-    """Raise ConfigError unless every value is at least as large as a bound.
-
-    Args:
-        lowest: the bound.
-        section: the configuration section, for the message.
-        values: key → value; None is left to be settled later.
-
-    Raises:
-        ConfigError: a value is too small.
-    """
-    rule = f"must be at least {lowest}" if lowest else "cannot be negative"
-    for key, value in values.items():
-        message = f"{section}.{key} {rule} (got {value})"
-        require(value is None or value >= lowest, message, remedy=f"--set {section}.{key}={lowest}")
+def _rules_of(kind: type) -> list[tuple[str, Rule, str]]:
+    """List each rule of a section with the field's name and default, as `--set` takes it."""
+    hints, found = get_type_hints(kind, include_extras=True), []
+    for field in fields(kind):
+        default = "…" if field.default is MISSING else "none" if field.default is None else str(field.default)
+        for part in (hints[field.name], *get_args(hints[field.name])):
+            rules = [extra for extra in getattr(part, "__metadata__", ()) if isinstance(extra, Rule)]
+            found += [(field.name, rule, default) for rule in rules]
+    return found

@@ -24,22 +24,12 @@ class Recipe:
 
 
 def list_recipes() -> list[Recipe]:
-    """List all recipes in the order of their names.
-
-    Returns:
-        The recipes that this installation brings along.
-    """
+    """List the recipes that this installation brings along, in the order of their names."""
     return [_read_head(path) for path in sorted(asset_path("recipes").glob("*.toml"))]
 
 
 def load_recipe(name: str) -> dict[str, Any]:
-    """Read the settings of one recipe.
-
-    Args:
-        name: a name of `list_recipes`.
-
-    Returns:
-        Section → key → value, for `config_files.build_config`.
+    """Read the settings of one recipe: section → key → value, for `config_files.build_config`.
 
     Raises:
         ChoiceError: there is no such recipe.
@@ -55,14 +45,7 @@ def load_recipe(name: str) -> dict[str, Any]:
 
 
 def recipe_of_data(path: object) -> str | None:
-    """Find the recipe that was chosen for a data set: the one whose `data.path` names it.
-
-    Args:
-        path: what `--data` names.
-
-    Returns:
-        The name of the recipe, None if there is none.
-    """
+    """Name the recipe that was chosen for a data set: the one whose `data.path` is what `--data` names, if any."""
     found = (recipe for recipe in list_recipes() if path and read_toml(recipe.path).get("data", {}).get("path") == path)
     return next((recipe.name for recipe in found), None)
 

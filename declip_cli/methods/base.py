@@ -17,7 +17,7 @@ from declip_cli.methods.terms import PAIRS, contrastive_pairs
 from declip_cli.model.clip import DualEncoder, unit
 from declip_cli.model.text_transformer import VOCABULARY_SIZE
 from declip_cli.model.vision_transformer import ImageStates, VisionTransformer
-from declip_cli.presets import settle_method
+from declip_cli.presets import settle_switches
 
 Term: TypeAlias = Callable[[Embeddings], Tensor]
 """Computes one loss term, (), from this rank's rows of the full batch."""
@@ -49,7 +49,7 @@ class Method(nn.Module, ABC):
 
     def __init__(self, encoder: DualEncoder, config: MethodConfig) -> None:
         super().__init__()
-        config = settle_method(config)
+        config = settle_switches("method", config, is_faithful=config.faithful)
         names = ", ".join(self.default_weights)
         unknown = sorted(set(config.weights) - set(self.default_weights))
         if unknown:

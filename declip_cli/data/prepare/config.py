@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from declip_cli.config_checks import require, require_fractions
+from declip_cli.config_checks import require
 
 SourceKind: TypeAlias = Literal["captions", "folder", "table", "coco", "flickr30k", "tars", "declip", "yfcc15m", "urls"]
 Duplicates: TypeAlias = Literal["keep", "exact", "near"]
@@ -104,7 +104,9 @@ class PrepareConfig:
         ):
             require(value >= least, f"--{name} must be at least {least} (got {value})", remedy=f"--{name} {least}")
         require(1 <= self.quality <= 100, f"--quality is in [1, 100] (got {self.quality})", remedy="--quality 95")
-        require_fractions("prepare", {"max_bad": self.max_bad, **self.split})
+        shares = {"--max-bad ": self.max_bad} | {f"--split {part}=": share for part, share in self.split.items()}
+        for option, share in shares.items():
+            require(0 <= share <= 1, f"{option[:-1]} is a fraction in [0, 1] (got {share})", remedy=f"{option}0.05")
         require(
             sum(self.split.values()) < 1.0,
             f"--split leaves nothing for the training part (got {self.split})",

@@ -378,7 +378,7 @@ def test_nothing_found_and_nothing_there_are_errors(tmp_path):
     [
         ({"quality": 0}, "--quality is in"),
         ({"image_side_px": 3}, "--image-side-px must be at least 16"),
-        ({"max_bad": 2.0}, "max_bad is a fraction"),
+        ({"max_bad": 2.0}, "--max-bad is a fraction"),
         ({"split": {"val": 1.0}}, "leaves nothing for the training part"),
         ({"split": {"../x": 0.1}}, "plain name"),
     ],
