@@ -23,8 +23,9 @@ from declip_cli.data.benchmarks.torchvision_sets import download as download_kno
 from declip_cli.data.benchmarks.torchvision_sets import read_torchvision
 from declip_cli.data.dataset import Classes, Dataset, Metric
 from declip_cli.data.files_dataset import Subset, is_image, open_list
+from declip_cli.data.shards.files import Shard
 from declip_cli.data.shards.indexing import Say
-from declip_cli.data.shards.store import CACHE_GB, MANIFEST, open_shards
+from declip_cli.data.shards.store import CACHE_GB, MANIFEST, NoShardsError, open_shards
 from declip_cli.errors import DataError
 
 Reader: TypeAlias = Callable[[Known, Path, str, Classes], Dataset]
@@ -51,7 +52,7 @@ def open_dataset(
     data_root: Path | None = None,
     cache_dir: str | None = None,
     say: Say | None = None,
-    together: bool = False,
+    shall_count: Callable[[Sequence[Shard]], bool] | None = None,
     cache_gb: float = CACHE_GB,
 ) -> Dataset:
     """Open what the user names: a known set, shards, a folder of images, or an image.
@@ -64,7 +65,7 @@ def open_dataset(
         data_root: where known sets lie; None takes `$DECLIP_DATA`, else `data/`.
         cache_dir: where remote shards and indexes are kept; None takes `$DECLIP_CACHE`, else `~/.cache/declip`.
         say: told of damaged indexes, and of the progress where shards of others are indexed for the first time.
-        together: if there is a process group, every rank opens the same data now, and they share that work.
+        shall_count: decides whether to go first through shards without an index, as of `open_shards`.
         cache_gb: how many gigabytes of remote shards may be in the cache.
 
     Returns:
@@ -84,16 +85,26 @@ def open_dataset(
         )
     if known:
         opened = _open_known(known_sets()[known[0]], resolve_data_root(data_root), split)
-    elif len(names) > 1 or has_shards(names[0]):
-        opened = open_shards(names, split=split, cache_dir=cache_dir, say=say, together=together, cache_gb=cache_gb)
-    elif storage.is_folder(names[0]):
-        opened = open_folder(names[0], split)
-    elif is_image(names[0]) and storage.is_file(names[0]):
-        opened = open_list(names)
     else:
-        raise _unknown(names[0])
+        try:
+            opened = open_shards(
+                names, split=split, cache_dir=cache_dir, say=say, shall_count=shall_count, cache_gb=cache_gb
+            )
+        except NoShardsError as error:
+            opened = _open_images(names, split, error)
     opened.name, opened.split = names[0], opened.split or split or ""
     return opened
+
+
+def _open_images(names: Sequence[str], split: str | None, error: NoShardsError) -> Dataset:
+    name, *more = names
+    if more:
+        raise error
+    if storage.is_folder(name):
+        return open_folder(name, split)
+    if is_image(name) and storage.is_file(name):
+        return open_list([name])
+    raise _unknown(name)
 
 
 def _open_known(known: Known, root: Path, split: str | None) -> Dataset:

@@ -2,10 +2,8 @@
 
 import io
 import os
-import pickle
 import random
 import tarfile
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,7 +13,7 @@ import pytest
 
 from declip_cli.data.shards import indexing
 from declip_cli.data.shards.index import IndexBuilder, read_indexes, write_indexes
-from declip_cli.data.shards.indexing import _share, find_index
+from declip_cli.data.shards.indexing import find_index
 from declip_cli.data.shards.store import find_shards, open_shards
 from declip_cli.errors import DataError
 
@@ -31,42 +29,16 @@ def write_shard(path, num, *, key="a"):
     return path
 
 
-NUM_RANKS = 4
-
-
-@pytest.fixture
-def ranks(monkeypatch):
-    """Let threads be the ranks of a process group; returns a function that runs work(rank) on all of them at once."""
-    here, barrier, slots = threading.local(), threading.Barrier(NUM_RANKS, timeout=30), [b""] * NUM_RANKS
-
-    def all_gather_object(values, value):
-        slots[here.rank] = pickle.dumps(value)
-        barrier.wait()
-        values[:] = [pickle.loads(slot) for slot in slots]
-        barrier.wait()
-
-    def on_all(work):
-        def on(rank):
-            here.rank = rank
-            return work(rank)
-
-        with ThreadPoolExecutor(NUM_RANKS) as pool:
-            return list(pool.map(on, range(NUM_RANKS)))
-
-    monkeypatch.setattr("declip_cli.distributed.rank", lambda: here.rank)
-    monkeypatch.setattr("declip_cli.distributed.world_size", lambda: NUM_RANKS)
-    monkeypatch.setattr("torch.distributed.all_gather_object", all_gather_object)
-    monkeypatch.setattr(indexing, "_SHARDS_PER_ROUND", 2)
-    return on_all
+NUM_PROCESSES = 4
 
 
 @pytest.fixture
 def built(monkeypatch):
-    """The shards that were gone through; those with `broken` in their path cannot be, by one of the ranks."""
+    """The shards that were gone through; those with `broken` in their path cannot be."""
     names, index_groups = [], indexing.index_groups
 
     def counted(file, shard):
-        if "broken" in shard and int(Path(shard).stem) % NUM_RANKS == 1:
+        if "broken" in shard:
             raise OSError("input/output error")
         names.append(Path(shard).name)
         return index_groups(file, shard)
@@ -75,60 +47,55 @@ def built(monkeypatch):
     return names
 
 
-def opened_on(ranks, folder, *, cache_of=lambda rank: "cache"):
-    """Open a folder on all ranks; return the number of pairs and the fingerprint, or the error, of each."""
+def opened_at_once(folder, *, cache_of=lambda process: "cache"):
+    """Open a folder several times at once; return the number of pairs and the fingerprint, or the error, of each."""
 
-    def work(rank):
+    def work(process):
         try:
-            data = open_shards([str(folder)], cache_dir=str(folder.parent / cache_of(rank)), together=True)
+            data = open_shards([str(folder)], cache_dir=str(folder.parent / cache_of(process)))
         except DataError as error:
             return error.message
         return len(data), data.fingerprint
 
-    return ranks(work)
+    with ThreadPoolExecutor(NUM_PROCESSES) as pool:
+        return list(pool.map(work, range(NUM_PROCESSES)))
 
 
-def test_ranks_that_open_tars_together_index_each_once(tmp_path, ranks, built):
+def test_those_who_open_tars_at_once_index_each_once(tmp_path, built):
     names = [write_shard(tmp_path / "open" / f"{shard:05d}.tar", 20).name for shard in range(12)]
-    found = opened_on(ranks, tmp_path / "open")
+    found = opened_at_once(tmp_path / "open")
     assert found[0][0] == 240
-    assert found == found[:1] * NUM_RANKS
+    assert found == found[:1] * NUM_PROCESSES
     assert sorted(built) == names
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not [path for ending in ("tmp", "lock") for path in tmp_path.rglob(f"*.{ending}")]
 
 
-def test_where_indexes_go_to_a_cache_each_machine_makes_them_once(tmp_path, ranks, built, monkeypatch):
+def test_where_indexes_go_to_a_cache_each_machine_makes_them_once(tmp_path, built, monkeypatch):
     names = [write_shard(tmp_path / "protected" / f"{shard:05d}.tar", 20).name for shard in range(12)]
     monkeypatch.setattr(os, "access", lambda *args: False)
-    found = opened_on(ranks, tmp_path / "protected", cache_of=lambda rank: f"machine-{rank // 2}")
-    assert found == found[:1] * NUM_RANKS
+    found = opened_at_once(tmp_path / "protected", cache_of=lambda process: f"machine-{process // 2}")
+    assert found == found[:1] * NUM_PROCESSES
     assert sorted(built) == sorted(2 * names)
 
 
-def test_an_error_of_one_rank_is_raised_on_all(tmp_path, ranks, built):
+def test_a_shard_that_cannot_be_read_is_an_error_for_all(tmp_path, built):
     for shard in range(12):
         write_shard(tmp_path / "broken" / f"{shard:05d}.tar", 20)
-    messages = opened_on(ranks, tmp_path / "broken")
-    assert messages == messages[:1] * NUM_RANKS
-    assert "cannot read the shard" in messages[0]
-
-
-def test_shards_go_to_the_ranks_that_miss_them():
-    assert _share([[0, 1, 2, 3], [0, 1, 2, 3]]) == [[0, 2], [1, 3]]
-    assert _share([[], [4, 7], [4, 7]]) == [[], [4], [7]]
-    assert _share([[1], [], []]) == [[1], [], []]
+    messages = opened_at_once(tmp_path / "broken")
+    assert len(messages) == NUM_PROCESSES
+    assert all("cannot read the shard" in message for message in messages)
 
 
 def test_progress_is_told_where_indexing_takes_long(tmp_path, monkeypatch):
-    make, said = indexing.make_index, []
+    make, said = indexing._make_index, []
     for shard in range(4):
         write_shard(tmp_path / f"{shard}.tar", 2)
     with monkeypatch.context() as patch:
         patch.setattr(indexing, "_SAY_EVERY_S", 0.01)
-        patch.setattr(indexing, "_SHARDS_PER_ROUND", 1)
-        patch.setattr(indexing, "make_index", lambda *args, **options: (time.sleep(0.05), make(*args, **options))[1])
+        patch.setattr(indexing, "_THREADS", 1)
+        patch.setattr(indexing, "_make_index", lambda *args, **options: (time.sleep(0.05), make(*args, **options))[1])
         open_shards([str(tmp_path)], say=said.append)
-    assert said[-1] == "3 of 4 shards indexed, once for all"
+    assert said[-2] == "3 of 4 shards indexed, once for all"
     said.clear()
     open_shards([str(tmp_path)], say=said.append)
     assert said == []
@@ -147,7 +114,7 @@ def test_an_index_that_is_none_or_an_old_one_is_made_again_and_that_is_said_once
     said = []
     assert len(open_shards([str(tmp_path)], say=said.append)) == 12
     assert len(said) == 1
-    assert said[0].startswith(f"the index of 2 shards is made again ({tmp_path / '0.index'} is ")
+    assert said[0].startswith(f"the index of 2 shards was made again ({tmp_path / '0.index'} is ")
     assert (tmp_path / "0.index").read_bytes() == whole
 
 

@@ -15,9 +15,9 @@ from declip_cli.data import storage
 from declip_cli.data.dataset import UNREAD
 from declip_cli.data.prepare.shard_writer import PartWriter
 from declip_cli.data.prepare.stages import Pair
-from declip_cli.data.shards.block_cache import BlockCache
-from declip_cli.data.shards.lazy import lack_indexes, open_lazy_shards
-from declip_cli.data.shards.store import open_shards
+from declip_cli.data.shards.files import BlockCache
+from declip_cli.data.shards.indexing import lacks_index
+from declip_cli.data.shards.store import find_shards, open_shards
 from declip_cli.errors import DataError
 from tests.data.shards.far_server import far_server
 from tests.data.shards.test_store import pairs, write_tar
@@ -56,6 +56,10 @@ def opened(url, tmp_path, **options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("declip_cli.data.shards.dataset.BLOCK_BYTES", int(0.2 * 2**20))
         return open_shards([url], cache_dir=str(tmp_path / "cache"), **options)
+
+
+def opened_lazily(path, tmp_path):
+    return open_shards([str(path)], cache_dir=str(tmp_path / "cache"), shall_count=lambda shards: False)
 
 
 def test_a_prepared_folder_opens_in_two_requests_and_then_in_one(tmp_path, far, prepared):
@@ -158,9 +162,9 @@ def test_archives_that_nobody_indexed_are_read_when_their_turn_comes(tmp_path, f
         path = write_tar(tmp_path / f"{shard}.tar", [*pairs(range(10 * shard, 10 * shard + 4 + shard)), ("x.jpg", b"")])
         far.files[f"/{shard}.tar"] = path.read_bytes()
     url, cache = f"{far.url}/{{0..2}}.tar", str(tmp_path / "cache")
-    assert lack_indexes([url], cache_dir=cache)
+    assert all(lacks_index(shard, cache_dir=cache) for shard in find_shards(url))
     far.asked.clear()
-    data = open_lazy_shards([url], cache_dir=cache)
+    data = opened_lazily(url, tmp_path)
     assert {method for method, _, _ in far.asked} == {"HEAD"}
     assert [data.count(shard) for shard in (2, 0)] == [6, 4]
     data.fetch(1)
@@ -178,31 +182,31 @@ def test_archives_that_nobody_indexed_are_read_when_their_turn_comes(tmp_path, f
     assert far.asked == []
     assert data.skipped == {"missing caption": (3, "x")}
     assert data.fingerprint == again.fingerprint
-    assert not lack_indexes([url], cache_dir=cache)
+    assert not any(lacks_index(shard, cache_dir=cache) for shard in find_shards(url))
 
 
 def test_the_number_of_pairs_is_estimated_from_what_img2dataset_says(tmp_path):
     for shard in range(4):
         write_tar(tmp_path / f"{shard:05d}.tar", pairs(range(5)))
-    by_size = open_lazy_shards([str(tmp_path)], cache_dir=str(tmp_path / "cache"))
+    by_size = opened_lazily(tmp_path, tmp_path)
     assert len(by_size) == 20
     for shard in (0, 1):
         (tmp_path / f"{shard:05d}_stats.json").write_text(json.dumps({"successes": 30}))
     (tmp_path / "00002_stats.json").write_text("[")
-    assert len(open_lazy_shards([str(tmp_path)], cache_dir=str(tmp_path / "cache"))) == 120
+    assert len(opened_lazily(tmp_path, tmp_path)) == 120
 
 
 def test_a_first_archive_without_pairs_does_not_make_the_estimate_none(tmp_path):
     for shard in range(4):
         write_tar(tmp_path / f"{shard:05d}.tar", pairs(range(5)) if shard else [("a.txt", b"no image" * 1000)])
-    assert len(open_lazy_shards([str(tmp_path)], cache_dir=str(tmp_path / "cache"))) >= 15
+    assert len(opened_lazily(tmp_path, tmp_path)) >= 15
 
 
 def test_local_archives_are_read_where_the_system_takes_no_advice(tmp_path, monkeypatch):
     monkeypatch.delattr(os, "posix_fadvise", raising=False)
     monkeypatch.delattr(os, "POSIX_FADV_WILLNEED", raising=False)
     write_tar(tmp_path / "0.tar", pairs(range(5)))
-    data = open_lazy_shards([str(tmp_path)], cache_dir=str(tmp_path / "cache"))
+    data = opened_lazily(tmp_path, tmp_path)
     data.fetch(0)
     assert data.count(0) == 5
 
@@ -264,7 +268,7 @@ def test_the_bound_holds_while_many_write_and_after_one_was_killed(tmp_path):
 
 _FETCH = """
 import sys, time
-from declip_cli.data.shards.block_cache import BlockCache
+from declip_cli.data.shards.files import BlockCache
 def download():
     with open(sys.argv[2], "a") as log:
         log.write("downloaded\\n")
@@ -272,7 +276,7 @@ def download():
     yield b"abc"
 cache = BlockCache(sys.argv[1], bound_bytes=1000)
 cache.fetch("block", 3, download())
-assert cache.read("block", 1, 2) == b"bc"
+assert open(cache.path("block"), "rb").read() == b"abc"
 """
 
 
