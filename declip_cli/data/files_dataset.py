@@ -7,15 +7,16 @@ from functools import cached_property
 
 from declip_cli.data import storage
 from declip_cli.data.dataset import Classes, Dataset, Example, Pixels, Skips
+from declip_cli.data.shards.tar_samples import PICTURE_EXTENSIONS
 from declip_cli.data.sources.records import read_picture
 from declip_cli.errors import DataError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".avif")
+_SUFFIXES = tuple(f".{extension}" for extension in PICTURE_EXTENSIONS)
 
 
 def is_image(path: str) -> bool:
     """Say whether a file name looks like that of an image."""
-    return path.lower().endswith(IMAGE_SUFFIXES) and not path.rpartition("/")[2].startswith(".")
+    return path.lower().endswith(_SUFFIXES) and not path.rpartition("/")[2].startswith(".")
 
 
 class FilesDataset(Dataset):

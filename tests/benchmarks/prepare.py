@@ -20,13 +20,13 @@ from pathlib import Path
 
 from lines import compare, report
 
-from declip_cli.data.prepare.clean import caption_problem
 from declip_cli.data.prepare.config import CleanConfig, PrepareConfig
 from declip_cli.data.prepare.find_source import open_source
+from declip_cli.data.prepare.hashes import Looks
 from declip_cli.data.prepare.pictures import shrink_picture
 from declip_cli.data.prepare.pipeline import prepare
-from declip_cli.data.prepare.seen import Looks, Seen
-from declip_cli.data.prepare.stages import Pair
+from declip_cli.data.prepare.seen import Seen
+from declip_cli.data.prepare.stages import Pair, caption_problem
 
 SIDE_PX, QUALITY = 256, 95
 SIZES = ((500, 375), (1024, 768), (1600, 1200))
@@ -87,8 +87,7 @@ def clean_records(num: int) -> None:
         for number, record in enumerate(source.records):
             captions = tuple(text for text in record.captions if not caption_problem(text, clean))
             hashes = {"picture_hash": rng.getrandbits(63) + 1, "looks_hash": rng.getrandbits(64) | 1}
-            sizes = dict.fromkeys(("width", "height", "original_width", "original_height"), 256)
-            pair = Pair(key=record.key, part="", captions=captions, jpeg=b"", **sizes, **hashes)
+            pair = Pair(record.key, captions, b"", (256, 256), (256, 256), **hashes)
             num_left += isinstance(seen.check(pair), Pair)
             if number % 10_000 == 0:
                 seen.new_bytes()

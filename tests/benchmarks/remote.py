@@ -41,7 +41,7 @@ def write(folder, *, num, image_bytes, shard_samples):
         writer = PartWriter(folder, spool, shard_samples=shard_samples, state={})
         for number in range(num):
             caption = f"number {number} " + "of many words " * 4
-            writer.add(Pair(f"{number}", "", (caption,), os.urandom(image_bytes), 1, 1, 1, 1, 0, 0))
+            writer.add(Pair(f"{number}", (caption,), os.urandom(image_bytes), (1, 1), (1, 1)))
         writer.finish_shard()
         manifest = {"shards": writer.shards, "index_sha256": writer.join_indexes()}
     storage.write_whole(f"{folder}/manifest.json", json.dumps(manifest).encode())

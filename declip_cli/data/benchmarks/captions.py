@@ -7,9 +7,8 @@ from declip_cli.data.benchmarks.known import Known, read_lines
 from declip_cli.data.dataset import Classes, Skips
 from declip_cli.data.files_dataset import FilesDataset
 from declip_cli.data.shards.tar_samples import clean_captions
-from declip_cli.data.sources import coco, flickr30k
-from declip_cli.data.sources.locate import locate_pictures
-from declip_cli.data.sources.records import FileRecord, Record, file_record
+from declip_cli.data.sources.annotations import read_annotations
+from declip_cli.data.sources.records import Found, LeftOut, Record, file_record, locate_pictures
 from declip_cli.errors import DataError
 
 MAX_CAPTIONS = 5
@@ -36,10 +35,10 @@ def read_captions(known: Known, root: Path, split: str, classes: Classes) -> Fil
         records = list(_records(path))
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is damaged: {error!r}", remedy=known.how_to_get(root)) from error
-    files, skipped = [record for record in records if isinstance(record, FileRecord)], Skips()
+    files, skipped = [record for record in records if isinstance(record, Record)], Skips()
     for record in records:
-        if not isinstance(record, FileRecord):
-            skipped.add(getattr(record, "cause", "unreadable"), record.key)
+        if isinstance(record, LeftOut):
+            skipped.add(record.cause, record.key)
     if not files:
         raise DataError(f"{path} names no test image", remedy=known.how_to_get(root))
 
@@ -47,20 +46,20 @@ def read_captions(known: Known, root: Path, split: str, classes: Classes) -> Fil
         record = files[number]
         return clean_captions(list(record.captions), record.key)[:MAX_CAPTIONS]
 
-    return FilesDataset([record.path for record in files], captions=captions_of, skipped=skipped)
+    return FilesDataset([str(record.image) for record in files], captions=captions_of, skipped=skipped)
 
 
-def _records(path: Path) -> Iterator[Record]:
+def _records(path: Path) -> Iterator[Found]:
     if path.suffix == ".json":
-        return coco.read_annotations(str(path), split="test" if path.name.startswith("dataset_") else None)
+        return read_annotations(str(path), split="test" if path.name.startswith("dataset_") else None)
     if path.name == "Flickr_8k.testImages.txt":
         wanted = set(read_lines(path))
-        records = flickr30k.read_tokens(str(path.with_name("Flickr8k.token.txt")))
+        records = read_annotations(str(path.with_name("Flickr8k.token.txt")))
         return (record for record in records if record.key in wanted)
     return _comma_lines(path)
 
 
-def _comma_lines(path: Path) -> Iterator[Record]:
+def _comma_lines(path: Path) -> Iterator[Found]:
     """Read lines `name.jpg,caption` with a heading, as the annotations of CLIP_benchmark come."""
     captions: dict[str, list[object]] = {}
     for line in read_lines(path)[1:]:

@@ -11,7 +11,7 @@ from declip_cli.data.dataset import Classes, Dataset, Skips
 from declip_cli.data.files_dataset import FilesDataset, is_image
 from declip_cli.data.shards.tar_samples import clean_captions
 from declip_cli.data.sources.folder import CAPTIONS_FILE, group_by_stem, read_lists
-from declip_cli.data.sources.records import FileRecord, captions_beside
+from declip_cli.data.sources.records import LeftOut, captions_beside
 from declip_cli.errors import DataError
 
 _SPLIT_FOLDERS = {
@@ -82,16 +82,19 @@ def _from_lists(root: str, lists: list[str], paths: list[str]) -> FilesDataset:
     failed: dict[str, list[DataError]] = {}
     skipped = Skips()
     for record in read_lists(lists, root=root):
-        try:
-            found = clean_captions(list(record.captions), record.key) if isinstance(record, FileRecord) else ()
-        except DataError as error:
-            failed.setdefault(os.path.normpath(getattr(record, "path", "")), []).append(error)
+        if isinstance(record, LeftOut):
+            skipped.add(record.cause, record.key)
             continue
-        path = os.path.normpath(record.path) if isinstance(record, FileRecord) else ""
+        path = os.path.normpath(str(record.image))
+        try:
+            found = clean_captions(list(record.captions), record.key)
+        except DataError as error:
+            failed.setdefault(path, []).append(error)
+            continue
         if path in captions:
             captions[path] += found
         else:
-            skipped.add("missing file" if path else getattr(record, "cause", "unreadable"), record.key)
+            skipped.add("missing file", record.key)
     for path, errors in failed.items():
         for reason in errors[0 if captions.get(path, True) else 1 :]:  # the first of an image without others is raised
             skipped.add(reason.cause, path)

@@ -13,14 +13,13 @@ import torch
 from declip_cli.data.dataset import Skips
 from declip_cli.data.prepare.config import PrepareConfig
 from declip_cli.data.prepare.engines import run_in_threads, run_on_ray
-from declip_cli.data.prepare.exclude import look_at
 from declip_cli.data.prepare.find_source import open_source
 from declip_cli.data.prepare.hashes import hash64
-from declip_cli.data.prepare.seen import Seen
+from declip_cli.data.prepare.seen import Seen, look_at
 from declip_cli.data.prepare.shard_writer import PartWriter
-from declip_cli.data.prepare.stages import LeftOut, Pair, finish_records
+from declip_cli.data.prepare.stages import Pair, finish_records
 from declip_cli.data.prepare.state import OutFolder
-from declip_cli.data.sources.records import Source
+from declip_cli.data.sources.records import LeftOut, Source
 from declip_cli.errors import DataError
 
 _REPORT_EVERY_S = 0.2
@@ -77,9 +76,6 @@ def prepare(config: PrepareConfig) -> Generator[PrepareReport, None, None]:
     A run that was stopped leaves its finished shards, and the same command goes on: where it was if the
     generator was closed, where it last saved (every shard, every minute) if it was killed. The output does not
     depend on the number of workers.
-
-    Args:
-        config: what to do.
 
     Yields:
         The same report, brought up to date a few times a second and once at the end.
@@ -166,13 +162,9 @@ class _Run:
             self._open_part(part, state)
 
     def _open_part(self, part: str, state: dict[str, Any]) -> PartWriter:
-        self._writers[part] = PartWriter(
-            self._folder.part_path(part),
-            self._folder.part_spool(part),
-            shard_samples=self._config.shard_samples,
-            state=state,
-        )
-        return self._writers[part]
+        writer = PartWriter(*self._folder.places(part), shard_samples=self._config.shard_samples, state=state)
+        self._writers[part] = writer
+        return writer
 
     def _outcomes(self) -> Iterator[bool]:
         """Take in record after record; yield True where that finished a shard."""
@@ -250,7 +242,7 @@ class _Run:
         report = self._report
         report.parts = {part or "train": writer.num_pairs for part, writer in self._writers.items()}
         report.num_pairs = sum(report.parts.values())
-        report.num_shards = sum(writer.num_shards for writer in self._writers.values())
+        report.num_shards = sum(len(writer.shards) for writer in self._writers.values())
         report.seconds = time.monotonic() - self._started
         return report
 

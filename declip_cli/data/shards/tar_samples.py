@@ -8,7 +8,9 @@ from typing import Any, BinaryIO, TypeAlias, cast
 from declip_cli.errors import DataError
 from declip_cli.files import parse_json
 
-PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jp2", "ppm", "jfif")
+PICTURE_EXTENSIONS = (
+    "jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jp2", "ppm", "pgm", "jfif", "avif"
+)  # fmt: skip
 CAPTION_EXTENSIONS = ("json", "txt", "caption")
 MAX_MEMBER_BYTES = 256 << 20
 """Larger members are no photographs; they are counted, not read."""

@@ -299,11 +299,11 @@ def test_a_manifest_that_lacks_something_is_an_error(tmp_path, make_picture):
 def test_a_full_disk_is_said_clearly_and_the_run_goes_on_later(tmp_path, make_picture, monkeypatch):
     source = write_pairs(tmp_path / "in", make_picture, num=20)
 
-    def fail(writer, name, data):
+    def fail(files, *, start):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("declip_cli.data.prepare.shard_writer.append_file", fail)
+        patch.setattr("declip_cli.data.prepare.shard_writer.pack", fail)
         with pytest.raises(DataError, match="the disk is full") as caught:
             run(source, tmp_path / "out")
     assert "run the same command again" in caught.value.remedy
@@ -316,22 +316,22 @@ def test_a_full_disk_names_what_it_left_behind_and_the_run_goes_on_to_the_same_b
 ):
     source = write_pairs(tmp_path / "in", make_picture, num=20)
     run(source, tmp_path / "whole", shard_samples=8)
-    add, num_files, write = shard_writer.append_file, [], storage.write_whole
+    pack, num_pairs, write = shard_writer.pack, [], storage.write_whole
 
-    def add_until_full(writer, name, data):
-        num_files.append(name)
-        if place == "shard" and len(num_files) > 35:  # three for each pair
+    def pack_until_full(files, *, start):
+        num_pairs.append(start)
+        if place == "shard" and len(num_pairs) > 11:
             raise OSError(28, "No space left on device")
-        return add(writer, name, data)
+        return pack(files, start=start)
 
     def write_until_full(path, data):
         with storage.disk_errors(path):
-            if place == "progress" and "progress" in path and len(num_files) > 35:
+            if place == "progress" and "progress" in path and len(num_pairs) > 11:
                 raise OSError(28, "No space left on device")
         write(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shard_writer, "append_file", add_until_full)
+        patch.setattr(shard_writer, "pack", pack_until_full)
         patch.setattr(storage, "write_whole", write_until_full)
         patch.setattr("declip_cli.data.prepare.pipeline._SAVE_EVERY_S", -1.0)
         with pytest.raises(DataError, match="the disk is full: cannot write") as caught:

@@ -42,7 +42,7 @@ def prepared(tmp_path, far):
     folder = tmp_path / "prepared"
     writer = PartWriter(str(folder), str(folder), shard_samples=25, state={})
     for number in range(NUM_PAIRS):
-        writer.add(Pair(f"k{number}", "", (f"text {number}", "more"), image(number), 1, 1, 1, 1, 0, 0))
+        writer.add(Pair(f"k{number}", (f"text {number}", "more"), image(number), (1, 1), (1, 1)))
     writer.finish_shard()
     manifest = {"shards": writer.shards, "index_sha256": writer.join_indexes()}
     storage.write_whole(str(folder / "manifest.json"), json.dumps(manifest).encode())
