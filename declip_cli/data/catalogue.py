@@ -2,9 +2,9 @@
 
 import difflib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from declip_cli.data import storage
 from declip_cli.data.benchmarks import imagenet
@@ -260,35 +260,26 @@ def _has_captions(dataset: Dataset, number: int) -> bool:
         return True
 
 
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """One line of `declip zeroshot --list`."""
-
-    name: str
-    task: str
-    num_classes: int
-    metric: str
-    expected: str
-    """Path that shows that the set is there."""
-    is_there: bool
-
-
-def list_known(data_root: Path | None = None) -> list[Listed]:
-    """List the known data sets in the order of the table.
-
-    Args:
-        data_root: as of `open_dataset`.
+def list_known(data_root: Path | None = None) -> list[dict[str, Any]]:
+    """List the known data sets in the order of the table, as `declip zeroshot --list --json` shows them.
 
     Returns:
-        One entry per set.
+        `name`, `task`, `num_classes`, `metric`, `expected` (a path that shows that the set is there), `is_there`.
     """
     root = resolve_data_root(data_root)
     listed = []
     for known in known_sets().values():
         folder = known.locate(root)
-        expected = str((folder or root) / known.markers[0]) if known.markers else "built in"
-        is_there = folder is not None or not known.markers
-        listed.append(Listed(known.name, known.tasks, known.num_classes, known.metric, expected, is_there))
+        listed.append(
+            {
+                "name": known.name,
+                "task": known.tasks,
+                "num_classes": known.num_classes,
+                "metric": known.metric,
+                "expected": str((folder or root) / known.markers[0]) if known.markers else "built in",
+                "is_there": folder is not None or not known.markers,
+            }
+        )
     return listed
 
 

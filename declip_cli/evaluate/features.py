@@ -1,9 +1,9 @@
-"""Images and a model → features: batched, in bfloat16 where native, kept in a store by their content."""
+"""Images and a model → features, kept in a store by their content."""
 
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -16,22 +16,17 @@ from torch.nn import functional as F
 from declip_cli.data.dataset import Dataset, Skips
 from declip_cli.data.shards.store import default_cache_dir
 from declip_cli.errors import DataError, EvaluateError
-from declip_cli.evaluate.image_pipeline import FeatureOptions, Progress, encode_images
-from declip_cli.evaluate.shares import Part, encode_shares
+from declip_cli.evaluate.encoding import Encode, FeatureOptions, Part, encode_images, encode_shares
 from declip_cli.evaluate.vectors import Encoded, Rows, StoreError, Vectors, VectorStore, use_store
 from declip_cli.model.checkpoint import PretrainedModel
 from declip_cli.model.precision import resolve_precision
 
-__all__ = [
-    "EMBEDDING", "FeatureOptions", "ImageFeatures", "Located", "Progress", "by_content", "content_key", "embedder",
-    "image_features", "locate_images", "map_images", "update_store",
-]  # fmt: skip
 T = TypeVar("T")
 EMBEDDING = "embedding"
 """Kind of the features that zero-shot, retrieval and search share: projected, unit length."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class ImageFeatures:
     """Features of the readable images, in their order."""
 
@@ -39,7 +34,7 @@ class ImageFeatures:
     """float32, (N', D), N' <= N."""
     kept: list[int]
     """For each row, the image's number in the data set."""
-    skipped: Skips = field(default_factory=Skips)
+    skipped: Skips
     """Unreadable images."""
 
 
@@ -75,7 +70,7 @@ def image_features(
         dataset: N images.
         projected: the shared embedding, of width D; else the tower's own features, of width E.
         normalise: make each row unit length.
-        options: batch size, precision, threads, store.
+        options: how features are computed.
 
     Returns:
         Features on the CPU, (N', D) or (N', E), and what was skipped.
@@ -88,7 +83,7 @@ def image_features(
     return map_images(model, dataset, encode, label=label, options=options)
 
 
-def embedder(model: PretrainedModel, *, projected: bool = True, normalise: bool = True) -> Callable[[Tensor], Tensor]:
+def embedder(model: PretrainedModel, *, projected: bool = True, normalise: bool = True) -> Encode:
     """Return the function that encodes images (B, S, S, 3) as vectors (B, D); arguments as of `image_features`."""
 
     def encode(images: Tensor) -> Tensor:
@@ -99,12 +94,7 @@ def embedder(model: PretrainedModel, *, projected: bool = True, normalise: bool 
 
 
 def map_images(
-    model: PretrainedModel,
-    dataset: Dataset,
-    encode: Callable[[Tensor], Tensor],
-    *,
-    label: str,
-    options: FeatureOptions | None = None,
+    model: PretrainedModel, dataset: Dataset, encode: Encode, *, label: str, options: FeatureOptions | None = None
 ) -> ImageFeatures:
     """Apply a function of the encoder to images: read, decode, crop, batch, encode, store.
 
@@ -113,7 +103,7 @@ def map_images(
         dataset: N images.
         encode: uint8 images (B, S, S, 3) on the encoder's device → (B, D).
         label: names what `encode` does, to tell the store's kinds apart.
-        options: batch size, precision, threads, store.
+        options: how features are computed.
 
     Returns:
         One row per readable image, float32 on the CPU.
@@ -124,16 +114,11 @@ def map_images(
     found = locate_images(model, dataset, encode, label=label, options=options)
     kept = np.flatnonzero(found.rows >= 0)  # (N',)
     features = torch.from_numpy(np.asarray(found.vectors[found.rows[kept]]))  # (N', D)
-    return ImageFeatures(features=features, kept=kept.tolist(), skipped=found.skipped)
+    return ImageFeatures(features, kept.tolist(), found.skipped)
 
 
 def locate_images(
-    model: PretrainedModel,
-    dataset: Dataset,
-    encode: Callable[[Tensor], Tensor],
-    *,
-    label: str,
-    options: FeatureOptions | None = None,
+    model: PretrainedModel, dataset: Dataset, encode: Encode, *, label: str, options: FeatureOptions | None = None
 ) -> Located:
     """Encode images as `map_images` does, leaving those that are stored where they lie; same arguments and errors."""
     options = options or FeatureOptions()
@@ -162,7 +147,7 @@ def update_store(
     store: VectorStore,
     model: PretrainedModel,
     dataset: Dataset,
-    encode: Callable[[Tensor], Tensor],
+    encode: Encode,
     options: FeatureOptions,
     *,
     is_shared: bool = True,
@@ -180,23 +165,29 @@ def update_store(
     Returns:
         The rows of the images in the store.
     """
-    store.ask(_asked(dataset, is_shared=is_shared))
     rows = np.full(len(dataset), -1, dtype=np.int64)  # (N,)
     is_known = np.zeros(len(dataset), dtype=bool)  # (N,)
     causes: dict[int, str] = {}
-    for number, row, cause in store.answers():
-        rows[number], is_known[number] = row, True
-        if row < 0:
-            causes[number] = cause
-    todo: list[int] = np.flatnonzero(~is_known).tolist()
-    num_encoded, num_changed = 0, store.num_known() - int(is_known.sum())
-    for batch in encode_images(model, dataset, todo, encode, options, is_known=store.has):
-        num_encoded += store.add(batch)
-        for one, (row, cause) in zip(batch, store.find([one.digest for one in batch]), strict=True):
-            rows[one.number] = row
+    num_there = 0
+    for number, row, cause, is_same in store.ask(_asked(dataset, is_shared=is_shared)):
+        num_there += 1
+        if is_same:
+            rows[number], is_known[number] = row, True
             if row < 0:
-                causes[one.number] = cause or one.cause
-    if not todo and options.progress is not None:
+                causes[number] = cause
+    todo: list[int] = np.flatnonzero(~is_known).tolist()
+    num_encoded, num_changed = 0, num_there - int(is_known.sum())
+
+    def is_encoded(digest: bytes) -> bool:
+        return store.find([digest]) != [None]
+
+    for batch in encode_images(model, dataset, todo, encode, options, is_known=is_encoded):
+        num_encoded += store.add(batch)
+        for one, found in zip(batch, store.find([one.digest for one in batch]), strict=True):
+            rows[one.number], cause = found or (-1, one.cause)
+            if rows[one.number] < 0:
+                causes[one.number] = cause
+    if not todo:
         options.progress(len(dataset), len(dataset))
     return Located(store.vectors(), rows, _skips(dataset, causes), len(todo), num_changed, num_encoded)
 
@@ -228,9 +219,8 @@ def _with_store(
     """Work with the store of a kind of features, or without where it is not wanted or cannot be used."""
     if not options.caches(model):
         return computed()
-    precision = resolve_precision(options.precision, next(model.encoder.parameters()).device)
     view = f"{model.image_side_px} {model.resize_px} {model.interpolation}"
-    key = content_key([kind, model.fingerprint, view, precision])
+    key = content_key([kind, model.fingerprint, view, resolve_precision(options.precision, model.device)])
     folder = Path(default_cache_dir()) / "vectors" / key[:32]
     try:
         return use_store(folder, key, model.name, stored, say=options.say)
@@ -250,7 +240,7 @@ def content_key(parts: Iterable[str | bytes]) -> str:
 
 
 def _encode_share(
-    model: PretrainedModel, dataset: Dataset, encode: Callable[[Tensor], Tensor], own: range, options: FeatureOptions
+    model: PretrainedModel, dataset: Dataset, encode: Encode, own: range, options: FeatureOptions
 ) -> Part:
     """Encode the images of a share, one row each."""
     found = [one for batch in encode_images(model, dataset, own, encode, options) for one in batch]
@@ -282,13 +272,11 @@ def by_content(
     """
 
     def stored(store: VectorStore) -> Tensor:
-        rows = np.array([row for row, _ in store.find(digests)])  # (N,)
-        missing: list[int] = np.flatnonzero(rows < 0).tolist()
+        missing = [number for number, found in enumerate(store.find(digests)) if found is None]
         if missing:
             made = encode(missing).numpy()  # (n, D)
-            new = [Encoded(number, digests[number], row) for number, row in zip(missing, made, strict=True)]
-            store.add(new, are_images=False)
-            rows = np.array([row for row, _ in store.find(digests)])
+            store.add([Encoded(number, digests[number], row) for number, row in zip(missing, made, strict=True)])
+        rows = [found[0] for found in store.find(digests) if found is not None]
         return torch.from_numpy(np.asarray(store.vectors()[rows]))
 
     return _with_store(model, kind, stored, lambda: encode(range(len(digests))), options)

@@ -59,7 +59,7 @@ def write_gallery(path: Path, report: SearchReport, *, query_image: bytes = b"")
 
     Args:
         path: written whole or not at all.
-        report: the hits; their pictures are read again.
+        report: the hits; their images are read again.
         query_image: the encoded picture that was looked for, shown above the hits.
 
     Raises:
@@ -86,8 +86,8 @@ def render_gallery(report: SearchReport, *, query_image: bytes = b"") -> str:
         HTML in which every word that comes from outside is escaped.
     """
     is_text = not query_image
-    heading = f"“{report.query}”" if is_text else f"Pictures like {Path(report.query).name}"
-    about = f"{len(report.hits)} of {report.num_indexed} pictures in {report.collection}, by {report.model}"
+    heading = f"“{report.query}”" if is_text else f"Images like {Path(report.query).name}"
+    about = f"{len(report.hits)} of {report.num_indexed} images in {report.collection}, by {report.model}"
     query_picture = "" if is_text else f'<img class="query" alt="the query" src="{_thumbnail(query_image)}">\n'
     return _PAGE.format(
         title=escape(f"{report.query} – declip"),

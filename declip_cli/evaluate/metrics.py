@@ -20,12 +20,7 @@ def top_k_accuracy(ranked: Tensor, labels: Tensor, k: int) -> float:
 
 
 def per_class_accuracy(predicted: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Take the accuracy within each class.
-
-    Args:
-        predicted: int64, (N,).
-        labels: int64, (N,).
-        num_classes: C.
+    """Take the accuracy within each of C classes, of predicted and right classes, both int64, (N,).
 
     Returns:
         Accuracy, float64, (C,), not a number for a class without samples; and samples per class, int64, (C,).
@@ -36,12 +31,7 @@ def per_class_accuracy(predicted: Tensor, labels: Tensor, num_classes: int) -> t
 
 
 def mean_per_class_accuracy(predicted: Tensor, labels: Tensor, num_classes: int) -> float:
-    """Average the accuracies of the classes, each class counting the same.
-
-    Args:
-        predicted: int64, (N,).
-        labels: int64, (N,).
-        num_classes: C.
+    """Average the accuracies of C classes, each counting the same; arguments as of `per_class_accuracy`.
 
     Returns:
         A fraction in [0, 1]; classes without samples are left out.

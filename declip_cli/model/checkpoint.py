@@ -53,6 +53,11 @@ class PretrainedModel:
     interpolation: str = "bilinear"
     """Filter with which pictures are resized: `bilinear` or `bicubic` (OpenAI, most of OpenCLIP)."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where the encoder lies."""
+        return next(self.encoder.parameters()).device
+
 
 def default_resize_px(image_side_px: int) -> int:
     """Return the shorter side before the centre crop: 256 for 224, the whole picture for small models.

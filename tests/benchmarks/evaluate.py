@@ -16,7 +16,7 @@ from lines import compare, report
 
 from declip_cli.config import ModelConfig
 from declip_cli.data.benchmarks.known import names_from_assets
-from declip_cli.evaluate.features import FeatureOptions
+from declip_cli.evaluate.encoding import FeatureOptions
 from declip_cli.evaluate.prompts import build_classifier, load_templates, make_prompts
 from declip_cli.model.architectures import find_architecture
 from declip_cli.model.checkpoint import load_model, save_model

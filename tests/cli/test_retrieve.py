@@ -62,7 +62,7 @@ def test_search_prints_a_line_per_hit_best_first(photos: Path, tiny_run: Path):
 
 def test_more_hits_than_pictures_are_told(photos: Path, tiny_run: Path):
     result = run(photos, "--model", tiny_run, "--query", "a bus", "-k", "9")
-    assert "6 hits, as many as there are pictures (asked for 9)" in result.stderr
+    assert "6 hits, as many as there are images (asked for 9)" in result.stderr
 
 
 def test_paths_come_from_stdin(photos: Path, tiny_run: Path):

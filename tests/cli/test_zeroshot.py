@@ -65,7 +65,7 @@ def test_unreadable_pictures_are_told_on_stderr(photos: Path, tiny_run: Path):
     (photos / "cat" / "broken.png").write_bytes(b"broken")
     result = run(photos, "--model", tiny_run, "--json")
     assert json.loads(result.stdout)["num_skipped"] == 1
-    assert "skipped 1 pictures" in result.stderr
+    assert "skipped 1 images" in result.stderr
     assert "broken.png" in result.stderr
 
 

@@ -264,13 +264,13 @@ def test_the_data_root_is_the_option_else_the_variable_else_data(tmp_path: Path,
 
 def test_the_list_says_what_is_there(tmp_path: Path):
     set_layouts.mnist(tmp_path)
-    entries = {entry.name: entry for entry in list_known(tmp_path)}
-    assert entries["mnist"].is_there
-    assert (entries["demo"].is_there, entries["demo"].num_classes) == (True, 1217)
-    assert not entries["imagenet"].is_there
-    assert entries["imagenet"].expected == str(tmp_path / "imagenet" / "val")
-    assert entries["pets"].metric == "mean_per_class"
-    assert (entries["coco"].task, entries["imagenetv2"].task) == ("retrieval", "zero-shot")
+    entries = {entry["name"]: entry for entry in list_known(tmp_path)}
+    assert entries["mnist"]["is_there"]
+    assert (entries["demo"]["is_there"], entries["demo"]["num_classes"]) == (True, 1217)
+    assert not entries["imagenet"]["is_there"]
+    assert entries["imagenet"]["expected"] == str(tmp_path / "imagenet" / "val")
+    assert entries["pets"]["metric"] == "mean_per_class"
+    assert (entries["coco"]["task"], entries["imagenetv2"]["task"]) == ("retrieval", "zero-shot")
 
 
 def test_download_calls_torchvision_and_words_its_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -11,8 +11,8 @@ from declip_cli.data.catalogue import open_dataset
 from declip_cli.data.files_dataset import Subset
 from declip_cli.data.shards.dataset import Shards
 from declip_cli.errors import DataError, EvaluateError
-from declip_cli.evaluate.during_training import Evaluator, _Retrieval, find_score, make_evaluator
-from declip_cli.evaluate.features import FeatureOptions
+from declip_cli.evaluate.during_training import Evaluator, Part, find_score, make_evaluator
+from declip_cli.evaluate.encoding import FeatureOptions
 from declip_cli.evaluate.retrieve import read_pairs
 from declip_cli.model.checkpoint import PretrainedModel
 from tests import set_layouts
@@ -80,11 +80,9 @@ def test_names_and_scores_are_known_before_training(tmp_path: Path, tiny_model: 
 
 
 def test_scores_of_folds_are_known_before_training(tiny_model: PretrainedModel):
-    demo = make_evaluator(["demo"])
-    (retrieval,) = (part for _, part in demo._parts if isinstance(part, _Retrieval))
-    few = Subset(retrieval.dataset, range(6))
+    few = Subset(open_dataset("demo"), range(6))
     few.fold_size = 3
-    evaluate = Evaluator([("few", _Retrieval(few))], FeatureOptions(threads=1))
+    evaluate = Evaluator([Part("few", few, is_retrieval=True)], FeatureOptions(threads=1))
     assert "few.mean_of_2_folds.image_to_text.recall_at_1" in evaluate.score_paths
     scores = evaluate(tiny_model)
     assert all(find_score(scores, path) >= 0 for path in evaluate.score_paths)

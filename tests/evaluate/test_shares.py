@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from declip_cli.evaluate.features import FeatureOptions, image_features
-from declip_cli.evaluate.shares import Part, encode_shares, take
+from declip_cli.evaluate.encoding import FeatureOptions, Part, encode_shares, take
+from declip_cli.evaluate.features import image_features
 from tests import set_layouts
 from tests.evaluate.two_ranks import CASES, evaluated, images, run
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import sqlite3
 import threading
 
@@ -12,8 +13,10 @@ import torch
 from declip_cli.data.dataset import UNREAD
 from declip_cli.errors import DataError, EvaluateError
 from declip_cli.evaluate import nearest, vectors
-from declip_cli.evaluate.features import FeatureOptions, embedder, image_features, update_store
-from declip_cli.evaluate.search import Query, search_saved
+from declip_cli.evaluate.encoding import FeatureOptions
+from declip_cli.evaluate.features import embedder, image_features, update_store
+from declip_cli.evaluate.search import Query
+from declip_cli.evaluate.search import search as search_images
 from declip_cli.evaluate.vectors import DATABASE, VectorStore, is_store
 from tests.data_sets import MemoryDataset
 
@@ -147,6 +150,13 @@ def damage_vectors(folder):
     os.truncate(next(folder.glob("*.f32")), 50)
 
 
+def change_a_bit(folder):
+    path = next(folder.glob("*.f32"))
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+
+
 def lose_vectors(folder):
     next(folder.glob("*.f32")).unlink()
 
@@ -157,7 +167,9 @@ def change_facts(folder):
     database.commit()
 
 
-@pytest.mark.parametrize("damage", [damage_database, damage_pages, damage_vectors, lose_vectors, change_facts])
+@pytest.mark.parametrize(
+    "damage", [damage_database, damage_pages, damage_vectors, change_a_bit, lose_vectors, change_facts]
+)
 def test_a_damaged_store_is_made_anew_with_a_note(damage, many, tiny_model, tmp_path):
     said = []
     options = dataclasses.replace(OPTIONS, say=said.append)
@@ -217,8 +229,8 @@ def test_writers_at_the_same_time_end_with_the_same_rows(update, many):
 def test_a_search_sees_names_and_vectors_of_one_moment(open_store, many, update, monkeypatch):
     update(Collection(many(8)))
     with open_store() as reader, open_store() as writer:
-        rows_then = [row for _, _, row in reader.listed()]
-        vectors_then = np.array(reader.vectors())
+        listed_then, vectors_then = reader.snapshot()
+        vectors_then = np.array(vectors_then)
         look = reader.vectors
 
         def compact_meanwhile():
@@ -229,7 +241,7 @@ def test_a_search_sees_names_and_vectors_of_one_moment(open_store, many, update,
         writer._database.execute("PRAGMA busy_timeout = 1")
         monkeypatch.setattr(reader, "vectors", compact_meanwhile)
         listed, found = reader.snapshot()
-        assert [row for _, _, row in listed] == rows_then
+        assert listed == listed_then
         assert np.array_equal(found, vectors_then)
         assert writer.keep_asked() == 8
 
@@ -248,7 +260,7 @@ def test_paths_of_other_folders_are_told_apart(many, tiny_model, tmp_path, monke
 @pytest.fixture
 def search(tiny_model, tmp_path):
     def work(dataset, *, index="", k=3, text="x", model=tiny_model):
-        return search_saved(
+        return search_images(
             model, dataset, Query(text=text), folder=tmp_path / "index", k=k, index=index, options=OPTIONS
         )
 
@@ -312,6 +324,23 @@ def test_an_index_of_faiss_is_kept_grows_and_is_made_anew_when_damaged(search, m
     assert paths_of(search(Collection(many(30)), k=41)) == sorted(many(30))
     assert search(Collection(many(30)), index="Flat").index == "Flat"
     assert not list(tmp_path.rglob("*.faiss"))
+
+
+def test_vectors_of_a_database_that_is_gone_are_deleted(search, many, tmp_path):
+    search(Collection(many(3)))
+    (tmp_path / "index" / DATABASE).unlink()
+    search(Collection(many(3)))
+    assert len(list(tmp_path.rglob("*.f32"))) == 1
+
+
+def test_a_copied_index_is_used_as_it_is(search, many, tmp_path):
+    search(Collection(many(4)))
+    shutil.copytree(tmp_path / "index", tmp_path / "copy", copy_function=shutil.copyfile)
+    shutil.rmtree(tmp_path / "index")
+    (tmp_path / "copy").rename(tmp_path / "index")
+    again = Collection(many(4))
+    search(again)
+    assert again.num_read == 0
 
 
 def test_an_index_of_another_model_is_refused(search, many, tiny_model):
