@@ -18,7 +18,7 @@ from declip_cli.data.dataset import ROW_BITS, BlockDataset, Example, Skips
 from declip_cli.data.shards.files import Piece, Shard, ShardFiles
 from declip_cli.data.shards.index import ShardIndex, read_indexes
 from declip_cli.data.shards.indexing import find_or_make_index
-from declip_cli.data.shards.tar_samples import read_captions, read_metadata
+from declip_cli.data.shards.tar_samples import read_captions
 from declip_cli.files import parse_json
 
 BLOCK_BYTES = 8 << 20
@@ -85,18 +85,9 @@ class Shards(BlockDataset):
 
     def captions(self, number: int) -> tuple[str, ...]:
         """Read the captions of a pair; see `Dataset.captions`."""
-        text, key, is_json = self._text(number)
-        return read_captions(text, key, is_json=is_json)
-
-    def metadata(self, number: int) -> dict[str, Any]:
-        """Read the JSON that the captions of a pair stand in, empty if they stand in a text; errors as of `read`."""
-        text, key, is_json = self._text(number)
-        return read_metadata(text, key) if is_json else {}
-
-    def _text(self, number: int) -> tuple[bytes, str, bool]:
         block, index, row = self._locate(number)
         start, end, is_json = index.caption_span(row)
-        return self._files.read(self._piece(block), start, end), index.key(row), is_json
+        return read_captions(self._files.read(self._piece(block), start, end), index.key(row), is_json=is_json)
 
 
 class ShardDataset(Shards):

@@ -61,7 +61,7 @@ def open_shards(
         DataError: a shard is missing, is not readable, or there is no pair.
     """
     files = ShardFiles(cache_dir or default_cache_dir(), int(cache_gb * 1e9))
-    found = [_find(path, split or "") for path in paths]
+    found = [find_shards(path, split or "") for path in paths]
     shards = [shard for some, _ in found for shard in some]
     data: Shards
     if shall_count is not None and not shall_count(shards):
@@ -78,13 +78,12 @@ def open_shards(
     return data
 
 
-def find_shards(path: str) -> list[Shard]:
-    """List the shards that a folder, a file or a pattern means, in order; arguments and errors as of `open_shards`."""
-    return _find(path, "")[0]
+def find_shards(path: str, split: str = "") -> tuple[list[Shard], str]:
+    """Look for what a folder, a file or a pattern means; arguments and errors as of `open_shards`.
 
-
-def _find(path: str, split: str) -> tuple[list[Shard], str]:
-    """Return the shards, and the digest of the index that joins theirs, empty if they have none."""
+    Returns:
+        The shards, in order; and the digest of the index that joins theirs, empty if they have none.
+    """
     folder = path if split in ("", "train") else storage.join(path, split)
     is_archive = path.endswith(".tar") and folder == path
     if not is_archive and (manifest := read_manifest(folder)):
@@ -95,7 +94,7 @@ def _find(path: str, split: str) -> tuple[list[Shard], str]:
             raise NoShardsError(f"no .tar shards in the folder {folder}", remedy=PREPARE.replace("SOURCE", folder))
         return found, ""
     if folder != path:
-        _find(path, "")  # raises an error of its own where that is no folder of shards
+        find_shards(path, "")  # raises an error of its own where that is no folder of shards
         remedy = f"declip prepare SOURCE --out {path} --split {split}=0.01"
         raise DataError(f"{path} has no split {split!r}", remedy=remedy)
     expanded = storage.expand(path)

@@ -158,11 +158,11 @@ def test_spans_outside_the_tar_are_refused_even_with_the_right_digest(tmp_path, 
 def test_an_index_older_than_its_shard_or_of_another_size_is_not_used(tmp_path):
     path = write_shard(tmp_path / "a.tar", 3)
     open_shards([str(path)])
-    (shard,) = find_shards(str(path))
+    ((shard,), _) = find_shards(str(path))
     assert find_index(shard, cache_dir=str(tmp_path)) == (str(tmp_path / "a.index"), "")
     assert find_index(replace(shard, num_bytes=7), cache_dir=str(tmp_path)) == ("", "")
     os.utime(path, ns=(1 << 62, 1 << 62))
-    (shard,) = find_shards(str(path))
+    ((shard,), _) = find_shards(str(path))
     assert find_index(shard, cache_dir=str(tmp_path)) == ("", "")
 
 

