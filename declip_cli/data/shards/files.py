@@ -90,7 +90,7 @@ class BlockCache:
         if self._touch(name):
             return
         with locked(self.path(f"{name}.lock")) as is_locked:
-            if not is_locked or self._touch(name):
+            if not is_locked or self._touch(name):  # by now another has fetched it
                 return
             temporary = self.path(f"{name}.{os.getpid()}-{time.monotonic_ns()}.tmp")
             try:
@@ -105,15 +105,13 @@ class BlockCache:
 
     def release(self, name: str) -> None:
         """Let a piece be the first to go."""
-        with suppress(OSError):
-            os.utime(self.path(name), (0, 0))
+        self._touch(name, (0, 0))
 
-    def _touch(self, name: str) -> bool:
-        try:
-            os.utime(self.path(name))
-        except OSError:
-            return False
-        return True
+    def _touch(self, name: str, times: tuple[int, int] | None = None) -> bool:
+        with suppress(OSError):
+            os.utime(self.path(name), times)
+            return True
+        return False
 
     @staticmethod
     def _fill(path: str, download: Iterable[bytes]) -> None:
@@ -272,9 +270,9 @@ class ShardFiles:
     def open(self, shard: Shard) -> BinaryIO:
         """Open a whole shard, from the cache if it has been fetched as one piece; errors as of `read`."""
         cached = self._cache.path(Piece(shard, 0, shard.num_bytes).name)
-        is_cached = shard.is_remote and os.path.exists(cached)
+        path = cached if shard.is_remote and os.path.exists(cached) else shard.path
         with _shard_errors(shard.path):
-            return storage.attempt(shard.path, lambda: storage.open_binary(cached if is_cached else shard.path))
+            return storage.attempt(shard.path, lambda: storage.open_binary(path))
 
     def _pread(self, path: str, start: int, end: int) -> bytes:
         handle = self._handle(path)  # held while reading: another thread may push it out of the list

@@ -37,6 +37,30 @@ def lacks_index(shard: Shard, *, cache_dir: str) -> bool:
     return not shard.sha256 and not shard.has_index and not find_index(shard, cache_dir=cache_dir)[0]
 
 
+def index_damage(path: str, shards: Sequence[Shard]) -> str:
+    """Say what keeps a local file from being the indexes of some shards; empty if nothing."""
+    try:
+        sizes = [index.tar_bytes for index in read_indexes(path, check=True)]
+    except FileNotFoundError:
+        return "missing"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return "" if sizes == [shard.num_bytes for shard in shards] else "out of date"
+
+
+def copy_index(url: str, local: str, shards: Sequence[Shard]) -> str:
+    """Copy indexes from a store to the cache, once for all processes of the machine; return as `index_damage`."""
+    damage = index_damage(local, shards)
+    if damage:
+        with locked(f"{local}.lock"), suppress(FileNotFoundError):
+            damage = index_damage(local, shards)
+            if damage:
+                storage.make_folder(os.path.dirname(local))
+                storage.write_whole(local, storage.read_bytes(url))
+                damage = index_damage(local, shards)
+    return damage
+
+
 def find_index(shard: Shard, *, cache_dir: str) -> tuple[str, str]:
     """Look for the index of a shard as it is now, beside it or in the cache, where one from a store is copied.
 
@@ -47,23 +71,17 @@ def find_index(shard: Shard, *, cache_dir: str) -> tuple[str, str]:
     Raises:
         DataError: the store cannot be reached.
     """
-    damage = ""
-    beside, cached = index_path(shard.path), _place_in_cache(shard, cache_dir)
-    if shard.has_index and not os.path.exists(cached):
-        storage.make_folder(os.path.dirname(cached))
-        with suppress(FileNotFoundError):
-            storage.write_whole(cached, storage.read_bytes(beside))
+    beside, cached, found = index_path(shard.path), _place_in_cache(shard, cache_dir), ""
+    if shard.has_index:
+        copy_index(beside, cached, [shard])
     for path in (cached,) if shard.is_remote else (beside, cached):
-        try:
-            if path == beside and os.path.getmtime(beside) < os.path.getmtime(shard.path):
-                continue
-            if [index.tar_bytes for index in read_indexes(path, check=True)] == [shard.num_bytes]:
-                return path, ""
-        except FileNotFoundError:
-            continue
-        except (ValueError, OSError) as error:
-            damage = damage or f"{path} is {error}"
-    return "", damage
+        damage = index_damage(path, [shard])
+        is_old = path == beside and not damage and os.path.getmtime(beside) < os.path.getmtime(shard.path)
+        if not damage and not is_old:
+            return path, ""
+        if damage not in ("", "missing", "out of date"):
+            found = found or f"{path} is {damage}"
+    return "", found
 
 
 def find_or_make_index(shard: Shard, files: ShardFiles, *, fetches: bool = False) -> tuple[str, str]:
@@ -133,7 +151,7 @@ def load_indexes(shards: Sequence[Shard], files: ShardFiles, *, say: Say | None)
         DataError: a shard cannot be read, or an index can be written nowhere.
     """
     joined = cached_index("\n".join(f"{shard.path} {shard.stamp}" for shard in shards), files.cache_dir)
-    if _is_whole(joined, len(shards)):
+    if not index_damage(joined, shards):
         return [joined]
     say = say or (lambda message: None)
     numbers = random.sample(range(len(shards)), len(shards))
@@ -148,20 +166,10 @@ def load_indexes(shards: Sequence[Shard], files: ShardFiles, *, say: Say | None)
                 say(f"{num_done:,} of {len(found):,} shards indexed, once for all")
     if damages:
         say(f"the index of {len(damages)} shards was made again ({min(damages)})")
-    return found if len(found) <= _MAX_MAPPED else [_join(found, joined)]
-
-
-def _is_whole(path: str, num_shards: int) -> bool:
-    try:
-        return len(read_indexes(path, check=True)) == num_shards
-    except (OSError, ValueError):
-        return False
-
-
-def _join(paths: Sequence[str], joined: str) -> str:
-    """Write one file for many, which all processes of the machine map."""
+    if len(found) <= _MAX_MAPPED:
+        return found
     with locked(f"{joined}.lock"):
-        if not _is_whole(joined, len(paths)):
+        if index_damage(joined, shards):
             storage.make_folder(os.path.dirname(joined))
-            write_indexes(joined, (index for path in paths for index in read_indexes(path, check=False)))
-    return joined
+            write_indexes(joined, (index for path in found for index in read_indexes(path, check=False)))
+    return [joined]

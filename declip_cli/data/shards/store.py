@@ -8,9 +8,8 @@ from typing import Any
 
 from declip_cli.data import storage
 from declip_cli.data.shards.dataset import LazyShardDataset, ShardDataset, Shards
-from declip_cli.data.shards.files import Shard, ShardFiles, locked
-from declip_cli.data.shards.index import read_indexes
-from declip_cli.data.shards.indexing import Say, cached_index, index_path, load_indexes
+from declip_cli.data.shards.files import Shard, ShardFiles
+from declip_cli.data.shards.indexing import Say, cached_index, copy_index, index_damage, index_path, load_indexes
 from declip_cli.errors import DataError
 from declip_cli.files import parse_json
 
@@ -167,25 +166,9 @@ def _prepared(folder: str, listed: Sequence[dict[str, Any]]) -> list[Shard]:
 def _joined_index(shards: Sequence[Shard], digest: str, cache_dir: str, say: Say | None) -> str:
     """Find the joined index of a prepared folder; a remote one is copied to the cache of the machine."""
     path = storage.join(storage.parent(shards[0].path), JOINED)
-    local = cached_index(digest, cache_dir) if storage.is_remote(path) else path
-    if _fits(local, shards):
-        return local
-    damage = "damaged" if os.path.exists(path) else "missing"
-    if storage.is_remote(path):
-        with locked(f"{local}.lock"), suppress(FileNotFoundError):  # other processes of the machine wait, and find it
-            if not _fits(local, shards):
-                storage.write_whole(local, storage.read_bytes(path))
-            if _fits(local, shards):
-                return local
-            damage = "damaged"
-    if say is not None:
+    is_remote = storage.is_remote(path)
+    local = cached_index(digest, cache_dir) if is_remote else path
+    damage = copy_index(path, local, shards) if is_remote else index_damage(local, shards)
+    if damage and say is not None:
         say(f"{path} is {damage}; the indexes of the shards are used")
-    return ""
-
-
-def _fits(path: str, shards: Sequence[Shard]) -> bool:
-    try:
-        found = [(index.name, index.tar_bytes) for index in read_indexes(path, check=True)]
-    except (OSError, ValueError):
-        return False
-    return found == [(os.path.basename(shard.path), shard.num_bytes) for shard in shards]
+    return "" if damage else local

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from declip_cli.data import storage
+from declip_cli.data.catalogue import open_dataset
 from declip_cli.data.dataset import UNREAD
 from declip_cli.data.prepare.shard_writer import PartWriter
 from declip_cli.data.prepare.stages import Pair
@@ -65,7 +66,9 @@ def opened_lazily(path, tmp_path):
 def test_a_prepared_folder_opens_in_two_requests_and_then_in_one(tmp_path, far, prepared):
     data = open_shards([prepared], cache_dir=str(tmp_path / "cache"))
     assert [path for _, path, _ in far.asked] == ["/set/manifest.json", "/set/shards.index"]
-    assert len(open_shards([prepared], cache_dir=str(tmp_path / "cache"))) == NUM_PAIRS
+    cache = str(tmp_path / "cache")
+    as_in_training = {"shall_count": lambda shards: not any(lacks_index(shard, cache_dir=cache) for shard in shards)}
+    assert len(open_dataset([prepared], "train", cache_dir=cache, **as_in_training)) == NUM_PAIRS
     assert far.num_asked == 3
     assert [data.key(number) for number in (0, 59)] == ["000000000", "000000059"]
     assert data.fingerprint == open_shards([str(tmp_path / "prepared")]).fingerprint
@@ -136,7 +139,7 @@ def test_a_damaged_copy_of_the_index_is_fetched_again_and_a_damaged_original_don
     said = []
     data = open_shards([prepared], cache_dir=str(tmp_path / "other"), say=said.append)
     assert data.fingerprint == fingerprint
-    assert said == [f"{prepared}/shards.index is damaged; the indexes of the shards are used"]
+    assert said == [f"{prepared}/shards.index is damaged: rows have changed; the indexes of the shards are used"]
 
 
 @pytest.mark.parametrize("fault", ["busy", "hang up"])
