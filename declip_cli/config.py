@@ -4,24 +4,57 @@ None leaves a choice to `resolve.py`, which writes down what was chosen; on the 
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import Annotated, Literal, TypeAlias
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
 
-from declip_cli.config_checks import (
-    AtLeast0,
-    AtLeast1,
-    Fraction,
-    FractionBelow1,
-    NotNegative,
-    Positive,
-    Rule,
-    check_rules,
-    require,
-)
+from declip_cli.errors import require
 
 ImageView: TypeAlias = Literal["plain", "augmented"]
 TextView: TypeAlias = Literal["plain", "augmented", "masked"]
 MethodName: TypeAlias = Literal["clip", "slip", "filip", "declip", "defilip"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What a number must be; it stands in the annotation of its field. None is left to be settled later."""
+
+    words: str
+    """Follows the name of the setting in the message."""
+    holds: Callable[[float], bool]
+
+
+Fraction: TypeAlias = Annotated[float, Rule("is a fraction in [0, 1]", lambda value: 0 <= value <= 1)]
+FractionBelow1: TypeAlias = Annotated[float, Rule("is in [0, 1)", lambda value: 0 <= value < 1)]
+Positive: TypeAlias = Annotated[float, Rule("must be positive", lambda value: 0 < value < math.inf)]
+NotNegative: TypeAlias = Annotated[float, Rule("cannot be negative", lambda value: value >= 0)]
+AtLeast0: TypeAlias = Annotated[int, Rule("cannot be negative", lambda value: value >= 0)]
+AtLeast1: TypeAlias = Annotated[int, Rule("must be at least 1", lambda value: value >= 1)]
+
+
+def _check_rules(section: str, config: Any) -> None:  # noqa: ANN401
+    """Hold the fields of a section against the rules in their annotations.
+
+    Raises:
+        ConfigError: a value breaks its rule; the remedy is the default.
+    """
+    for key, rule, default in _rules_of(type(config)):
+        value = getattr(config, key)
+        named = {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, Mapping) else {key: value}
+        for name, item in named.items():
+            message = f"{section}.{name} {rule.words} (got {item})"
+            require(item is None or rule.holds(item), message, remedy=f"--set {section}.{name}={default}")
+
+
+def _rules_of(kind: type) -> list[tuple[str, Rule, str]]:
+    """List each rule of a section with the field's name and default, as `--set` takes it."""
+    hints, found = get_type_hints(kind, include_extras=True), []
+    for one in fields(kind):
+        default = "…" if one.default is MISSING else "none" if one.default is None else str(one.default)
+        for part in (hints[one.name], *get_args(hints[one.name])):
+            rules = [extra for extra in getattr(part, "__metadata__", ()) if isinstance(extra, Rule)]
+            found += [(one.name, rule, default) for rule in rules]
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +114,7 @@ class AugmentConfig:
     """Share of tokens to predict in a `masked` text; of these 80 % masked, 10 % random, 10 % kept."""
 
     def __post_init__(self) -> None:
-        check_rules("augment", self)
+        _check_rules("augment", self)
         require(
             self.blur_sigma_min_px <= self.blur_sigma_max_px,
             "augment.blur_sigma_min_px must not exceed blur_sigma_max_px "
@@ -118,7 +151,7 @@ class DataConfig:
     """Named split of the data (of the demo: `train`, `fit`, `validation`); None: all training pairs."""
 
     def __post_init__(self) -> None:
-        check_rules("data", self)
+        _check_rules("data", self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +197,7 @@ class MethodConfig:
     """Keep a ViT's patch embedding at its random start, as the original does."""
 
     def __post_init__(self) -> None:
-        check_rules("method", self)
+        _check_rules("method", self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,7 +241,7 @@ class OptimConfig:
     """Factor on the learning rate per layer from the output down to the input; 1 is off."""
 
     def __post_init__(self) -> None:
-        check_rules("optim", self)
+        _check_rules("optim", self)
         if self.learning_rate_peak is not None:
             require(
                 0 < self.learning_rate_peak < math.inf,
@@ -281,7 +314,7 @@ class TrainConfig:
     """Processes to start; None: one per GPU, else 1. Ignored under a launcher that already set the ranks."""
 
     def __post_init__(self) -> None:
-        check_rules("train", self)
+        _check_rules("train", self)
         require(
             self.batch_size >= 2,
             f"--batch-size must be at least 2, a contrastive loss needs negatives (got {self.batch_size})",

@@ -1,4 +1,4 @@
-"""Configurations in and out: TOML files, `--set section.key=value`, JSON beside the weights."""
+"""Configurations in and out: TOML files, recipes, `--set section.key=value`, JSON beside the weights."""
 
 import copy
 import dataclasses
@@ -6,10 +6,12 @@ import difflib
 import math
 import tomllib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from declip_cli.assets import asset_path
 from declip_cli.errors import ChoiceError, ConfigError
 from declip_cli.files import parse_json
 
@@ -101,6 +103,17 @@ def merge_into(target: dict[str, Any], changes: Mapping[str, Any]) -> None:
             target[key] = dict(value) if isinstance(value, Mapping) else value
 
 
+def flatten(sections: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Give nested sections dotted keys; what is no plain value becomes text."""
+    flat: dict[str, Any] = {}
+    for key, value in sections.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, int | float | str | bool) else str(value)
+    return flat
+
+
 def build_config(kind: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
     """Make a configuration dataclass from nested values as TOML or JSON give them; `where` names this section.
 
@@ -173,3 +186,53 @@ def to_plain(config: Any) -> dict[str, Any]:  # noqa: ANN401
 
     values: dict[str, Any] = plain(dataclasses.asdict(config))
     return values
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A published configuration in `assets/recipes/`, as far as the head of its file tells."""
+
+    name: str
+    """What `--recipe` takes: the name of the file."""
+    title: str
+    """First line of the head."""
+    notes: tuple[str, ...]
+    """The other lines of the head: paper, cost, published result, what to mind."""
+    path: Path
+
+
+def list_recipes() -> list[Recipe]:
+    """List the recipes that this installation brings along, in the order of their names."""
+    return [_read_head(path) for path in sorted(asset_path("recipes").glob("*.toml"))]
+
+
+def load_recipe(name: str) -> dict[str, Any]:
+    """Read the settings of one recipe: section → key → value, for `config_files.build_config`.
+
+    Raises:
+        ChoiceError: there is no such recipe.
+    """
+    paths = {path.stem: path for path in asset_path("recipes").glob("*.toml")}
+    if name not in paths:
+        close = difflib.get_close_matches(name, paths, n=3, cutoff=0.4)
+        hint = f"did you mean {', '.join(close)}? " if close else ""
+        raise ChoiceError(
+            f"unknown recipe {name!r}", remedy=f"{hint}declip pretrain --list-recipes shows all {len(paths)}"
+        )
+    return read_toml(paths[name])
+
+
+def recipe_of_data(path: object) -> str | None:
+    """Name the recipe that was chosen for a data set: the one whose `data.path` is what `--data` names, if any."""
+    found = (recipe for recipe in list_recipes() if path and read_toml(recipe.path).get("data", {}).get("path") == path)
+    return next((recipe.name for recipe in found), None)
+
+
+def _read_head(path: Path) -> Recipe:
+    """Read the comment lines above the first setting."""
+    head = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        head.append(line.lstrip("# ").rstrip())
+    return Recipe(name=path.stem, title=head[0].rstrip("."), notes=tuple(head[1:]), path=path)

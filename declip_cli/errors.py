@@ -54,3 +54,9 @@ class TrainError(DeclipError):
 
 class EvaluateError(DeclipError):
     """A data set cannot be scored."""
+
+
+def require(condition: bool, message: str, *, remedy: str) -> None:
+    """Raise ConfigError unless a condition on the configuration holds; the message names option and values."""
+    if not condition:
+        raise ConfigError(message, remedy=remedy)

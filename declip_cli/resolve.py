@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from declip_cli.config import MethodConfig, OptimConfig, RunConfig, TrainConfig
-from declip_cli.config_checks import require
 from declip_cli.config_files import (
     build_config,
+    load_recipe,
     merge_into,
     parse_assignments,
     read_settings,
+    recipe_of_data,
     to_plain,
     with_new_names,
 )
-from declip_cli.errors import ConfigError
+from declip_cli.errors import ConfigError, require
 from declip_cli.methods.registry import METHODS
 from declip_cli.model.architectures import find_architecture
 from declip_cli.presets import PRESETS, settle_data, settle_switches
-from declip_cli.recipes import load_recipe, recipe_of_data
 
 T = TypeVar("T")
 

@@ -3,11 +3,10 @@ import math
 import pytest
 
 from declip_cli.config import RunConfig
-from declip_cli.config_files import build_config
+from declip_cli.config_files import build_config, list_recipes, load_recipe
 from declip_cli.errors import ConfigError
 from declip_cli.methods.registry import METHODS
 from declip_cli.model.architectures import find_architecture
-from declip_cli.recipes import list_recipes, load_recipe
 from declip_cli.train.optim import schedule_of
 from tests.train.small_runs import resolved
 

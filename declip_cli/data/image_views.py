@@ -11,7 +11,6 @@ import numpy as np
 from PIL import Image
 
 from declip_cli.config import AugmentConfig, ImageView
-from declip_cli.config_checks import require
 from declip_cli.data.colour import SMALLEST_BLUR_SIGMA_PX, Colours, blur, jitter
 from declip_cli.data.dataset import Pixels
 from declip_cli.data.decode import (
@@ -22,6 +21,7 @@ from declip_cli.data.decode import (
     largest_reduction,
     read_header,
 )
+from declip_cli.errors import require
 
 _LOG_RATIO = math.log(4 / 3)
 _UNCHANGED = Colours()

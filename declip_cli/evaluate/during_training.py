@@ -1,15 +1,15 @@
 """Evaluations while a model is trained: sets are opened once, each model is scored on all of them by all ranks."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
+from declip_cli.config_files import flatten
 from declip_cli.data.catalogue import classified, evaluation_split, has_captions, open_dataset
 from declip_cli.data.dataset import Dataset
-from declip_cli.errors import EvaluateError
 from declip_cli.evaluate.encoding import FeatureOptions
 from declip_cli.evaluate.ranking import Ranks
 from declip_cli.evaluate.retrieve import both_directions, num_folds, retrieve
@@ -38,7 +38,7 @@ class Evaluator:
 
     @property
     def score_paths(self) -> tuple[str, ...]:
-        """Every score there will be of which more is better, as `find_score` takes it: `imagenet.top1`, …."""
+        """Every score there will be of which more is better, as `train.keep_best` takes it: `imagenet.top1`, …."""
         return tuple(f"{part.name}.{path}" for part in self._parts for path in part.score_paths())
 
     def __call__(self, model: PretrainedModel) -> dict[str, Scores]:
@@ -74,37 +74,6 @@ def make_evaluator(names: Sequence[str], *, data_root: Path | None = None, threa
     return Evaluator(parts, FeatureOptions(threads=threads, split_over_ranks=True))
 
 
-def find_score(evaluations: Mapping[str, Mapping[str, Any]], path: str) -> float:
-    """Look up one score.
-
-    Args:
-        evaluations: name → scores, as an `Evaluator` returns them.
-        path: the name, a dot, and the keys with dots between them: `imagenet.top1`, `coco.text_to_image.recall_at_1`.
-            Where several names fit, since names may have dots too, the longest counts.
-
-    Raises:
-        EvaluateError: there is no such score.
-    """
-    for name in sorted(evaluations, key=len, reverse=True):
-        if path.startswith(f"{name}."):
-            scores = dict(_flat(evaluations[name]))
-            if path[len(name) + 1 :] in scores:
-                return scores[path[len(name) + 1 :]]
-    known = [f"{name}.{key}" for name, scores in evaluations.items() for key, _ in _flat(scores)]
-    raise EvaluateError(
-        f"there is no score {path!r} among the evaluations",
-        remedy=f"choose from {', '.join(known)}" if known else "name the sets to evaluate: train.eval",
-    )
-
-
-def _flat(scores: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for key, value in scores.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, int | float):
-            yield prefix + key, float(value)
-
-
 @dataclass(frozen=True, slots=True)
 class Part:
     """One evaluation of an open set: zero-shot classification or retrieval."""
@@ -125,7 +94,7 @@ class Part:
             return ["top1", *(["top5"] if has_five else []), "mean_per_class"]
         one = torch.ones(1)
         scores = both_directions(Ranks(image_to_text=one, text_to_image=one))
-        paths = [path for path, _ in _flat(scores) if not path.endswith(_FALLING)]
+        paths = [path for path in flatten(scores) if not path.endswith(_FALLING)]
         folds = num_folds(len(self.dataset), self.dataset.fold_size)
         return paths + [f"mean_of_{folds}_folds.{path}" for path in paths if folds]
 

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from declip_cli.batch import Batch, Embeddings, LossTerms
 from declip_cli.config import MethodConfig, Views
-from declip_cli.config_checks import require
-from declip_cli.errors import ChoiceError
+from declip_cli.errors import ChoiceError, require
 from declip_cli.losses import masked_cross_entropy
 from declip_cli.methods.length_groups import encode_by_length
 from declip_cli.methods.terms import PAIRS, contrastive_pairs

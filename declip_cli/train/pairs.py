@@ -4,14 +4,13 @@ import os
 from collections.abc import Callable, Sequence
 
 from declip_cli.config import DataConfig
-from declip_cli.config_checks import require
 from declip_cli.data.catalogue import open_dataset
 from declip_cli.data.dataset import BlockDataset, Dataset
 from declip_cli.data.shards.dataset import BLOCK_BYTES, LazyShardDataset
 from declip_cli.data.shards.files import Shard
 from declip_cli.data.shards.indexing import lacks_index
 from declip_cli.data.shards.store import default_cache_dir
-from declip_cli.errors import DataError
+from declip_cli.errors import DataError, require
 from declip_cli.process_group import from_first
 from declip_cli.resolve import DataFacts
 

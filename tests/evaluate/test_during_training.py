@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 from declip_cli.assets import asset_path
+from declip_cli.config_files import flatten
 from declip_cli.data.benchmarks.known import known_sets
 from declip_cli.data.catalogue import open_dataset
 from declip_cli.data.files_dataset import Subset
 from declip_cli.data.shards.dataset import Shards
-from declip_cli.errors import DataError, EvaluateError
-from declip_cli.evaluate.during_training import Evaluator, Part, find_score, make_evaluator
+from declip_cli.errors import DataError
+from declip_cli.evaluate.during_training import Evaluator, Part, make_evaluator
 from declip_cli.evaluate.encoding import FeatureOptions
 from declip_cli.evaluate.retrieve import read_pairs
 from declip_cli.model.checkpoint import PretrainedModel
@@ -76,7 +77,7 @@ def test_names_and_scores_are_known_before_training(tmp_path: Path, tiny_model: 
     assert not any("rank" in path for path in evaluate.score_paths)  # less is better there
     evaluations = evaluate(dataclasses.replace(tiny_model, fingerprint=""))
     for path in evaluate.score_paths:
-        assert 0 <= find_score(evaluations, path) <= 6
+        assert 0 <= flatten(evaluations)[path] <= 6
 
 
 def test_scores_of_folds_are_known_before_training(tiny_model: PretrainedModel):
@@ -85,33 +86,4 @@ def test_scores_of_folds_are_known_before_training(tiny_model: PretrainedModel):
     evaluate = Evaluator([Part("few", few, is_retrieval=True)], FeatureOptions(threads=1))
     assert "few.mean_of_2_folds.image_to_text.recall_at_1" in evaluate.score_paths
     scores = evaluate(tiny_model)
-    assert all(find_score(scores, path) >= 0 for path in evaluate.score_paths)
-
-
-EVALUATIONS = {
-    "imagenet": {"top1": 0.5, "num_images": 7},
-    "a/b": {"v2": {"top1": 0.1}, "x": 1},
-    "a/b.v2": {"top1": 0.2},
-    "coco": {"text_to_image": {"recall_at_1": 0.25}},
-}
-
-
-@pytest.mark.parametrize(
-    ("path", "score"),
-    [("imagenet.top1", 0.5), ("a/b.v2.top1", 0.2), ("a/b.x", 1.0), ("coco.text_to_image.recall_at_1", 0.25)],
-)
-def test_a_score_is_found_by_its_path(path: str, score: float):
-    assert find_score(EVALUATIONS, path) == score
-
-
-@pytest.mark.parametrize("path", ["imagenet", "imagenet.", "imagenet.top5", "coco.text_to_image", "top1", ""])
-def test_a_wrong_path_is_answered_with_those_there_are(path: str):
-    with pytest.raises(EvaluateError, match="there is no score") as caught:
-        find_score(EVALUATIONS, path)
-    assert "imagenet.top1, imagenet.num_images" in caught.value.remedy
-    assert "coco.text_to_image.recall_at_1" in caught.value.remedy
-
-
-def test_without_evaluations_there_is_no_score():
-    with pytest.raises(EvaluateError, match="there is no score 'imagenet.top1'"):
-        find_score({}, "imagenet.top1")
+    assert all(flatten(scores)[path] >= 0 for path in evaluate.score_paths)

@@ -39,12 +39,12 @@ def resolved(config=None, *, num_pairs=100_000, world_size=1):
     return resolve(config or small_config(), data=data, machine=machine)
 
 
-def run(config, path, *, is_resumed=False, evaluate=None, find_score=None, notes=None):
+def run(config, path, *, is_resumed=False, evaluate=None, notes=None):
     """Train to the end in a folder and return the reports."""
     say = (lambda message: None) if notes is None else notes.append
     request = Request(asked=config, path=path, is_resumed=is_resumed)
     with joined(has_gpu=False, tell=say):
-        return list(pretrain(request, evaluate=evaluate, find_score=find_score, say=say))
+        return list(pretrain(request, evaluate=evaluate, say=say))
 
 
 def metrics(path):

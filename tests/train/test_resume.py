@@ -166,7 +166,7 @@ def test_the_best_model_by_a_score_is_kept(tmp_path):
         weights.append(model.encoder.visual.proj.detach().clone())
         return {"set": {"top1": next(scores)}}
 
-    run(config, tmp_path / "run", evaluate=evaluate, find_score=lambda found, path: found["set"]["top1"])
+    run(config, tmp_path / "run", evaluate=evaluate)
     best = json.loads((tmp_path / "run" / "best.json").read_text())
     assert best == {"key": "set.top1", "score": 0.5, "step": 4}
     assert torch.equal(load_model(tmp_path / "run" / "best").encoder.visual.proj, weights[1])

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from declip_cli.config_checks import require
+from declip_cli.errors import require
 
 SourceKind: TypeAlias = Literal["captions", "folder", "table", "coco", "flickr30k", "tars", "declip", "yfcc15m", "urls"]
 Duplicates: TypeAlias = Literal["keep", "exact", "near"]

@@ -4,7 +4,6 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 
-from declip_cli.config_checks import require
 from declip_cli.data import storage
 from declip_cli.data.benchmarks.known import known_sets
 from declip_cli.data.catalogue import has_captions, open_dataset
@@ -12,7 +11,7 @@ from declip_cli.data.prepare import urls
 from declip_cli.data.prepare.config import PrepareConfig, SourceKind
 from declip_cli.data.sources import annotations, folder, table, yfcc15m
 from declip_cli.data.sources.records import Found, Record, Source, locate_pictures
-from declip_cli.errors import DataError
+from declip_cli.errors import DataError, require
 from declip_cli.files import parse_json
 
 _HELP = "a folder, a table, a .tar pattern, a COCO or Flickr30k file, or a list of URLs; or say --kind"
