@@ -6,7 +6,6 @@ import difflib
 import math
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -188,31 +187,19 @@ def to_plain(config: Any) -> dict[str, Any]:  # noqa: ANN401
     return values
 
 
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """A published configuration in `assets/recipes/`, as far as the head of its file tells."""
-
-    name: str
-    """What `--recipe` takes: the name of the file."""
-    title: str
-    """First line of the head."""
-    notes: tuple[str, ...]
-    """The other lines of the head: paper, cost, published result, what to mind."""
-    path: Path
-
-
-def list_recipes() -> list[Recipe]:
-    """List the recipes that this installation brings along, in the order of their names."""
-    return [_read_head(path) for path in sorted(asset_path("recipes").glob("*.toml"))]
+def list_recipes() -> dict[str, str]:
+    """Return the name of each recipe in `assets/recipes/` with its title, the first line of its file."""
+    first_lines = {name: path.read_text(encoding="utf-8").partition("\n")[0] for name, path in _recipes().items()}
+    return {name: line.strip("# .") for name, line in first_lines.items()}
 
 
 def load_recipe(name: str) -> dict[str, Any]:
-    """Read the settings of one recipe: section → key → value, for `config_files.build_config`.
+    """Read the settings of one recipe: section → key → value, for `build_config`.
 
     Raises:
         ChoiceError: there is no such recipe.
     """
-    paths = {path.stem: path for path in asset_path("recipes").glob("*.toml")}
+    paths = _recipes()
     if name not in paths:
         close = difflib.get_close_matches(name, paths, n=3, cutoff=0.4)
         hint = f"did you mean {', '.join(close)}? " if close else ""
@@ -224,15 +211,9 @@ def load_recipe(name: str) -> dict[str, Any]:
 
 def recipe_of_data(path: object) -> str | None:
     """Name the recipe that was chosen for a data set: the one whose `data.path` is what `--data` names, if any."""
-    found = (recipe for recipe in list_recipes() if path and read_toml(recipe.path).get("data", {}).get("path") == path)
-    return next((recipe.name for recipe in found), None)
+    found = (name for name, file in _recipes().items() if path and read_toml(file).get("data", {}).get("path") == path)
+    return next(found, None)
 
 
-def _read_head(path: Path) -> Recipe:
-    """Read the comment lines above the first setting."""
-    head = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        head.append(line.lstrip("# ").rstrip())
-    return Recipe(name=path.stem, title=head[0].rstrip("."), notes=tuple(head[1:]), path=path)
+def _recipes() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(asset_path("recipes").glob("*.toml"))}

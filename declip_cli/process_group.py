@@ -56,11 +56,6 @@ def joined(*, has_gpu: bool, tell: Callable[[str], None]) -> Iterator[None]:
     if not is_launched():
         yield
         return
-    if has_gpu and "LOCAL_RANK" not in os.environ and os.environ["WORLD_SIZE"] != "1":
-        raise TrainError(
-            "LOCAL_RANK is not set, so every process of this machine would take the same GPU",
-            remedy="start the processes with torchrun or accelerate launch, or set LOCAL_RANK for each",
-        )
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:  # dist.DistError is a RuntimeError

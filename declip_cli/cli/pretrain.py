@@ -122,9 +122,9 @@ def _print_recipes(as_json: bool) -> None:
 
     recipes = list_recipes()
     if as_json:
-        emit({"recipes": [{"name": r.name, "title": r.title} for r in recipes]}, as_json=True)
+        emit({"recipes": [{"name": name, "title": title} for name, title in recipes.items()]}, as_json=True)
     else:
-        emit({recipe.name: recipe.title for recipe in recipes}, as_json=False)
+        emit(recipes, as_json=False)
 
 
 def _request(

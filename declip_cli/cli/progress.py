@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from declip_cli.cli.console import Progress, note, terminal
+from declip_cli.config_files import flatten
 
 if TYPE_CHECKING:
     from declip_cli.train.health import StepReport
@@ -65,11 +66,6 @@ def _summary(scores: dict[str, Any]) -> list[str]:
     return lines or _score_words(scores)
 
 
-def _score_words(scores: dict[str, Any], prefix: str = "") -> list[str]:
-    words = []
-    for key, value in scores.items():
-        if isinstance(value, dict):
-            words += _score_words(value, f"{prefix}{key} ")
-        elif isinstance(value, float) and 0 <= value <= 1:
-            words.append(f"{prefix}{key} {value:.2%}")
-    return words
+def _score_words(scores: dict[str, Any]) -> list[str]:
+    shares = {key: value for key, value in flatten(scores).items() if isinstance(value, float) and 0 <= value <= 1}
+    return [f"{key.replace('.', ' ')} {value:.2%}" for key, value in shares.items()]

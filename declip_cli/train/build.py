@@ -102,14 +102,17 @@ def find_machine(config: RunConfig, *, num_processes: int | None = None) -> Mach
 
 def find_device(train: TrainConfig) -> torch.device:
     """Find the kind of device that `train.device` means here."""
-    if train.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    is_there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.get(train.device, True)
-    if not is_there:
+    kind = train.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if not {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.get(kind, True):
+        raise TrainError(f"train.device is {kind}, which this machine does not have", remedy="--set train.device=cpu")
+    if kind == "cuda" and world_size() > 1 and torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
         raise TrainError(
-            f"train.device is {train.device}, which this machine does not have", remedy="--set train.device=cpu"
+            "LOCAL_RANK is not set, so all processes of a machine would take the same GPU",
+            remedy="start them with torchrun or accelerate launch, or set LOCAL_RANK for each",
         )
-    return torch.device(train.device)
+    return torch.device(kind)
 
 
 def count_cores(num_local: int = 1) -> int:

@@ -23,6 +23,7 @@ from declip_cli.train.run_dir import RunDir, SavedState
 
 Evaluate = Callable[[PretrainedModel], dict[str, dict[str, Any]]]
 """Scores a model on every evaluation set that was asked for: name → report; called on every rank."""
+_COUNTERS = ("samples_seen", "seconds", "startup_seconds", "step_seconds", "num_rollbacks")
 
 
 class Keeper:
@@ -151,11 +152,7 @@ def capture_state(training: Training) -> SavedState:
     if training.accelerator.device.type == "cuda":
         tensors["random"]["cuda"] = torch.cuda.get_rng_state()
     values: dict[str, Any] = {
-        "samples_seen": training.samples_seen,
-        "seconds": training.seconds,
-        "startup_seconds": training.startup_seconds,
-        "step_seconds": training.step_seconds,
-        "num_rollbacks": training.num_rollbacks,
+        **{name: getattr(training, name) for name in _COUNTERS},
         "bad_steps": training.bad_steps.tolist(),
         "stream": training.stream.state(),
         "pixels": [training.method.encoder.pixel_mean.tolist(), training.method.encoder.pixel_std.tolist()],
@@ -199,10 +196,9 @@ def restore_state(training: Training, state: SavedState) -> list[str]:
     if "cuda" in state.tensors["random"] and device.type == "cuda":
         torch.cuda.set_rng_state(state.tensors["random"]["cuda"])
     training.stream.restore(values["stream"])
-    training.step, training.samples_seen = state.step, state.samples_seen
-    training.seconds, training.startup_seconds = values["seconds"], values["startup_seconds"]
-    training.step_seconds = values["step_seconds"]
-    training.num_rollbacks = values["num_rollbacks"]
+    training.step = state.step
+    for name in _COUNTERS:
+        setattr(training, name, values[name])
     training.bad_steps.copy_(torch.tensor(values["bad_steps"]))
     return notes
 

@@ -58,8 +58,8 @@ def start_processes(work: Callable[..., T], arguments: tuple[Any, ...], *, num_p
     them after 30 s.
 
     Args:
-        work: called as `work(*arguments)` in each process; importable by name; it tells its own errors.
-        arguments: can be pickled.
+        work: importable by name; it tells its own errors.
+        arguments: of `work`; can be pickled.
         num_processes: ranks.
 
     Returns:

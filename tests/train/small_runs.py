@@ -21,7 +21,7 @@ SMALL = {
     "data": {"path": ["demo"], "split": "fit", "workers": 0},
     "method": {"name": "clip", "queue_size": 100},
     "optim": {"warmup_steps": 2},
-    "train": {"steps": 10, "batch_size": 16, "precision": "fp32", "device": "cpu", "log_every_steps": 1, "threads": 1},
+    "train": {"steps": 10, "batch_size": 8, "precision": "fp32", "device": "cpu", "log_every_steps": 1, "threads": 1},
 }
 
 
