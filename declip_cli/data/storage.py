@@ -196,7 +196,7 @@ def parent(path: str) -> str:
 def walk(folder: str) -> Iterator[str]:
     """List the files below a folder, each folder's together, hidden ones omitted, as names relative to the folder."""
     if not is_remote(folder):
-        yield from _walk_local(folder, "")
+        yield from _walk_local(folder, "", ())
         return
     root = _store(folder)[1].rstrip("/") + "/"
     names = (str(found).removeprefix(root) for found in _ask(folder, "find"))
@@ -204,26 +204,21 @@ def walk(folder: str) -> Iterator[str]:
     yield from sorted(shown, key=lambda name: name.rpartition("/")[::2])
 
 
-def _walk_local(root: str, below: str, above: tuple[str, ...] = ()) -> Iterator[str]:
+def _walk_local(root: str, below: str, above: tuple[str, ...]) -> Iterator[str]:
     """Follow links to folders, but not around in circles."""
-    folder = os.path.join(root, below)
-    real = os.path.realpath(folder)
+    real = os.path.realpath(os.path.join(root, below))
     if real in above:
         return
-    try:
-        with os.scandir(folder) as entries:
-            found = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
-    except OSError as error:
-        raise DataError(f"cannot list the folder {folder}: {error.strerror}", remedy="check its permissions") from error
-    yield from (below + name for name, is_folder in found if not is_folder)
-    for name, is_folder in found:
-        if is_folder:
+    found = _entries(os.path.join(root, below))
+    yield from (below + name for name, entry in found if entry["type"] != "directory")
+    for name, entry in found:
+        if entry["type"] == "directory":
             yield from _walk_local(root, f"{below}{name}/", (*above, real))
 
 
-def list_files(folder: str) -> dict[str, FileFacts]:
+def list_files(folder: str, endings: tuple[str, ...]) -> dict[str, FileFacts]:
     """List the files directly in a folder, sorted, hidden ones omitted, in one request; none if there is no folder."""
-    files = {name: entry for name, entry in _entries(folder) if entry["type"] == "file"}
+    files = {name: entry for name, entry in _entries(folder) if entry["type"] == "file" and name.endswith(endings)}
     if is_remote(folder):
         return {name: _facts(entry, join(folder, name)) for name, entry in files.items()}
     return {name: facts(join(folder, name)) for name in files}
@@ -249,6 +244,8 @@ def _entries(folder: str) -> list[tuple[str, dict[str, Any]]]:
                 found = [(entry.name, {"type": kinds[entry.is_file() + 2 * entry.is_dir()]}) for entry in entries]
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise DataError(f"cannot list the folder {folder}: {error.strerror}", remedy="check its permissions") from error
     return sorted(((name, entry) for name, entry in found if not name.startswith(".")), key=lambda pair: pair[0])
 
 

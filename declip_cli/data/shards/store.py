@@ -1,9 +1,8 @@
 """Open tar shards that the user names: folders made by `declip prepare`, or anybody's archives."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from typing import Any
 
 from declip_cli.data import storage
@@ -19,6 +18,7 @@ JOINED = "shards.index"
 CACHE_GB = 100.0
 PREPARE = "declip prepare SOURCE --out SHARDS, then --data SHARDS"
 _SHARD_FACTS = {"name": str, "num_bytes": int, "sha256": str}
+_ENDINGS = (".tar", ".index")
 _THREADS = 16
 
 
@@ -87,11 +87,11 @@ def find_shards(path: str, split: str = "") -> tuple[list[Shard], str]:
     is_archive = path.endswith(".tar") and folder == path
     if not is_archive and (manifest := read_manifest(folder)):
         return _prepared(folder, manifest["shards"]), str(manifest.get("index_sha256", ""))
-    if not is_archive and storage.is_folder(folder):
-        found = _describe([storage.join(folder, name) for name in storage.names_in(folder) if name.endswith(".tar")])
-        if not found:
-            raise NoShardsError(f"no .tar shards in the folder {folder}", remedy=PREPARE.replace("SOURCE", folder))
+    listed = {} if is_archive else _list(folder)
+    if found := [_shard(path, listed) for path in listed if path.endswith(".tar")]:
         return found, ""
+    if not is_archive and storage.is_folder(folder):
+        raise NoShardsError(f"no .tar shards in the folder {folder}", remedy=PREPARE.replace("SOURCE", folder))
     if folder != path:
         find_shards(path, "")  # raises an error of its own where that is no folder of shards
         remedy = f"declip prepare SOURCE --out {path} --split {split}=0.01"
@@ -99,7 +99,10 @@ def find_shards(path: str, split: str = "") -> tuple[list[Shard], str]:
     expanded = storage.expand(path)
     if wrong := next((name for name in expanded if not name.endswith(".tar")), ""):
         raise NoShardsError(f"{wrong} is not a .tar shard", remedy=PREPARE)
-    found = _describe(expanded)
+    for above in {storage.parent(name) for name in expanded if not name.startswith("http")}:  # which cannot be listed
+        listed |= _list(above)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = [shard for shard in pool.map(lambda name: _shard(name, listed), expanded) if shard.num_bytes >= 0]
     missing = [name for name in expanded if name not in {shard.path for shard in found}]
     if missing or not expanded:
         raise DataError(
@@ -109,24 +112,21 @@ def find_shards(path: str, split: str = "") -> tuple[list[Shard], str]:
     return found, ""
 
 
-def _describe(paths: Sequence[str]) -> list[Shard]:
-    """Look up shards, one request for each folder they lie in; those that are not there are omitted."""
-    folders = {storage.parent(path) for path in paths if not path.startswith("http")}  # which cannot be listed
-    listed = {
-        storage.join(folder, name): facts for folder in folders for name, facts in storage.list_files(folder).items()
-    }
+def _list(folder: str) -> dict[str, storage.FileFacts]:
+    """Look up the shards and indexes in a folder in one request, by their paths."""
+    return {storage.join(folder, name): facts for name, facts in storage.list_files(folder, _ENDINGS).items()}
 
-    def describe(path: str) -> Shard | None:
-        key = storage.join(storage.parent(path), os.path.basename(path))
-        with suppress(OSError):
-            facts = listed.get(key) or storage.facts(path)
-            index = listed.get(index_path(key))
-            has_index = storage.is_remote(path) and index is not None and index.changed >= facts.changed
-            return Shard(path, facts.num_bytes, facts.stamp, has_index=has_index)
-        return None
 
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return [shard for shard in pool.map(describe, paths) if shard is not None]
+def _shard(path: str, listed: Mapping[str, storage.FileFacts]) -> Shard:
+    """Describe a shard, which has -1 bytes if it is not there."""
+    name = storage.join(storage.parent(path), os.path.basename(path))
+    try:
+        facts = listed.get(name) or storage.facts(path)
+    except OSError:
+        return Shard(path, -1, "")
+    index = listed.get(index_path(name))
+    has_index = storage.is_remote(path) and index is not None and index.changed >= facts.changed
+    return Shard(path, facts.num_bytes, facts.stamp, has_index=has_index)
 
 
 def read_manifest(folder: str) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def read_manifest(folder: str) -> dict[str, Any]:
 def _prepared(folder: str, listed: Sequence[dict[str, Any]]) -> list[Shard]:
     """Take the word of a manifest for shards far away, so that opening costs one request, and one for the index."""
     is_remote = storage.is_remote(folder)
-    there = {} if is_remote else storage.list_files(folder)
+    there = {} if is_remote else storage.list_files(folder, _ENDINGS)
     found = []
     for facts in listed:
         name, num_bytes, sha256 = facts["name"], facts["num_bytes"], facts["sha256"]
