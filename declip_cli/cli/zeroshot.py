@@ -72,7 +72,7 @@ def zeroshot(
                 f"--classes names the classes of one data set (got {len(names)})",
                 remedy="score the data sets one at a time",
             )
-        from declip_cli.data.catalogue import download as download_set
+        from declip_cli.data.benchmarks.torchvision_sets import download as download_set
         from declip_cli.evaluate import zeroshot as evaluation
         from declip_cli.evaluate.encoding import FeatureOptions
         from declip_cli.evaluate.report import write_predictions
@@ -115,7 +115,7 @@ def _open(name: str, data_root: Path | None, classes: Path | None) -> "Dataset":
 
 
 def _show_list(data_root: Path | None, *, as_json: bool) -> None:
-    from declip_cli.data.catalogue import list_known
+    from declip_cli.data.benchmarks.known import list_known
 
     listed = list_known(data_root)
     if as_json:

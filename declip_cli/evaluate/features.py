@@ -17,13 +17,11 @@ from declip_cli.data.dataset import Dataset, Skips
 from declip_cli.data.shards.store import default_cache_dir
 from declip_cli.errors import DataError, EvaluateError
 from declip_cli.evaluate.encoding import Encode, FeatureOptions, Part, encode_images, encode_shares
-from declip_cli.evaluate.vectors import Encoded, Rows, StoreError, Vectors, VectorStore, use_store
+from declip_cli.evaluate.vectors import Encoded, Rows, StoreError, VectorStore, use_store
 from declip_cli.model.checkpoint import PretrainedModel
 from declip_cli.model.precision import resolve_precision
 
 T = TypeVar("T")
-EMBEDDING = "embedding"
-"""Kind of the features that zero-shot, retrieval and search share: projected, unit length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +37,17 @@ class ImageFeatures:
 
 
 @dataclass(frozen=True, slots=True)
-class Located:
-    """Where the features of images are."""
+class Update:
+    """What became of the images of a data set in a store."""
 
-    vectors: Vectors
-    """Of these and perhaps of other images, in memory or mapped from the disk, (V, D)."""
     rows: Rows
     """The row of each image, (N,), -1 where it cannot be read."""
     skipped: Skips
-    num_read: int = 0
+    num_read: int
     """Images that were not in the store with the same stamp."""
-    num_changed: int = 0
+    num_changed: int
     """Those of them that were there with another."""
-    num_encoded: int = 0
+    num_encoded: int
     """Contents that were not in the store."""
 
 
@@ -72,13 +68,11 @@ def image_features(
         normalise: make each row unit length.
         options: how features are computed.
 
-    Returns:
-        Features on the CPU, (N', D) or (N', E), and what was skipped.
-
     Raises:
         EvaluateError: there is no image, or none of them can be read.
     """
-    label = EMBEDDING if projected and normalise else f"projected={projected} unit={normalise}"
+    # Zero-shot, retrieval and search share the features of unit length in the shared embedding.
+    label = "embedding" if projected and normalise else f"projected={projected} unit={normalise}"
     encode = embedder(model, projected=projected, normalise=normalise)
     return map_images(model, dataset, encode, label=label, options=options)
 
@@ -101,41 +95,29 @@ def map_images(
     Args:
         model: where the encoder lies, and its preprocessing.
         dataset: N images.
-        encode: uint8 images (B, S, S, 3) on the encoder's device → (B, D).
+        encode: what is computed of them.
         label: names what `encode` does, to tell the store's kinds apart.
         options: how features are computed.
-
-    Returns:
-        One row per readable image, float32 on the CPU.
 
     Raises:
         EvaluateError: there is no image, or none of them can be read.
     """
-    found = locate_images(model, dataset, encode, label=label, options=options)
-    kept = np.flatnonzero(found.rows >= 0)  # (N',)
-    features = torch.from_numpy(np.asarray(found.vectors[found.rows[kept]]))  # (N', D)
-    return ImageFeatures(features, kept.tolist(), found.skipped)
-
-
-def locate_images(
-    model: PretrainedModel, dataset: Dataset, encode: Encode, *, label: str, options: FeatureOptions | None = None
-) -> Located:
-    """Encode images as `map_images` does, leaving those that are stored where they lie; same arguments and errors."""
     options = options or FeatureOptions()
     if not len(dataset):
         raise EvaluateError("there is no image to encode", remedy="check the path of the data set")
 
-    def stored(store: VectorStore) -> Located:
-        return update_store(store, model, dataset, encode, options)
+    def stored(store: VectorStore) -> ImageFeatures:
+        found = update_store(store, model, dataset, encode, options)
+        kept = np.flatnonzero(found.rows >= 0)  # (N',)
+        features = torch.from_numpy(np.asarray(store.vectors()[found.rows[kept]]))  # (N', D)
+        return ImageFeatures(features, kept.tolist(), found.skipped)
 
-    def computed() -> Located:
+    def computed() -> ImageFeatures:
         found = encode_shares(len(dataset), partial(_encode_share, model, dataset, encode), options)
-        rows = np.full(len(dataset), -1, dtype=np.int64)  # (N,)
-        rows[found.numbers.numpy()] = np.arange(len(found.rows))
-        return Located(found.rows.numpy(), rows, _skips(dataset, found.causes))
+        return ImageFeatures(found.rows, found.numbers.tolist(), _skips(dataset, found.causes))
 
     found = _with_store(model, label, stored, computed, options)
-    if not (found.rows >= 0).any():
+    if not found.kept:
         told = ", ".join(f"{cause} ({count}, first {first})" for cause, (count, first) in found.skipped.items())
         raise EvaluateError(
             f"none of the {len(dataset)} images can be read: {told}", remedy="check that the files are images"
@@ -151,19 +133,11 @@ def update_store(
     options: FeatureOptions,
     *,
     is_shared: bool = True,
-) -> Located:
+) -> Update:
     """Bring a store up to date with a data set: only images with a new stamp are read, only new contents encoded.
 
-    Args:
-        store: of one kind of features.
-        model: where the encoder lies, and its preprocessing.
-        dataset: N images.
-        encode: as of `map_images`.
-        options: batch size, precision, threads.
-        is_shared: other data sets are in the store, too: paths are told apart in full, captions are not kept.
-
-    Returns:
-        The rows of the images in the store.
+    Arguments are as of `map_images`. Where the store `is_shared` with other data sets, paths are told apart in full
+    and captions are not kept.
     """
     rows = np.full(len(dataset), -1, dtype=np.int64)  # (N,)
     is_known = np.zeros(len(dataset), dtype=bool)  # (N,)
@@ -189,7 +163,7 @@ def update_store(
                 causes[one.number] = cause
     if not todo:
         options.progress(len(dataset), len(dataset))
-    return Located(store.vectors(), rows, _skips(dataset, causes), len(todo), num_changed, num_encoded)
+    return Update(rows, _skips(dataset, causes), len(todo), num_changed, num_encoded)
 
 
 def _asked(dataset: Dataset, *, is_shared: bool) -> Iterator[tuple[int, str, str, str]]:

@@ -14,7 +14,7 @@ from declip_cli.data.files_dataset import FilesDataset
 from declip_cli.data.sources.records import read_picture
 from declip_cli.errors import DataError, EvaluateError
 from declip_cli.evaluate.encoding import FeatureOptions
-from declip_cli.evaluate.features import EMBEDDING, embedder, image_features, locate_images, update_store
+from declip_cli.evaluate.features import embedder, image_features, update_store
 from declip_cli.evaluate.nearest import EXACT, ApproximateIndex, saved_index, search_exact
 from declip_cli.evaluate.report import FLAT, Report
 from declip_cli.evaluate.texts import text_features
@@ -134,12 +134,12 @@ class _Found:
 def _search_once(
     model: PretrainedModel, dataset: Dataset, query: Vectors, k: int, index: str, options: FeatureOptions
 ) -> _Found:
-    found = locate_images(model, dataset, embedder(model), label=EMBEDDING, options=options)
-    rows = np.unique(found.rows[found.rows >= 0])  # (n,)
-    made = ApproximateIndex.build(index, found.vectors, rows) if index != EXACT else None
-    numbers, scores = _nearest(made, found.vectors, found.rows, query, k)
-    num_indexed, skipped = int((found.rows >= 0).sum()), _together(dataset.skipped, found.skipped)
-    return _Found(_hits([_described(dataset, n) for n in numbers], scores), num_indexed, index, skipped)
+    images = image_features(model, dataset, options=options)
+    vectors, rows = images.features.numpy(), np.arange(len(images.kept))  # (N', D), (N',)
+    made = ApproximateIndex.build(index, vectors, rows) if index != EXACT else None
+    found, scores = _nearest(made, vectors, rows, query, k)
+    hits = _hits([_described(dataset, images.kept[row]) for row in found], scores)
+    return _Found(hits, len(rows), index, _together(dataset.skipped, images.skipped))
 
 
 def _search_saved(
@@ -200,10 +200,9 @@ def _search_tokens(model: PretrainedModel, dataset: Dataset, query: Query, k: in
 def _nearest(
     index: ApproximateIndex | None, vectors: Vectors, rows: Rows, query: Vectors, k: int
 ) -> tuple[list[int], list[float]]:
-    """Find the best images by their rows (N,), -1 for none: their numbers, of the same content in order, and scores."""
-    wanted = np.unique(rows[rows >= 0])  # (n,)
+    """Find the best images by their rows (N,): their numbers, of the same content in order, and scores."""
     search_rows = search_exact if index is None else index.search
-    scores, found = search_rows(vectors, wanted, query, k)  # (K,), (K,)
+    scores, found = search_rows(vectors, np.unique(rows), query, k)  # (K,), (K,)
     by_row = np.argsort(rows, kind="stable")
     firsts, lasts = (np.searchsorted(rows[by_row], found, side) for side in ("left", "right"))
     numbers = [number for first, last in zip(firsts, lasts, strict=True) for number in by_row[first:last].tolist()]

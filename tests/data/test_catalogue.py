@@ -12,13 +12,12 @@ from torchvision import datasets
 
 from declip_cli.assets import asset_path
 from declip_cli.data.benchmarks.folders import hashed_split
-from declip_cli.data.benchmarks.known import known_sets, resolve_data_root
+from declip_cli.data.benchmarks.known import known_sets, list_known, resolve_data_root
+from declip_cli.data.benchmarks.torchvision_sets import download
 from declip_cli.data.catalogue import (
     classified,
-    download,
     evaluation_split,
     has_captions,
-    list_known,
     open_dataset,
     splits_of,
 )

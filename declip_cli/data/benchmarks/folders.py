@@ -109,13 +109,9 @@ def _from_lists(root: str, lists: list[str], paths: list[str]) -> FilesDataset:
 
 
 def folder_splits(folder: str) -> dict[str, str]:
-    """Find the split folders of a user's folder.
+    """Find `train/`, `val/`, `test/` (or their longer names) in a user's folder: split → its folder.
 
-    Args:
-        folder: may hold `train/`, `val/`, `test/` (or their longer names).
-
-    Returns:
-        Split → its folder; empty where any other subfolder stands beside them, as these are then classes.
+    Empty where any other subfolder stands beside them, as these are then classes.
     """
     subfolders = class_folders(folder)
     found = {
@@ -148,17 +144,10 @@ def list_images(folder: Path) -> list[str]:
         raise missing_file(folder) from error
 
 
-def read_class_folders(known: Known, root: Path, split: str, classes: Classes) -> Dataset:
+def read_class_folders(known: Known, root: Path, split: str) -> Dataset:
     """Read one split of a set of class folders that was published without any: so many files per class.
 
-    Args:
-        known: its splits say `per_class`, -1 for the rest; one marker is the folder itself.
-        root: the folder that a marker lies in.
-        split: which one.
-        classes: of the set, in the order of the sorted folders.
-
-    Returns:
-        The images of the split.
+    The splits say `per_class`, -1 for the rest; one marker is the folder itself.
     """
     base = next((root / marker for marker in known.markers if (root / marker).is_dir()), root / known.markers[0])
     sizes = {name: int(facts["per_class"]) for name, facts in known.splits.items()}
@@ -169,7 +158,7 @@ def read_class_folders(known: Known, root: Path, split: str, classes: Classes) -
         chosen = hashed_split(list(files), sizes)[split]
         paths += [files[key] for key in chosen]
         labels += [label] * len(chosen)
-    return FilesDataset(paths, labels=labels, classes=classes)
+    return FilesDataset(paths, labels=labels, classes=known.classes)
 
 
 def hashed_split(names: list[str], sizes: Mapping[str, int]) -> dict[str, list[str]]:
