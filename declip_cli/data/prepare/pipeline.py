@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
@@ -168,18 +169,15 @@ class _Run:
 
     def _outcomes(self) -> Iterator[bool]:
         """Take in record after record; yield True where that finished a shard."""
-        config = self._config
-        work = partial(finish_records, config=config)
+        config, report = self._config, self._report
         run = run_on_ray if config.engine == "ray" else run_in_threads
-        outcomes = run(work, islice(self._source.records, self._report.num_read, None), workers=config.workers)
-        try:
+        records = islice(self._source.records, report.num_read, None)
+        with closing(run(partial(finish_records, config=config), records, workers=config.workers)) as outcomes:
             for outcome in outcomes:
                 if not self._saved:
                     self._save()  # from here on a killed run can be taken up
-                self._report.num_read += 1
+                report.num_read += 1
                 yield self._take(outcome)
-        finally:
-            outcomes.close()
 
     def _take(self, outcome: Pair | LeftOut) -> bool:
         if isinstance(outcome, Pair):
@@ -249,30 +247,22 @@ class _Run:
     def _finish(self) -> None:
         for writer in self._writers.values():
             writer.finish_shard()
-        report = self._update()
-        totals: dict[str, Any] = {
-            "num_read": report.num_read,
-            "num_shards": report.num_shards,
-            "num_skipped": report.skipped.num,
-            "skipped": report.skipped.to_json(),
-            "parts": {part: writer.num_pairs for part, writer in self._writers.items() if part},
-        }
-        if self._config.clean.exclude:
-            excluded = self._excluded
-            totals["excluded"] = {"num_pictures": excluded.num_pictures, "num_unreadable": excluded.num_unreadable}
-        manifests = {part: self._manifest(part) for part in self._writers}
-        self._folder.finish(manifests | {"": manifests[""] | totals})
-
-    def _manifest(self, part: str) -> dict[str, Any]:
-        config, writer = self._config, self._writers[part]
-        facts = {
+        config, report, excluded = self._config, self._update(), self._excluded
+        shared = {
             "source": config.source,
-            "kind": self._report.kind,
+            "kind": report.kind,
             "image_side_px": config.image_side_px,
             "quality": config.quality,
             "clean": asdict(config.clean),
-            "num_pairs": writer.num_pairs,
-            "shards": writer.shards,
-            "index_sha256": writer.join_indexes(),
         }
-        return facts | ({"part": part} if part else {})
+        manifests: dict[str, dict[str, Any]] = {}
+        for part, writer in self._writers.items():
+            own = {"num_pairs": writer.num_pairs, "shards": writer.shards, "index_sha256": writer.join_indexes()}
+            manifests[part] = shared | own | ({"part": part} if part else {})
+        result = report.to_json()
+        manifests[""] |= {name: result[name] for name in ("num_read", "num_shards", "num_skipped", "skipped")}
+        manifests[""]["parts"] = {part: manifest["num_pairs"] for part, manifest in manifests.items() if part}
+        if config.clean.exclude:
+            facts = {"num_pictures": excluded.num_pictures, "num_unreadable": excluded.num_unreadable}
+            manifests[""]["excluded"] = facts
+        self._folder.finish(manifests)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -15,6 +14,7 @@ from typing import Any
 from declip_cli import __version__
 from declip_cli.data import storage
 from declip_cli.data.prepare.config import PrepareConfig
+from declip_cli.data.shards.files import lock_file
 from declip_cli.data.shards.store import MANIFEST, default_cache_dir
 from declip_cli.errors import DataError
 from declip_cli.files import parse_json
@@ -115,23 +115,13 @@ class OutFolder:
 
     def _lock(self) -> int:
         path = self._at(_LOCK)
-        while True:
-            storage.make_folder(self._spool)
-            with storage.disk_errors(path):
-                lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        with storage.disk_errors(path):
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # The run before may have deleted the file since it was opened; then others lock another one.
-                if os.path.samestat(os.fstat(lock), os.stat(path)):
-                    return lock
+                return lock_file(path, wait=False)
             except BlockingIOError as error:
-                os.close(lock)
                 raise DataError(
                     f"another declip prepare is writing to {self.path}", remedy="wait for it, or choose another --out"
                 ) from error
-            except FileNotFoundError:
-                pass
-            os.close(lock)
 
     def _clear(self) -> None:
         """Delete what `prepare` has written, and nothing else."""

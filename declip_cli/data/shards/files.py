@@ -34,8 +34,7 @@ def locked(path: str) -> Iterator[bool]:
         False where that is not possible.
     """
     try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        file = _lock(path)
+        file = lock_file(path)
     except OSError:
         yield False
         return
@@ -47,11 +46,22 @@ def locked(path: str) -> Iterator[bool]:
         os.close(file)
 
 
-def _lock(path: str) -> int:
+def lock_file(path: str, *, wait: bool = True) -> int:
+    """Open and lock a file, which is to be deleted before it is closed; it and its folder are made.
+
+    Raises:
+        BlockingIOError: another process has locked it, and this one shall not wait.
+    """
     while True:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        with suppress(OSError):  # a disk that knows no locks
-            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(file)
+            raise
+        except OSError:  # a disk that knows no locks
+            pass
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file), os.stat(path)):
                 return file
