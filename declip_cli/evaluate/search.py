@@ -155,7 +155,7 @@ def _search_saved(
 
     def work(store: VectorStore) -> _Found:
         changes, skipped = _follow(store, model, dataset, options) if dataset is not None else ({}, store.skipped())
-        listed, vectors = store.snapshot()  # (V, D)
+        listed, vectors = store.listed(), store.vectors()  # (V, D)
         rows = np.array([row for _, _, row in listed], dtype=np.int64)  # (N,)
         made = saved_index(store, vectors, np.unique(rows), index)
         numbers, scores = _nearest(made, vectors, rows, query, k)

@@ -1,12 +1,10 @@
 """The store of features: which image has which content, and which content has which row of vectors.
 
-`images.sqlite` holds both tables; the rows lie one after the other in `vectors-*.f32`, which is only appended to. A
-row counts once the database says so, so that an interruption leaves nothing wrong behind.
+`images.sqlite` holds both tables; the rows lie one after the other in `vectors.f32`, which is only appended to. A row
+counts once the database says so, so that an interruption leaves nothing wrong behind; its number never changes.
 """
 
-import itertools
 import os
-import secrets
 import sqlite3
 import threading
 import zlib
@@ -27,11 +25,9 @@ Rows: TypeAlias = NDArray[np.int64]
 T = TypeVar("T")
 
 DATABASE = "images.sqlite"
+VECTORS = "vectors.f32"
 _WAIT_S = 60.0
 """How long another process that writes to the same store is waited for."""
-_MAX_DEAD = 0.2
-"""Above this share of rows that belong to no image, the vectors are written anew without them."""
-_BLOCK_ROWS = 65536
 _UNUSABLE = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR}
 _UNUSABLE |= {sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM}
 _SCHEMA = """
@@ -40,11 +36,9 @@ CREATE TABLE IF NOT EXISTS contents (digest BLOB PRIMARY KEY, number INTEGER UNI
 CREATE TABLE IF NOT EXISTS images (
     key BLOB PRIMARY KEY, stamp TEXT NOT NULL, digest BLOB NOT NULL, caption BLOB NOT NULL
 ) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS by_digest ON images (digest);
 CREATE TEMP TABLE asked (number INTEGER PRIMARY KEY, key BLOB NOT NULL, stamp TEXT NOT NULL, caption BLOB NOT NULL);
 CREATE INDEX asked_keys ON asked (key);
 """
-_UNUSED = "number IS NOT NULL AND NOT EXISTS (SELECT 1 FROM images WHERE images.digest = contents.digest)"
 
 
 class StoreError(EvaluateError):
@@ -105,9 +99,6 @@ class VectorStore:
                 remedy=f"name another --index-dir, or delete {self.folder}",
             )
         self.set(model=model, model_name=facts.get("model_name", model_name))
-        for path in self.folder.glob("vectors-*.f32"):  # of a write that was broken off, or a database that is gone
-            if path.name != facts.get("vectors_file"):
-                path.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self
@@ -143,9 +134,7 @@ class VectorStore:
         )
         with self._border():
             self._database.execute("DELETE FROM asked")
-            while block := list(itertools.islice(rows, 4096)):
-                with self._writing("BEGIN"):
-                    self._database.executemany("INSERT INTO asked VALUES (?, ?, ?, ?)", block)
+            self._database.executemany("INSERT INTO asked VALUES (?, ?, ?, ?)", rows)
             return [(number, row, cause, bool(same)) for number, row, cause, same in self._database.execute(query)]
 
     def find(self, digests: Sequence[bytes]) -> list[tuple[int, str] | None]:
@@ -179,44 +168,43 @@ class VectorStore:
             self._database.executemany(query, [(one.digest, one.number) for one in known])
         return len(new)
 
-    def _append(self, vectors: Vectors, *, first: int | None = None) -> range:
-        """Write rows behind those that count, or behind row `first`, and return their numbers."""
-        facts = self.facts()
-        first = int(facts["num_rows"]) if first is None else first
-        name = facts.get("vectors_file") or f"vectors-{secrets.token_hex(6)}.f32"
-        with (self.folder / name).open("ab") as file:
+    def _append(self, vectors: Vectors) -> range:
+        """Write rows behind those that count, and return their numbers."""
+        facts, path = self.facts(), self.folder / VECTORS
+        first = int(facts["num_rows"])
+        if not first:
+            path.unlink(missing_ok=True)  # others may still look into what lies there
+        with path.open("ab") as file:
             file.truncate(first * vectors.shape[1] * 4)
             file.write(np.ascontiguousarray(vectors, dtype=np.float32).data)
             file.flush()
             os.fsync(file.fileno())
-            stamp = _stamp(file.fileno())
         crc = _crc(vectors, int(facts.get("crc", 0)) if first else 0)
-        self.set(vectors_file=name, dim=vectors.shape[1], crc=crc, stamp=stamp)
+        self.set(dim=vectors.shape[1], crc=crc, stamp=_stamp(path))
         return range(first, first + len(vectors))
 
     def vectors(self) -> Vectors:
         """Map all rows, (V, D); valid for as long as it is held."""
-        facts = self.facts()
+        facts, path = self.facts(), self.folder / VECTORS
         with self._border():
             shape = int(facts["num_rows"]), int(facts.get("dim", 0))
         if not shape[0]:
             return np.empty(shape, dtype=np.float32)
-        path = self.folder / facts.get("vectors_file", "")
         try:
             found: Vectors = np.memmap(path, dtype=np.float32, mode="r", shape=shape)
             # Other sizes and times are those of a copy, a broken-off write or a change.
             if _stamp(path) != facts.get("stamp") and str(_crc(found)) != facts.get("crc"):
                 raise ValueError("not what was written")
         except (OSError, ValueError) as error:
-            raise self._damaged(f"{path.name} is missing, too short or not what was written") from error
+            raise self._damaged(f"{VECTORS} is missing, too short or not what was written") from error
         return found
 
-    def snapshot(self) -> tuple[list[tuple[str, str, int]], Vectors]:
-        """Return key, caption and row of every image that has one, by key, and all rows, as of one moment."""
+    def listed(self) -> list[tuple[str, str, int]]:
+        """Return key, caption and row of every image that has one, by key."""
         query = "SELECT key, caption, number FROM images JOIN contents USING (digest) WHERE number IS NOT NULL"
-        with self._border(), self._writing("BEGIN"):
+        with self._border():
             found = self._database.execute(f"{query} ORDER BY key")
-            return [(_text(key), _text(caption), row) for key, caption, row in found], self.vectors()
+            return [(_text(key), _text(caption), row) for key, caption, row in found]
 
     def skipped(self) -> Skips:
         """Return the images that have no vector."""
@@ -226,38 +214,21 @@ class VectorStore:
             return Skips({cause: (count, _text(key)) for cause, count, key in found})
 
     def keep_asked(self) -> int:
-        """Forget all images but those that were asked for, take over captions, and return how many were forgotten."""
-        obsolete = ""
-        with self._border():
-            with self._writing():
-                query = "DELETE FROM images WHERE key NOT IN (SELECT key FROM asked)"
-                num_gone = self._database.execute(query).rowcount
-                query = "UPDATE images SET caption = asked.caption FROM asked"
-                self._database.execute(f"{query} WHERE asked.key = images.key AND asked.caption != images.caption")
-                dead = [row[0] for row in self._database.execute(f"SELECT number FROM contents WHERE {_UNUSED}")]
-                facts = self.facts()
-                if len(dead) > _MAX_DEAD * int(facts["num_rows"]):
-                    obsolete = facts["vectors_file"]
-                    self._compact(np.setdiff1d(np.arange(int(facts["num_rows"])), dead))
-            if obsolete:
-                (self.folder / obsolete).unlink(missing_ok=True)
+        """Forget all images but those that were asked for, take over captions, and return how many were forgotten.
+
+        The contents stay known, so that an image that comes back is not encoded again.
+        """
+        with self._border(), self._writing():
+            query = "DELETE FROM images WHERE key NOT IN (SELECT key FROM asked)"
+            num_gone = self._database.execute(query).rowcount
+            query = "UPDATE images SET caption = asked.caption FROM asked"
+            self._database.execute(f"{query} WHERE asked.key = images.key AND asked.caption != images.caption")
         return num_gone
 
-    def _compact(self, keep: Rows) -> None:
-        """Write the rows that are kept to a new file, with new numbers; an index over the old ones is stale."""
-        vectors = self.vectors()  # (V, D)
-        self._database.execute(f"DELETE FROM contents WHERE {_UNUSED}")
-        moves = [(-1 - new, int(row)) for new, row in enumerate(keep)]
-        self._database.executemany("UPDATE contents SET number = ? WHERE number = ?", moves)
-        self._database.execute("UPDATE contents SET number = -1 - number WHERE number < 0")
-        self.set(vectors_file="", num_built=0)
-        for first in range(0, len(keep), _BLOCK_ROWS):
-            self._append(vectors[keep[first : first + _BLOCK_ROWS]], first=first)
-
     @contextmanager
-    def _writing(self, begin: str = "BEGIN IMMEDIATE") -> Iterator[None]:
+    def _writing(self) -> Iterator[None]:
         with self._lock:  # a look-up of another thread would hold the lock for reading that other processes wait for
-            self._database.execute(begin)
+            self._database.execute("BEGIN IMMEDIATE")
         try:
             yield
             self._database.execute("COMMIT")  # waits for those who read
@@ -294,15 +265,13 @@ def _text(data: bytes) -> str:
     return data.decode("utf-8", "surrogatepass")
 
 
-def _stamp(file: Path | int) -> str:
-    status = os.stat(file)
+def _stamp(path: Path) -> str:
+    status = path.stat()
     return f"{status.st_size}:{status.st_mtime_ns}"
 
 
 def _crc(vectors: Vectors, crc: int = 0) -> int:
-    for first in range(0, len(vectors), _BLOCK_ROWS):
-        crc = zlib.crc32(np.ascontiguousarray(vectors[first : first + _BLOCK_ROWS], dtype=np.float32).data, crc)
-    return crc
+    return zlib.crc32(np.ascontiguousarray(vectors, dtype=np.float32).data, crc)
 
 
 def is_store(folder: Path) -> bool:
@@ -332,7 +301,7 @@ def use_store(
         if not error.is_damaged:
             raise
         say(f"{error.message}; it is made anew")
-    for pattern in (f"{DATABASE}*", "vectors-*.f32", "index-*.faiss"):
+    for pattern in (f"{DATABASE}*", "vectors*.f32", "index-*.faiss"):
         for path in folder.glob(pattern):  # processes that still use it go on with what they have open
             path.unlink(missing_ok=True)
     with VectorStore(folder, model=model, model_name=model_name) as store:
