@@ -11,7 +11,7 @@ from declip_cli.config_files import flatten
 from declip_cli.data.catalogue import classified, evaluation_split, has_captions, open_dataset
 from declip_cli.data.dataset import Dataset
 from declip_cli.evaluate.encoding import FeatureOptions
-from declip_cli.evaluate.ranking import Ranks
+from declip_cli.evaluate.metrics import Ranks
 from declip_cli.evaluate.retrieve import both_directions, num_folds, retrieve
 from declip_cli.evaluate.zeroshot import has_top5, zeroshot
 from declip_cli.model.checkpoint import PretrainedModel

@@ -12,8 +12,7 @@ from declip_cli.data.files_dataset import Subset
 from declip_cli.errors import DataError, EvaluateError
 from declip_cli.evaluate.encoding import FeatureOptions
 from declip_cli.evaluate.features import image_features
-from declip_cli.evaluate.metrics import median_rank, recall_at
-from declip_cli.evaluate.ranking import Ranks, paired_ranks
+from declip_cli.evaluate.metrics import Ranks, median_rank, paired_ranks, recall_at
 from declip_cli.evaluate.report import FLAT, Report
 from declip_cli.evaluate.texts import text_features
 from declip_cli.evaluate.token_wise import TokenTexts, encode_image_tokens, encode_text_tokens, token_wise_ranks

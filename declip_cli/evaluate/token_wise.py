@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 from declip_cli.data.dataset import Dataset
 from declip_cli.evaluate.encoding import FeatureOptions, Part, encode_shares, take
 from declip_cli.evaluate.features import ImageFeatures, map_images
+from declip_cli.evaluate.metrics import Ranks, ranks_in_rows
 from declip_cli.evaluate.prompts import Prompts
-from declip_cli.evaluate.ranking import Ranks, ranks_in_rows
 from declip_cli.evaluate.texts import encode_batches
 from declip_cli.model.checkpoint import PretrainedModel
 

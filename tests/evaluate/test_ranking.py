@@ -6,9 +6,8 @@ import torch
 from clip_benchmark.metrics.zeroshot_retrieval import batchify, recall_at_k
 from torch.nn import functional as F
 
-from declip_cli.evaluate import ranking
-from declip_cli.evaluate.metrics import median_rank, recall_at
-from declip_cli.evaluate.ranking import paired_ranks, ranks_in_rows
+from declip_cli.evaluate import metrics
+from declip_cli.evaluate.metrics import median_rank, paired_ranks, ranks_in_rows, recall_at
 
 
 def make_pairs(num_images: int, captions: list[int], dim: int, *, noise: float = 0.5, seed: int = 0):
@@ -61,9 +60,9 @@ def test_recalls_are_those_of_clip_benchmark():
 def test_chunks_change_nothing(monkeypatch, kept):
     images, texts, owners = make_pairs(30, [3] * 30, 8)
     whole = paired_ranks(images, texts, owners)
-    monkeypatch.setattr(ranking, "_CHUNK_SCORES_CPU", 1)
-    monkeypatch.setattr(ranking, "_MIN_CHUNK_TEXTS", 7)
-    monkeypatch.setattr(ranking, "_KEPT_SCORES", kept)
+    monkeypatch.setattr(metrics, "_CHUNK_SCORES_CPU", 1)
+    monkeypatch.setattr(metrics, "_MIN_CHUNK_TEXTS", 7)
+    monkeypatch.setattr(metrics, "_KEPT_SCORES", kept)
     parts = paired_ranks(images, texts, owners)
     assert torch.equal(whole.text_to_image, parts.text_to_image)
     assert torch.equal(whole.image_to_text, parts.image_to_text)

@@ -6,7 +6,7 @@ from declip_cli.data.catalogue import open_dataset
 from declip_cli.data.files_dataset import Subset
 from declip_cli.evaluate.encoding import FeatureOptions
 from declip_cli.evaluate.features import image_features
-from declip_cli.evaluate.ranking import paired_ranks
+from declip_cli.evaluate.metrics import paired_ranks
 from declip_cli.evaluate.retrieve import read_pairs, retrieve
 from declip_cli.evaluate.texts import text_features
 from tests.data_sets import MemoryDataset
