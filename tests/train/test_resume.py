@@ -258,11 +258,11 @@ CHANGES = {
 
 @pytest.fixture(scope="module")
 def stopped_run(tmp_path_factory):
-    """A run of CLIP that was stopped after six of twelve steps."""
+    """A run of CLIP that was stopped after two of four steps."""
     path = tmp_path_factory.mktemp("runs") / "stopped"
     with pytest.MonkeyPatch.context() as patch:
-        stop_after(patch, 6)
-        run(small_config(train={"steps": 12}), path)
+        stop_after(patch, 2)
+        run(small_config(train={"steps": 4}, optim={"warmup_steps": 1}), path)
     return path
 
 
@@ -271,14 +271,14 @@ def test_a_changed_setting_starts_only_what_is_new_and_says_so(change, stopped_r
     sections, expected = CHANGES[change]
     path, notes = tmp_path / "run", []
     shutil.copytree(stopped_run, path)
-    settings = merged({"train": {"steps": 12}}, sections)
+    settings = merged({"train": {"steps": 4}, "optim": {"warmup_steps": 1}}, sections)
     if isinstance(expected, type):
         with pytest.raises(expected):
             run(small_config(**settings), path, is_resumed=True)
         return
     before = RunDir(path).load_state().tensors["optimizer"]
     reports = run(small_config(**settings), path, is_resumed=True, notes=notes)
-    assert reports[-1].step == 12
+    assert reports[-1].step == 4
     assert all(math.isfinite(record["losses"]["total"]) for record in metrics(path))
     assert all(value.isfinite().all() for value in state_of(path).values() if value.is_floating_point())
     about = [note for note in notes if "anew" in note or "dropped" in note]
@@ -308,7 +308,7 @@ def test_regrouped_parameters_keep_their_own_moments(change, stopped_run, tmp_pa
 
     monkeypatch.setattr(loop, "take_step", look)
     with pytest.raises(TrainError, match="memory"):
-        run(small_config(**merged({"train": {"steps": 12}}, CHANGES[change][0])), path, is_resumed=True)
+        run(small_config(**merged({"train": {"steps": 4}}, CHANGES[change][0])), path, is_resumed=True)
     assert_same(found, saved)
 
 
@@ -402,12 +402,12 @@ def test_without_a_state_a_broken_run_ends(tmp_path, monkeypatch):
     ],
 )
 def test_a_state_that_lacks_some_of_what_is_trained_now_is_no_hindrance(first, second, tmp_path, monkeypatch):
-    path = tmp_path / "run"
+    path, short = tmp_path / "run", {"train": {"steps": 4}, "optim": {"warmup_steps": 1}}
     with monkeypatch.context() as patch:
-        stop_after(patch, 4)
-        run(small_config(**first), path)
-    reports = run(small_config(**merged(first, second)), path, is_resumed=True)
-    assert reports[-1].step == 10
+        stop_after(patch, 2)
+        run(small_config(**merged(short, first)), path)
+    reports = run(small_config(**merged(short, first, second)), path, is_resumed=True)
+    assert reports[-1].step == 4
     assert all(value.isfinite().all() for value in state_of(path).values() if value.is_floating_point())
 
 
