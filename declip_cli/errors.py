@@ -1,6 +1,7 @@
 """Errors a user can mend: what happened, and what to do about it."""
 
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 
 class DeclipError(Exception):
@@ -18,6 +19,9 @@ class DeclipError(Exception):
         super().__init__(message)
         self.message = message
         self.remedy = remedy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), remedy=self.remedy), (self.message,), vars(self)
 
 
 class ConfigError(DeclipError):

@@ -1,6 +1,5 @@
 """Shuffled, rank-split, exactly resumable batches without end."""
 
-import pickle
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -76,8 +75,8 @@ class TrainStream(Iterator[Batch]):
         self._pending: deque[_Pending] = deque()
         self._consumed = self._scheduled = (0, 0)  # epoch, position in its order
         self._bad: dict[int, BadSample] = {}
-        self.num_cut_captions = 0
-        """Texts cut to the context length so far, counted in every view, those in prefetched batches included."""
+        self._num_cut: dict[int, int] = {}
+        """Loader process → texts it has cut so far."""
         self.wait_seconds = 0.0
         """Time the consumer has waited for batches so far."""
 
@@ -90,6 +89,11 @@ class TrainStream(Iterator[Batch]):
     def steps_per_epoch(self) -> int:
         """Whole global batches in the data set."""
         return len(self._samples) // self._config.global_size
+
+    @property
+    def num_cut_captions(self) -> int:
+        """Texts cut to the context length so far, counted in every view, those in prefetched batches included."""
+        return sum(self._num_cut.values())
 
     @property
     def skipped(self) -> Skips:
@@ -170,7 +174,8 @@ class TrainStream(Iterator[Batch]):
         room, filled = self._loader.finish(pending.ticket)
         self._loader.release(pending.used_up)
         self._consumed = (pending.epoch, pending.end)
-        self.num_cut_captions = max(self.num_cut_captions, *(rows.num_cut for rows in filled))
+        for rows in filled:
+            self._num_cut[rows.process] = max(self._num_cut.get(rows.process, 0), rows.num_cut)
         bad = [sample for rows in filled for sample in rows.bad]
         for rows in filled:
             if rows.is_exhausted:
@@ -277,7 +282,7 @@ def _start_loader(
 ) -> ThreadLoader | ProcessLoader:
     if config.loader == "threads" or not config.workers:
         return ThreadLoader(samples, order, config, empty=partial(_empty, pin_memory=config.pin_memory))
-    return ProcessLoader(partial(pickle.loads, pickle.dumps(samples)), config, num_rooms=num_rooms)
+    return ProcessLoader(samples, config, num_rooms=num_rooms)
 
 
 def _part(values: NDArray[np.int64], first: int) -> list[int]:
