@@ -9,8 +9,8 @@ from typing import BinaryIO, cast
 from declip_cli.data import storage
 from declip_cli.data.shards.tar_samples import PICTURE_EXTENSIONS, captions_of, captions_of_row, read_groups
 from declip_cli.data.sources.records import Found, LeftOut, Record, file_record
+from declip_cli.data.sources.table import PROBLEM, json_row
 from declip_cli.errors import DataError
-from declip_cli.files import parse_json
 
 CAPTIONS_FILE = "captions.jsonl"
 TAR_EXTENSIONS = (".tar", ".tar.gz", ".tgz")
@@ -39,23 +39,14 @@ def read_lists(lists: list[str], *, root: str) -> Iterator[Found]:
         prefix = f"{below}/" if below else ""
         with storage.open_binary(path) as file:
             for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _read_line(line, folder, prefix, f"{prefix}{CAPTIONS_FILE}:{number}")
-
-
-def _read_line(line: bytes, folder: str, prefix: str, place: str) -> Found:
-    try:
-        row = parse_json(line)
-    except UnicodeDecodeError:
-        return LeftOut(place, "caption not UTF-8")
-    except ValueError:
-        return LeftOut(place, "damaged line")
-    if not isinstance(row, dict):
-        return LeftOut(place, "damaged line")
-    name = next((row[word] for word in ("file", "file_name", "filename", "image") if word in row), None)
-    if name is None:
-        return LeftOut(place, "missing file name")
-    return file_record(folder, name, captions_of_row(row), prefix=prefix)
+                if not line.strip():
+                    continue
+                row, place = json_row(line), f"{prefix}{CAPTIONS_FILE}:{number}"
+                name = next((row[word] for word in ("file", "file_name", "filename", "image") if word in row), None)
+                if PROBLEM in row or name is None:
+                    yield LeftOut(place, row.get(PROBLEM, "missing file name"))
+                else:
+                    yield file_record(folder, name, captions_of_row(row), prefix=prefix)
 
 
 def group_by_stem(names: Iterable[str]) -> dict[str, tuple[str, ...]]:

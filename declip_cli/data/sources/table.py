@@ -91,16 +91,18 @@ def _text_rows(path: str) -> Iterator[Row]:
 
 def _json_rows(path: str) -> Iterator[Row]:
     with storage.open_binary(path) as raw:
-        for line in raw:
-            if not line.strip():
-                continue
-            try:
-                row = parse_json(line)
-                yield row if isinstance(row, dict) and PROBLEM not in row else {PROBLEM: "damaged line"}
-            except UnicodeDecodeError:
-                yield {PROBLEM: "caption not UTF-8"}
-            except ValueError:
-                yield {PROBLEM: "damaged line"}
+        yield from (json_row(line) for line in raw if line.strip())
+
+
+def json_row(line: bytes) -> Row:
+    """Parse one line of JSON lines."""
+    try:
+        row = parse_json(line)
+    except UnicodeDecodeError:
+        return {PROBLEM: "caption not UTF-8"}
+    except ValueError:
+        row = None
+    return row if isinstance(row, dict) and PROBLEM not in row else {PROBLEM: "damaged line"}
 
 
 @contextmanager
