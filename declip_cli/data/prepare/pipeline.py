@@ -31,6 +31,7 @@ _REMEDIES = {
     "missing file": "--images FOLDER says where the file names of the list start from",
     "missing caption": "give images captions: NAME.txt beside NAME.jpg, a captions.jsonl, or a table",
 }
+_OTHER_REMEDY = "check the source; --kind says what it is if it was taken for something else"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -119,8 +120,8 @@ class _Run:
     def __init__(self, config: PrepareConfig, source: Source, folder: OutFolder, report: PrepareReport) -> None:
         self._config, self._source, self._folder, self._report = config, source, folder, report
         self._started = time.monotonic()
-        self._excluded = look_at(config.clean.exclude, workers=config.workers)
-        self._seen = Seen(config.clean, self._excluded.looks)
+        looks, self._excluded = look_at(config.clean.exclude, workers=config.workers)
+        self._seen = Seen(config.clean, looks)
         self._writers: dict[str, PartWriter] = {}
         self._offenders: list[str] = []
         self._saved = 0.0
@@ -213,9 +214,7 @@ class _Run:
             raise DataError(
                 f"no image-text pair found in {self._config.source} ({str(report.skipped) or 'it is empty'}), "
                 f"which was taken for: {report.kind}, after {report.num_read} records",
-                remedy=_REMEDIES.get(
-                    most, "check the source; --kind says what it is if it was taken for something else"
-                ),
+                remedy=_REMEDIES.get(most, _OTHER_REMEDY),
             )
         if is_bad:
             self._save()
@@ -247,7 +246,7 @@ class _Run:
     def _finish(self) -> None:
         for writer in self._writers.values():
             writer.finish_shard()
-        config, report, excluded = self._config, self._update(), self._excluded
+        config, report = self._config, self._update()
         shared = {
             "source": config.source,
             "kind": report.kind,
@@ -263,6 +262,5 @@ class _Run:
         manifests[""] |= {name: result[name] for name in ("num_read", "num_shards", "num_skipped", "skipped")}
         manifests[""]["parts"] = {part: manifest["num_pairs"] for part, manifest in manifests.items() if part}
         if config.clean.exclude:
-            facts = {"num_pictures": excluded.num_pictures, "num_unreadable": excluded.num_unreadable}
-            manifests[""]["excluded"] = facts
+            manifests[""]["excluded"] = self._excluded
         self._folder.finish(manifests)

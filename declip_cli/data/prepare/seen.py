@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 from declip_cli.data.catalogue import open_dataset
@@ -89,26 +89,20 @@ def _caption_hash(caption: str) -> int:
     return _hash("caption", " ".join(caption.casefold().split()))
 
 
-@dataclass(slots=True)
-class Excluded:
-    """Images to be kept out."""
-
-    looks: Looks = field(default_factory=Looks)
-    num_pictures: int = 0
-    num_unreadable: int = 0
-
-
-def look_at(names: Sequence[str], *, workers: int = 0) -> Excluded:
+def look_at(names: Sequence[str], *, workers: int = 0) -> tuple[Looks, dict[str, int]]:
     """Hash the looks of all images of some data sets.
 
     Args:
         names: folders of images or of shards, local or URLs, or known sets, as `open_dataset` takes them.
         workers: threads; 0 takes the cores there are.
 
+    Returns:
+        Their looks, and `num_pictures` and `num_unreadable` for the manifest.
+
     Raises:
         DataError: one is missing, holds no image, or cannot be read for now.
     """
-    excluded = Excluded()
+    looks, counts = Looks(), {"num_pictures": 0, "num_unreadable": 0}
     for name in names:
         try:
             data = open_dataset(name)
@@ -117,11 +111,11 @@ def look_at(names: Sequence[str], *, workers: int = 0) -> Excluded:
             raise DataError(f"cannot exclude {name}: {error.message}", remedy="check --exclude") from error
         if max(hashes, default=-1) < 0:
             raise DataError(f"no image to exclude in {name}", remedy="check --exclude")
-        excluded.num_pictures += len(hashes)
-        excluded.num_unreadable += hashes.count(-1)
+        counts["num_pictures"] += len(hashes)
+        counts["num_unreadable"] += hashes.count(-1)
         for looks_hash in hashes:
-            excluded.looks.add(max(looks_hash, 0))
-    return excluded
+            looks.add(max(looks_hash, 0))
+    return looks, counts
 
 
 def _looks_of(data: Dataset, numbers: Sequence[int]) -> list[int]:
