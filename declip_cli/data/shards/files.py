@@ -113,6 +113,13 @@ class BlockCache:
                 with suppress(OSError):
                     os.remove(temporary)
 
+    def wait(self, name: str) -> bool:
+        """Wait while anybody on this machine fetches a piece; return whether anybody did."""
+        with suppress(OSError), open(self.path(f"{name}.lock"), "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            return True
+        return False
+
     def release(self, name: str) -> None:
         """Let a piece be the first to go."""
         self._touch(name, (0, 0))
@@ -236,19 +243,20 @@ class ShardFiles:
         return ShardFiles, (self.cache_dir, self._cache_bytes)
 
     def read(self, piece: Piece, start: int, end: int) -> bytes:
-        """Read bytes `start` to `end - 1` of a shard; from a piece that was fetched without asking the store.
+        """Read bytes `start` to `end - 1` of a shard; from a piece that is fetched without asking the store.
 
         Raises:
             DataError: the shard cannot be read, with the cause `UNREAD`, or is shorter.
         """
         path = piece.shard.path
+        if start == end:
+            return b""
         if piece.shard.is_remote:
-            with suppress(OSError):
-                data = self._pread(self._cache.path(piece.name), start - piece.start, end - piece.start)
-                if len(data) == end - start:
-                    return data
+            data = self._read_cached(piece, start, end)
+            if not data and self._cache.wait(piece.name):
+                data = self._read_cached(piece, start, end)
             with _shard_errors(path):
-                return storage.read_range(path, start, end)
+                return data or storage.read_range(path, start, end)
         with _shard_errors(path):
             data = storage.attempt(path, lambda: self._pread(path, start, end))
         if len(data) < end - start:
@@ -283,6 +291,13 @@ class ShardFiles:
         path = cached if shard.is_remote and os.path.exists(cached) else shard.path
         with _shard_errors(shard.path):
             return storage.attempt(shard.path, lambda: storage.open_binary(path))
+
+    def _read_cached(self, piece: Piece, start: int, end: int) -> bytes:
+        """Read from a piece in the cache; empty if it is not there."""
+        with suppress(OSError):
+            data = self._pread(self._cache.path(piece.name), start - piece.start, end - piece.start)
+            return data if len(data) == end - start else b""
+        return b""
 
     def _pread(self, path: str, start: int, end: int) -> bytes:
         handle = self._handle(path)  # held while reading: another thread may push it out of the list

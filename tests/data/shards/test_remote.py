@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -93,6 +94,19 @@ def test_a_block_is_one_request_and_its_pairs_ask_for_nothing(tmp_path, far, pre
     data.fetch(3)
     assert len(opened(prepared, tmp_path).read(59).image) == IMAGE_BYTES
     assert [request for request in far.asked if ".tar" in request[1]] == far.asked[:8]
+
+
+def test_a_pair_waits_for_its_block_that_is_being_fetched(tmp_path, far, prepared):
+    data = opened(prepared, tmp_path)
+    far.faults.append("late")
+    far.asked.clear()
+    fetcher = threading.Thread(target=data.fetch, args=(0,))
+    fetcher.start()
+    while not far.asked:
+        time.sleep(0.01)
+    assert data.read(1).image == image(1)
+    fetcher.join()
+    assert far.num_asked == 1
 
 
 def test_a_pair_of_no_fetched_block_is_one_request(tmp_path, far, prepared):
