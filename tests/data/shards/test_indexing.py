@@ -1,9 +1,7 @@
 """Indexes of shards: shared out among processes, vouched for by a digest, made again when damaged."""
 
-import io
 import os
 import random
-import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,18 +14,7 @@ from declip_cli.data.shards.index import IndexBuilder, read_indexes, write_index
 from declip_cli.data.shards.indexing import find_index
 from declip_cli.data.shards.store import find_shards, open_shards
 from declip_cli.errors import DataError
-
-
-def write_shard(path, num, *, key="a"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for number in range(num):
-            for name, data in ((f"{key}{number}.jpg", b"image %d" % number), (f"{key}{number}.txt", b"text")):
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    return path
-
+from tests.data.shards.test_store import pairs, write_tar
 
 NUM_PROCESSES = 4
 
@@ -62,7 +49,7 @@ def opened_at_once(folder, *, cache_of=lambda process: "cache"):
 
 
 def test_those_who_open_tars_at_once_index_each_once(tmp_path, built):
-    names = [write_shard(tmp_path / "open" / f"{shard:05d}.tar", 20).name for shard in range(12)]
+    names = [write_tar(tmp_path / "open" / f"{shard:05d}.tar", pairs(range(20))).name for shard in range(12)]
     found = opened_at_once(tmp_path / "open")
     assert found[0][0] == 240
     assert found == found[:1] * NUM_PROCESSES
@@ -71,7 +58,7 @@ def test_those_who_open_tars_at_once_index_each_once(tmp_path, built):
 
 
 def test_where_indexes_go_to_a_cache_each_machine_makes_them_once(tmp_path, built, monkeypatch):
-    names = [write_shard(tmp_path / "protected" / f"{shard:05d}.tar", 20).name for shard in range(12)]
+    names = [write_tar(tmp_path / "protected" / f"{shard:05d}.tar", pairs(range(20))).name for shard in range(12)]
     monkeypatch.setattr(os, "access", lambda *args: False)
     found = opened_at_once(tmp_path / "protected", cache_of=lambda process: f"machine-{process // 2}")
     assert found == found[:1] * NUM_PROCESSES
@@ -80,7 +67,7 @@ def test_where_indexes_go_to_a_cache_each_machine_makes_them_once(tmp_path, buil
 
 def test_a_shard_that_cannot_be_read_is_an_error_for_all(tmp_path, built):
     for shard in range(12):
-        write_shard(tmp_path / "broken" / f"{shard:05d}.tar", 20)
+        write_tar(tmp_path / "broken" / f"{shard:05d}.tar", pairs(range(20)))
     messages = opened_at_once(tmp_path / "broken")
     assert len(messages) == NUM_PROCESSES
     assert all("cannot read the shard" in message for message in messages)
@@ -89,7 +76,7 @@ def test_a_shard_that_cannot_be_read_is_an_error_for_all(tmp_path, built):
 def test_progress_is_told_where_indexing_takes_long(tmp_path, monkeypatch):
     make, said = indexing._make_index, []
     for shard in range(4):
-        write_shard(tmp_path / f"{shard}.tar", 2)
+        write_tar(tmp_path / f"{shard}.tar", pairs(range(2)))
     with monkeypatch.context() as patch:
         patch.setattr(indexing, "_SAY_EVERY_S", 0.01)
         patch.setattr(indexing, "_THREADS", 1)
@@ -106,7 +93,7 @@ def test_progress_is_told_where_indexing_takes_long(tmp_path, monkeypatch):
 )
 def test_an_index_that_is_none_or_an_old_one_is_made_again_and_that_is_said_once(tmp_path, content):
     for shard in range(3):
-        write_shard(tmp_path / f"{shard}.tar", 4)
+        write_tar(tmp_path / f"{shard}.tar", pairs(range(4)))
     open_shards([str(tmp_path)])
     whole = (tmp_path / "0.index").read_bytes()
     for shard in (0, 2):
@@ -133,7 +120,7 @@ def damaged(data, rng):
 
 
 def test_a_damaged_index_is_never_believed(tmp_path):
-    path = write_shard(tmp_path / "a.tar", 30)
+    path = write_tar(tmp_path / "a.tar", pairs(range(30)))
     fingerprint = open_shards([str(path)]).fingerprint
     index = tmp_path / "a.index"
     whole, rng = index.read_bytes(), random.Random(0)
@@ -156,7 +143,7 @@ def test_spans_outside_the_tar_are_refused_even_with_the_right_digest(tmp_path, 
 
 
 def test_an_index_older_than_its_shard_or_of_another_size_is_not_used(tmp_path):
-    path = write_shard(tmp_path / "a.tar", 3)
+    path = write_tar(tmp_path / "a.tar", pairs(range(3)))
     open_shards([str(path)])
     ((shard,), _) = find_shards(str(path))
     assert find_index(shard, cache_dir=str(tmp_path)) == (str(tmp_path / "a.index"), "")
@@ -169,12 +156,12 @@ def test_an_index_older_than_its_shard_or_of_another_size_is_not_used(tmp_path):
 def test_many_indexes_become_one_file_for_the_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(indexing, "_MAX_MAPPED", 2)
     for shard in range(4):
-        write_shard(tmp_path / f"{shard}.tar", 3 + shard, key=f"{shard}-")
+        write_tar(tmp_path / f"{shard}.tar", pairs(range(10 * shard, 11 * shard + 3)))
     cache = tmp_path / "cache"
     opened = [open_shards([str(tmp_path)], cache_dir=str(cache)) for _ in range(2)]
     (joined,) = (cache / "indexes").glob("*.index")
     assert [[data.key(number) for number in range(len(data))] for data in opened] == [
-        [f"{shard}-{number}" for shard in range(4) for number in range(3 + shard)]
+        [f"{number:04d}" for shard in range(4) for number in range(10 * shard, 11 * shard + 3)]
     ] * 2
     assert opened[0].fingerprint == opened[1].fingerprint
     monkeypatch.setattr(indexing, "find_index", None)  # what is beside the shards is not asked for again

@@ -252,14 +252,6 @@ def test_what_is_released_goes_first_then_what_is_oldest(tmp_path):
     assert kept(tmp_path) == set("efgh")
 
 
-def test_a_lock_that_vanishes_does_not_keep_others_from_making_room(tmp_path):
-    (tmp_path / "gone.lock").symlink_to(tmp_path / "nowhere")
-    cache = BlockCache(str(tmp_path), bound_bytes=500)
-    for name in "abc":
-        cache.fetch(name, 230, [bytes(230)])
-    assert kept(tmp_path) == set("bc")
-
-
 def test_the_bound_holds_while_many_write_and_after_one_was_killed(tmp_path):
     (tmp_path / "killed.1-1.tmp").write_bytes(bytes(400))
     os.utime(tmp_path / "killed.1-1.tmp", (1, 1))

@@ -16,6 +16,7 @@ from declip_cli.errors import DataError
 
 def write_tar(path, members, *, format=tarfile.PAX_FORMAT):
     """Write a tar with the standard library: members are (name, bytes)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=format) as tar:
         for name, data in members:
             info = tarfile.TarInfo(name)
