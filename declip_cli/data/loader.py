@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Literal, NamedTuple
 
 import cv2
@@ -15,7 +16,7 @@ from declip_cli.config import AugmentConfig, Views
 from declip_cli.data.dataset import BlockDataset, Dataset
 from declip_cli.data.image_views import ImageViews
 from declip_cli.data.order import BlockOrder, ExactOrder, Order, ShardOrder
-from declip_cli.data.pair_views import BadSample, PairTexts, PairViews, UnreadablePair, lay_texts
+from declip_cli.data.pair_views import BadSample, PairViews, UnreadablePair
 from declip_cli.data.text_views import TextViews
 from declip_cli.data.tokenizer import Tokenizer
 from declip_cli.errors import DataError
@@ -143,24 +144,20 @@ class Filler:
 
     def __call__(self, room: Room, task: Task) -> Filled:
         """Fill some rows."""
-        texts: list[PairTexts] = []
-        bad: list[BadSample] = []
-        for i, (position, number) in enumerate(zip(task.positions, task.numbers, strict=True)):
-            row, attempt = task.first + i, 0
-            while True:
+        longest, bad = 0, list[BadSample]()
+        for row, position, number in zip(count(task.first), task.positions, task.numbers, strict=False):
+            for attempt in range(1, _MAX_STAND_INS + 1):
                 try:
-                    texts.append(self._pairs.draw(number, task.epoch, room.images[row]))
+                    texts = room.tokens[row], room.mask_labels[row]
+                    longest = max(longest, self._pairs.draw(number, task.epoch, room.images[row], *texts))
                     room.numbers[row] = number
                     break
                 except UnreadablePair as error:
                     bad.append(error.sample)
-                    attempt += 1
-                if attempt == _MAX_STAND_INS:
-                    return Filled(0, bad, os.getpid(), self._tokenizer.num_truncated, is_exhausted=True)
-                number = self._order.stand_in(task.epoch, position, attempt, self._config.global_size)
-        rows = slice(task.first, task.first + len(texts))
-        length = lay_texts(texts, room.tokens[rows], room.mask_labels[rows])
-        return Filled(length, bad, os.getpid(), self._tokenizer.num_truncated)
+                    number = self._order.stand_in(task.epoch, position, attempt, self._config.global_size)
+            else:
+                return Filled(0, bad, os.getpid(), self._tokenizer.num_truncated, is_exhausted=True)
+        return Filled(longest, bad, os.getpid(), self._tokenizer.num_truncated)
 
 
 def room_shapes(config: StreamConfig) -> dict[str, tuple[int, ...]]:
