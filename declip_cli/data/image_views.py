@@ -3,7 +3,6 @@
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import cv2
@@ -25,7 +24,6 @@ from declip_cli.errors import require
 
 _LOG_RATIO = math.log(4 / 3)
 _UNCHANGED = Colours()
-_NO_PIXELS: Pixels = np.empty((0, 0, 3), dtype=np.uint8)
 
 
 class Crop(NamedTuple):
@@ -47,19 +45,12 @@ class ViewDraw(NamedTuple):
     is_flipped: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A picture ready to be cropped: decoded, or a JPEG that waits for the crops to be decoded smaller."""
+class Picture(NamedTuple):
+    """A picture ready to be cropped."""
 
     header: ImageHeader
-    pixels: Pixels
-    """RGB, uint8, (height, width, 3), or empty while not decoded."""
-    data: bytes = b""
-
-    @property
-    def is_decoded(self) -> bool:
-        """Whether the pixels are there, so that the picture may be kept and used again."""
-        return self.pixels.size > 0
+    content: bytes | Pixels
+    """RGB, uint8, (height, width, 3); or a JPEG that waits for the crops to be decoded smaller."""
 
 
 class ImageViews:
@@ -80,20 +71,6 @@ class ImageViews:
         self._config = config
         self._side_px = side_px
 
-    def draw(self, image: bytes | Pixels, kinds: Sequence[ImageView], rng: random.Random, out: Pixels) -> None:
-        """Draw the views of one picture.
-
-        Args:
-            image: as in `open`.
-            kinds: V kinds of views, in order.
-            rng: decides everything; the same state gives the same pixels.
-            out: filled with RGB, uint8, (V, S, S, 3), contiguous.
-
-        Raises:
-            DataError: the picture cannot be decoded.
-        """
-        self.draw_from(self.open(image), kinds, rng, out)
-
     def open(self, image: bytes | Pixels) -> Picture:
         """Decode a picture, unless it is a JPEG so large that knowing the crops may save work.
 
@@ -109,36 +86,32 @@ class ImageViews:
         if isinstance(image, bytes):
             header = read_header(image)
             if header.is_plain_jpeg and min(header.width, header.height) >= 2 * self._side_px:
-                return Picture(header, _NO_PIXELS, image)
+                return Picture(header, image)
             image = decode_smaller(image, header, self._side_px)
         return Picture(ImageHeader(image.shape[1], image.shape[0], False, True), image)
 
-    def draw_from(self, picture: Picture, kinds: Sequence[ImageView], rng: random.Random, out: Pixels) -> None:
-        """Draw the views of one opened picture; see `draw`."""
-        side = self._side_px
-        if out.shape != (len(kinds), side, side, 3) or out.dtype != np.uint8 or not out.flags.c_contiguous:
-            raise ValueError(f"views need contiguous uint8 ({len(kinds)}, {side}, {side}, 3), got {out.shape}")
-        width = picture.header.width
-        draws = [self.decide(kind, width, picture.header.height, rng) for kind in kinds]
-        pixels = picture.pixels
-        if not picture.is_decoded:
-            shortest = min(min(draw.crop.width, draw.crop.height) for draw in draws)
-            pixels = decode_jpeg(picture.data, picture.header, reduction=largest_reduction(shortest, side))
-        for draw, view in zip(draws, out, strict=True):
-            self._render(pixels, pixels.shape[1] / width, draw, view)
-
-    def decide(self, kind: ImageView, width: int, height: int, rng: random.Random) -> ViewDraw:
-        """Draw all that is random about one view.
+    def draw(self, picture: Picture, kinds: Sequence[ImageView], rng: random.Random, out: Pixels) -> None:
+        """Draw the views of one picture.
 
         Args:
-            kind: `plain` or `augmented`.
-            width: of the upright picture, in pixels.
-            height: likewise.
-            rng: decides.
+            picture: from `open`.
+            kinds: V kinds of views, in order.
+            rng: decides everything; the same state gives the same pixels.
+            out: filled with RGB, uint8, (V, S, S, 3).
 
-        Returns:
-            The decisions; pixels play no part in them.
+        Raises:
+            DataError: the picture cannot be decoded.
         """
+        header, pixels = picture
+        draws = [self._decide(kind, header.width, header.height, rng) for kind in kinds]
+        if isinstance(pixels, bytes):
+            shortest = min(min(draw.crop.width, draw.crop.height) for draw in draws)
+            pixels = decode_jpeg(pixels, header, reduction=largest_reduction(shortest, self._side_px))
+        for draw, view in zip(draws, out, strict=True):
+            self._render(pixels, pixels.shape[1] / header.width, draw, view)
+
+    def _decide(self, kind: ImageView, width: int, height: int, rng: random.Random) -> ViewDraw:
+        """Draw all that is random about one view; pixels play no part in it."""
         config = self._config
         if kind == "plain":
             return ViewDraw(draw_crop(width, height, config.plain_crop_area_min, rng))
@@ -173,9 +146,8 @@ class ImageViews:
         if draw.blur_sigma_px >= SMALLEST_BLUR_SIGMA_PX:
             view = blur(view, draw.blur_sigma_px)
         if draw.is_flipped:
-            cv2.flip(view, 1, dst=out)
-        else:
-            out[:] = view
+            cv2.flip(view, 1, dst=view)
+        out[:] = view
 
 
 def draw_crop(width: int, height: int, area_min: float, rng: random.Random) -> Crop:

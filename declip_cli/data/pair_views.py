@@ -92,7 +92,7 @@ class PairViews:
         picture, captions = self._open(number)
         rng = sample_rng(self._seed, epoch, number)
         try:
-            self._image_views.draw_from(picture, self._views.images, rng, images)
+            self._image_views.draw(picture, self._views.images, rng, images)
         except DataError as error:  # the picture was not decoded before its crops were known
             raise self._unreadable(number, error) from error
         caption = captions[0] if len(captions) == 1 else rng.choice(captions)
@@ -120,7 +120,8 @@ class PairViews:
                 raise DataError(f"{example.key} has no caption", remedy="give it one", cause="no caption")
         except DataError as error:
             raise self._unreadable(number, error) from error
-        if picture.is_decoded and picture.pixels.nbytes * len(self._samples) <= self._cache_bytes:
+        pixels = picture.content  # of a large JPEG other crops may need another size
+        if not isinstance(pixels, bytes) and pixels.nbytes * len(self._samples) <= self._cache_bytes:
             self._cache[number] = picture, example.captions
         return picture, example.captions
 
