@@ -154,14 +154,18 @@ def _records(shard: Path) -> Iterator[Found]:
     import pyarrow.parquet
 
     rows: list[dict[str, Any]] = pyarrow.parquet.read_table(f"{shard}.parquet").to_pylist()
-    with tarfile.open(f"{shard}.tar") as tar:
-        members = {member.name: member for member in tar}
-        for row in sorted(rows, key=lambda row: str(row["key"])):
-            member = members.get(f"{row['key']}.jpg")  # as img2dataset names whatever came
-            if row["status"] == "success" and member is not None:
-                yield Record(row["url"], cast(IO[bytes], tar.extractfile(member)).read(), tuple(row["captions"]))
-            else:
-                yield LeftOut(row["url"], row["problem"] or name_failure(row["error_message"] or ""))
+    try:
+        with tarfile.open(f"{shard}.tar") as tar:
+            members = {member.name: member for member in tar}
+            for row in sorted(rows, key=lambda row: str(row["key"])):
+                member = members.get(f"{row['key']}.jpg")  # as img2dataset names whatever came
+                if row["status"] == "success" and member is not None:
+                    yield Record(row["url"], cast(IO[bytes], tar.extractfile(member)).read(), tuple(row["captions"]))
+                else:
+                    yield LeftOut(row["url"], row["problem"] or name_failure(row["error_message"] or ""))
+    except tarfile.TarError as error:
+        remedy = f"delete {shard}_stats.json to download it again, then run the same command again"
+        raise DataError(f"{shard}.tar is damaged: {error}", remedy=remedy) from error
 
 
 def name_failure(message: str) -> str:
