@@ -133,7 +133,9 @@ def _place_in_cache(shard: Shard, cache_dir: str) -> str:
     return cached_index(f"{address} {shard.stamp}", cache_dir)
 
 
-def load_indexes(shards: Sequence[Shard], files: ShardFiles, *, say: Say | None) -> list[str]:
+def load_indexes(
+    shards: Sequence[Shard], files: ShardFiles, *, say: Say | None, meet: Callable[[bool], bool]
+) -> list[str]:
     """Find the indexes of shards; those that are missing, damaged or out of date are made first.
 
     Processes that do so at the same time share the work: each takes the shards in an order of its own and finds most
@@ -143,6 +145,7 @@ def load_indexes(shards: Sequence[Shard], files: ShardFiles, *, say: Say | None)
         shards: in order.
         files: reads them.
         say: told of damaged indexes, and of how far it is if that takes more than a few seconds.
+        meet: called every few seconds with False, as this is not done.
 
     Returns:
         Local files with one index per shard, in their order: one file each, or, where they are many, one for all.
@@ -164,6 +167,7 @@ def load_indexes(shards: Sequence[Shard], files: ShardFiles, *, say: Say | None)
             if (now := time.monotonic()) - said > _SAY_EVERY_S:
                 said = now
                 say(f"{num_done:,} of {len(found):,} shards indexed, once for all")
+                meet(False)
     if damages:
         say(f"the index of {len(damages)} shards was made again ({min(damages)})")
     if len(found) <= _MAX_MAPPED:

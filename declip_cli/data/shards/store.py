@@ -49,7 +49,8 @@ def open_shards(
         cache_dir: local folder for indexes and for what is fetched; None uses `$DECLIP_CACHE`, else `~/.cache/declip`.
         say: told of damaged indexes, and of the progress where shards of others are indexed for the first time.
         shall_count: given all shards, decides whether to go first through those that have no index; if not, they are
-            indexed when their turn comes. None goes through them.
+            indexed when their turn comes. Every rank of a process group opens the same shards now. None goes through
+            them, on this rank alone.
         cache_gb: how many gigabytes of remote shards may be in the cache.
 
     Returns:
@@ -62,6 +63,7 @@ def open_shards(
     files = ShardFiles(cache_dir or default_cache_dir(), int(cache_gb * 1e9))
     found = [find_shards(path, split or "") for path in paths]
     shards = [shard for some, _ in found for shard in some]
+    meet = _meet if shall_count is not None else bool
     data: Shards
     if shall_count is not None and not shall_count(shards):
         data = LazyShardDataset(shards, files)
@@ -69,12 +71,21 @@ def open_shards(
         index_files: list[str] = []
         for some, digest in found:
             joined = _joined_index(some, digest, files.cache_dir, say) if digest and some else ""
-            index_files += [joined] if joined else load_indexes(some, files, say=say)
+            index_files += [joined] if joined else load_indexes(some, files, say=say, meet=meet)
         data = ShardDataset(shards, files, index_files)
         if not len(data):
             raise DataError(f"no image-text pair in {', '.join(paths)} ({data.skipped or 'empty'})", remedy=PREPARE)
+        while not meet(True):
+            pass
     data.name, data.split = " ".join(paths), split or ""
     return data
+
+
+def _meet(is_done: bool) -> bool:
+    """Say whether all ranks are done: they meet so often that who waits for the others runs into no time limit."""
+    from declip_cli.process_group import from_all  # `prepare` does without torch
+
+    return all(from_all(is_done))
 
 
 def find_shards(path: str, split: str = "") -> tuple[list[Shard], str]:

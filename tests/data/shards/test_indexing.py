@@ -2,6 +2,7 @@
 
 import os
 import random
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -71,6 +72,43 @@ def test_a_shard_that_cannot_be_read_is_an_error_for_all(tmp_path, built):
     messages = opened_at_once(tmp_path / "broken")
     assert len(messages) == NUM_PROCESSES
     assert all("cannot read the shard" in message for message in messages)
+
+
+def test_a_rank_that_is_done_meets_those_that_are_not_until_all_are(tmp_path, monkeypatch):
+    """What is between two meetings is short, though one rank takes four times as long as a collective may."""
+    for shard in range(8):
+        write_tar(tmp_path / "shards" / f"{shard}.tar", pairs(range(2)))
+    here, barrier, values, make = (
+        threading.local(),
+        threading.Barrier(2, timeout=1.0),
+        [False] * 2,
+        indexing._make_index,
+    )
+
+    def from_all(value):
+        values[here.rank] = value
+        barrier.wait()
+        found = list(values)
+        barrier.wait()
+        return found
+
+    def make_slowly(*arguments):
+        time.sleep(0.5)
+        return make(*arguments)
+
+    def work(rank):
+        here.rank = rank
+        return len(open_shards([folder], cache_dir=str(tmp_path / f"{rank}"), shall_count=lambda shards: True))
+
+    folder = str(tmp_path / "shards")
+    monkeypatch.setattr(os, "access", lambda *args: False)
+    open_shards([folder], cache_dir=str(tmp_path / "0"))
+    monkeypatch.setattr("declip_cli.process_group.from_all", from_all)
+    monkeypatch.setattr(indexing, "_make_index", make_slowly)
+    monkeypatch.setattr(indexing, "_THREADS", 1)
+    monkeypatch.setattr(indexing, "_SAY_EVERY_S", 0.0)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(work, range(2))) == [16, 16]
 
 
 def test_progress_is_told_where_indexing_takes_long(tmp_path, monkeypatch):
