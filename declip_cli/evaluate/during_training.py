@@ -27,7 +27,7 @@ _FALLING = ("median_rank", "mean_rank")
 class Evaluator:
     """Score models on sets that are open already; see `make_evaluator`."""
 
-    def __init__(self, parts: Sequence["Part"], options: FeatureOptions) -> None:
+    def __init__(self, parts: Sequence["Evaluation"], options: FeatureOptions) -> None:
         self._parts = parts
         self._options = options
 
@@ -75,7 +75,7 @@ def make_evaluator(names: Sequence[str], *, data_root: Path | None = None, threa
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Evaluation:
     """One evaluation of an open set: zero-shot classification or retrieval."""
 
     name: str
@@ -99,9 +99,9 @@ class Part:
         return paths + [f"mean_of_{folds}_folds.{path}" for path in paths if folds]
 
 
-def _open(name: str, data_root: Path | None) -> list[Part]:
+def _open(name: str, data_root: Path | None) -> list[Evaluation]:
     dataset = open_dataset(name, evaluation_split(name), data_root=data_root)
     is_retrieval = has_captions(dataset)
     is_classification = dataset.classes is not None or not is_retrieval
-    parts = [Part(name, classified(dataset), is_retrieval=False)] if is_classification else []
-    return parts + ([Part(name, dataset, is_retrieval=True)] if is_retrieval else [])
+    parts = [Evaluation(name, classified(dataset), is_retrieval=False)] if is_classification else []
+    return parts + ([Evaluation(name, dataset, is_retrieval=True)] if is_retrieval else [])

@@ -75,6 +75,9 @@ class FeatureOptions:
         return self.use_cache and bool(model.fingerprint) and self.num_shares == 1
 
 
+DEFAULTS = FeatureOptions()
+
+
 def encode_images(
     model: PretrainedModel,
     dataset: Dataset,

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from declip_cli.data.dataset import Dataset, Skips
 from declip_cli.data.shards.store import default_cache_dir
 from declip_cli.errors import DataError, EvaluateError
-from declip_cli.evaluate.encoding import Encode, FeatureOptions, Part, encode_images, encode_shares
+from declip_cli.evaluate.encoding import DEFAULTS, Encode, FeatureOptions, Part, encode_images, encode_shares
 from declip_cli.evaluate.vectors import Encoded, Rows, StoreError, VectorStore, use_store
 from declip_cli.model.checkpoint import PretrainedModel
 from declip_cli.model.precision import resolve_precision
@@ -57,7 +57,7 @@ def image_features(
     *,
     projected: bool = True,
     normalise: bool = True,
-    options: FeatureOptions | None = None,
+    options: FeatureOptions = DEFAULTS,
 ) -> ImageFeatures:
     """Encode images, skipping and counting those that cannot be read.
 
@@ -88,7 +88,7 @@ def embedder(model: PretrainedModel, *, projected: bool = True, normalise: bool 
 
 
 def map_images(
-    model: PretrainedModel, dataset: Dataset, encode: Encode, *, label: str, options: FeatureOptions | None = None
+    model: PretrainedModel, dataset: Dataset, encode: Encode, *, label: str, options: FeatureOptions = DEFAULTS
 ) -> ImageFeatures:
     """Apply a function of the encoder to images: read, decode, crop, batch, encode, store.
 
@@ -102,7 +102,6 @@ def map_images(
     Raises:
         EvaluateError: there is no image, or none of them can be read.
     """
-    options = options or FeatureOptions()
     if not len(dataset):
         raise EvaluateError("there is no image to encode", remedy="check the path of the data set")
 

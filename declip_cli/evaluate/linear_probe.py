@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from declip_cli.data.dataset import Metric, Skips
-from declip_cli.evaluate.encoding import Encode, FeatureOptions
+from declip_cli.evaluate.encoding import DEFAULTS, Encode, FeatureOptions
 from declip_cli.evaluate.features import map_images
 from declip_cli.evaluate.logistic import LogisticFit, LogisticProblem
 from declip_cli.evaluate.metrics import mean_per_class_accuracy, top_k_accuracy
@@ -79,7 +79,7 @@ def linear_probe(
     shots: int = 0,
     seed: int = 0,
     with_baseline: bool | None = None,
-    options: FeatureOptions | None = None,
+    options: FeatureOptions = DEFAULTS,
 ) -> LinearProbeReport:
     """Train a linear classifier on frozen features and test it once.
 
@@ -101,7 +101,7 @@ def linear_probe(
 
     Source: CLIP, arXiv 2103.00020, appendix A.3: no normalisation, no augmentation.
     """
-    started, options = time.perf_counter(), options or FeatureOptions()
+    started = time.perf_counter()
     drawn, uses_all = draw_shots(sets, shots=shots, seed=seed), not shots
     found = _probe(model, drawn, _encoder(model, features), f"probe {features}", uses_all, options)
     baseline = None

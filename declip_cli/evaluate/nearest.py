@@ -153,10 +153,7 @@ def saved_index(store: VectorStore, vectors: Vectors, rows: Rows, spec: str) -> 
         store: where it is saved.
         vectors: all rows, (V, D).
         rows: those that count, ascending, (N,).
-        spec: `Flat`, or a description for `faiss.index_factory`; empty keeps what there is.
-
-    Returns:
-        The index; None for `Flat`, which needs none.
+        spec: a description for `faiss.index_factory`, or `Flat`, which needs no index; empty keeps what there is.
 
     Raises:
         EvaluateError: there is no image, or the index cannot be made.

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from declip_cli.assets import asset_path
 from declip_cli.errors import EvaluateError
-from declip_cli.evaluate.encoding import FeatureOptions
+from declip_cli.evaluate.encoding import DEFAULTS, FeatureOptions
 from declip_cli.evaluate.features import by_content, content_key
 from declip_cli.evaluate.texts import text_features
 from declip_cli.files import parse_json
@@ -110,13 +110,12 @@ def _own_texts(class_names: Sequence[str], path: Path) -> Prompts:
     return Prompts(tuple(tuple(map(str, table[name])) for name in class_names))
 
 
-def build_classifier(model: PretrainedModel, prompts: Prompts, *, options: FeatureOptions | None = None) -> Tensor:
+def build_classifier(model: PretrainedModel, prompts: Prompts, *, options: FeatureOptions = DEFAULTS) -> Tensor:
     """Encode all prompts of C classes together and average them: one unit vector per class, float32, (C, D).
 
     Source: the mean of unit vectors, made unit length again, as in the original (P/solver/clip_solver.py) and
         in OpenAI's notebook.
     """
-    options = options or FeatureOptions()
 
     def encode(numbers: Sequence[int]) -> Tensor:
         chosen = Prompts(tuple(prompts.by_class[number] for number in numbers))

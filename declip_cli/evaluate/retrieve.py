@@ -10,7 +10,7 @@ from torch import Tensor
 from declip_cli.data.dataset import Dataset, Skips
 from declip_cli.data.files_dataset import Subset
 from declip_cli.errors import DataError, EvaluateError
-from declip_cli.evaluate.encoding import FeatureOptions
+from declip_cli.evaluate.encoding import DEFAULTS, FeatureOptions
 from declip_cli.evaluate.features import image_features
 from declip_cli.evaluate.metrics import Ranks, median_rank, paired_ranks, recall_at
 from declip_cli.evaluate.report import FLAT, Report
@@ -62,7 +62,7 @@ def _mean(entries: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def retrieve(model: PretrainedModel, dataset: Dataset, *, options: FeatureOptions | None = None) -> RetrievalReport:
+def retrieve(model: PretrainedModel, dataset: Dataset, *, options: FeatureOptions = DEFAULTS) -> RetrievalReport:
     """Score how well images and captions find each other.
 
     A caption finds its image, an image any of its captions, if that is among the first k. Captions of unreadable
@@ -76,7 +76,7 @@ def retrieve(model: PretrainedModel, dataset: Dataset, *, options: FeatureOption
     Raises:
         EvaluateError: no image has a caption, or none of them can be read.
     """
-    started, options = time.perf_counter(), options or FeatureOptions()
+    started = time.perf_counter()
     pairs = read_pairs(dataset)
     encoded, size = _Encoded(model, pairs, options), dataset.fold_size
     count = num_folds(len(pairs.images), size)

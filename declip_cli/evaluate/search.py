@@ -13,7 +13,7 @@ from declip_cli.data.dataset import Dataset, Pixels, Skips
 from declip_cli.data.files_dataset import FilesDataset
 from declip_cli.data.sources.records import read_picture
 from declip_cli.errors import DataError, EvaluateError
-from declip_cli.evaluate.encoding import FeatureOptions
+from declip_cli.evaluate.encoding import DEFAULTS, FeatureOptions
 from declip_cli.evaluate.features import embedder, image_features, update_store
 from declip_cli.evaluate.nearest import EXACT, ApproximateIndex, saved_index, search_exact
 from declip_cli.evaluate.report import FLAT, Report
@@ -78,7 +78,7 @@ def search(
     k: int = 10,
     index: str = "",
     folder: Path | None = None,
-    options: FeatureOptions | None = None,
+    options: FeatureOptions = DEFAULTS,
 ) -> SearchReport:
     """Find the images of a data set that are most like a query.
 
@@ -94,7 +94,7 @@ def search(
     Raises:
         EvaluateError: no image can be read, the index cannot be made, or belongs to another model.
     """
-    started, options = time.perf_counter(), options or FeatureOptions()
+    started = time.perf_counter()
     if model.token_wise and (folder is not None or index not in ("", EXACT)):
         raise EvaluateError(
             f"{f'--index {index}' if index else '--index-dir'} needs one vector per image; a token-wise model (FILIP) "

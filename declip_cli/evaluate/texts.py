@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from declip_cli.data.tokenizer import END, Tokenizer
 from declip_cli.errors import EvaluateError
-from declip_cli.evaluate.encoding import FeatureOptions, Part, encode_shares, take
+from declip_cli.evaluate.encoding import DEFAULTS, FeatureOptions, Part, encode_shares, take
 from declip_cli.evaluate.features import by_content
 from declip_cli.model.checkpoint import PretrainedModel
 from declip_cli.model.precision import autocast
@@ -25,7 +25,7 @@ def text_features(
     texts: Sequence[str],
     *,
     normalise: bool = True,
-    options: FeatureOptions | None = None,
+    options: FeatureOptions = DEFAULTS,
 ) -> Tensor:
     """Encode texts, sorted by length and cut to the longest of each batch.
 
@@ -35,7 +35,7 @@ def text_features(
         model: the encoder and its context length.
         texts: N texts; longer ones than the context are cut, keeping the end token.
         normalise: make each row unit length.
-        options: batch size, precision, store.
+        options: how features are computed.
 
     Returns:
         float32 on the CPU, (N, D), in the order of the texts.
@@ -43,7 +43,6 @@ def text_features(
     Raises:
         EvaluateError: there is no text.
     """
-    options = options or FeatureOptions()
     if not texts:
         raise EvaluateError("there is no text to encode", remedy="check the captions of the data set")
 
@@ -70,13 +69,7 @@ def _encode_texts(model: PretrainedModel, texts: Sequence[str], own: range, opti
 def encode_batches(
     model: PretrainedModel, texts: Sequence[str], encode: Callable[[Tensor], T], options: FeatureOptions
 ) -> Iterator[tuple[Tensor, Tensor, T]]:
-    """Apply a function of the encoder to texts, batch by batch.
-
-    Args:
-        model: where the encoder lies, and its context length.
-        texts: N texts.
-        encode: of tokens (B, L) on the encoder's device.
-        options: batch size, precision, progress.
+    """Apply a function of the encoder, of tokens (B, L) on its device, to texts, batch by batch.
 
     Yields:
         As of `length_sorted_batches`, and what `encode` returns.

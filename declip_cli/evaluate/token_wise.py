@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from declip_cli.data.dataset import Dataset
-from declip_cli.evaluate.encoding import FeatureOptions, Part, encode_shares, take
+from declip_cli.evaluate.encoding import DEFAULTS, FeatureOptions, Part, encode_shares, take
 from declip_cli.evaluate.features import ImageFeatures, map_images
 from declip_cli.evaluate.metrics import Ranks, ranks_in_rows
 from declip_cli.evaluate.prompts import Prompts
@@ -144,14 +144,7 @@ class TokenClassifier:
         return TokenClassifier(self.tokens.to(device), self.is_padding.to(device))
 
     def score(self, image_tokens: Tensor, *, chunk_classes: int = 64) -> Tensor:
-        """Score images against classes: best token for each patch, averaged over patches.
-
-        Args:
-            image_tokens: patch features, (B, P, Q).
-            chunk_classes: classes compared at a time.
-
-        Returns:
-            Scores, (B, C).
+        """Score images by their patches (B, P, Q), → (B, C): best token for each patch, averaged over patches.
 
         Source: FILIP's zero-shot evaluation in the original (P/solver/filip_solver.py, get_logits).
         """
@@ -161,14 +154,14 @@ class TokenClassifier:
 
 
 def build_token_classifier(
-    model: PretrainedModel, prompts: Prompts, *, options: FeatureOptions | None = None
+    model: PretrainedModel, prompts: Prompts, *, options: FeatureOptions = DEFAULTS
 ) -> TokenClassifier:
     """Encode the prompts of C classes token by token and average them by class and position, on the CPU.
 
     Source: protocol of FILIP in the original (P/solver/filip_solver.py, evaluate); tokens are unit length
         before the mean, the mean is divided by its Frobenius norm.
     """
-    found = encode_shares(len(prompts.by_class), partial(_sum_tokens, model, prompts), options or FeatureOptions())
+    found = encode_shares(len(prompts.by_class), partial(_sum_tokens, model, prompts), options)
     sums, counts = found.rows[..., :-1], found.rows[..., -1]  # (C, L, Q), (C, L)
     means = sums / counts.clamp(min=1)[..., None]
     norms = means.flatten(1).norm(dim=1)  # (C,)

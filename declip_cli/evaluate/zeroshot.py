@@ -10,7 +10,7 @@ from torch import Tensor
 from declip_cli.data.catalogue import classified
 from declip_cli.data.dataset import Classes, Dataset, Metric, Skips
 from declip_cli.errors import EvaluateError
-from declip_cli.evaluate.encoding import FeatureOptions
+from declip_cli.evaluate.encoding import DEFAULTS, FeatureOptions
 from declip_cli.evaluate.features import ImageFeatures, content_key, image_features, map_images
 from declip_cli.evaluate.metrics import chance_accuracy, mean_per_class_accuracy, top_k_accuracy
 from declip_cli.evaluate.prompts import Prompts, build_classifier, make_prompts
@@ -63,7 +63,7 @@ def zeroshot(
     dataset: Dataset,
     *,
     templates: str | Sequence[str] = "",
-    options: FeatureOptions | None = None,
+    options: FeatureOptions = DEFAULTS,
 ) -> ZeroshotReport:
     """Classify the images of a data set by the prompts of its classes.
 
@@ -78,7 +78,7 @@ def zeroshot(
 
     Source: CLIP, arXiv 2103.00020, section 3.1.
     """
-    started, options, dataset = time.perf_counter(), options or FeatureOptions(), classified(dataset)
+    started, dataset = time.perf_counter(), classified(dataset)
     classes = dataset.classes or Classes(names=())
     chosen = templates or classes.templates or DEFAULT_TEMPLATES
     prompts = make_prompts(classes.names, chosen)
