@@ -4,24 +4,18 @@ import json
 import os
 import shutil
 import signal
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
-from declip_cli.__main__ import app
 from declip_cli.train import loop
+from tests.command_line import declip
 
+pretrain = partial(declip, "pretrain")
 SMALL = ["--data", "demo", "--steps", "3", "--batch-size", "8", "--threads", "1", "--precision", "fp32"]
 SMALL += ["--set", "train.eval=[]", "--set", "train.log_every_steps=1", "--set", "data.split=fit"]
-
-
-def pretrain(*words):
-    result = CliRunner().invoke(app, ["pretrain", *(str(word) for word in words)])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 def error_of(*words, exit_code=1):

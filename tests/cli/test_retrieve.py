@@ -1,21 +1,15 @@
 """`declip retrieve` as a user types it."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import fsspec
 import pytest
-import typer
-from typer.testing import CliRunner
 
-from declip_cli.cli.retrieve import retrieve
+from tests.command_line import declip
 
-app = typer.Typer(pretty_exceptions_enable=False)
-app.command(no_args_is_help=True)(retrieve)
-
-
-def run(*words: str | Path, stdin: str = ""):
-    return CliRunner().invoke(app, [str(word) for word in words], input=stdin)
+run = partial(declip, "retrieve")
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Methods with very small heads, random embeddings for them, and what two processes do with both."""
 
 import os
+from contextlib import contextmanager
 from functools import partial
 from unittest import mock
 
@@ -40,16 +41,23 @@ def only(method, **weights):
     return dict.fromkeys(METHODS[method].default_weights, 0.0) | weights
 
 
-def build(name, *, seed=0, **options):
-    """Build a method whose parameters, norms and scales all have values of their own."""
-    torch.manual_seed(seed)
-    kind = METHODS[name]
-    encoder = DualEncoder(ARCHITECTURE, token_wise_dim=6 if kind.is_token_wise else 0)
+@contextmanager
+def narrow_heads():
+    """Let methods have narrow heads: SLIP's are 4,096 wide, DeCLIP's 1,024, and their weights most of a state."""
     with (
         mock.patch.object(slip, "SimClrHead", partial(SimClrHead, width=9, out_dim=7)),
         mock.patch.object(declip, "SimSiamProjector", partial(SimSiamProjector, width=9)),
         mock.patch.object(declip, "SimSiamPredictor", partial(SimSiamPredictor, width=9, bottleneck=5)),
     ):
+        yield
+
+
+def build(name, *, seed=0, **options):
+    """Build a method whose parameters, norms and scales all have values of their own."""
+    torch.manual_seed(seed)
+    kind = METHODS[name]
+    encoder = DualEncoder(ARCHITECTURE, token_wise_dim=6 if kind.is_token_wise else 0)
+    with narrow_heads():
         method = kind(encoder, MethodConfig(name=name, queue_size=QUEUE_SIZE, **options))
     with torch.no_grad():
         for key, parameter in method.named_parameters():

@@ -8,6 +8,7 @@ from declip_cli.model.architectures import ARCHITECTURES, Architecture, TextDims
 from declip_cli.process_group import joined
 from declip_cli.resolve import DataFacts, Machine, resolve
 from declip_cli.train.run import Request, pretrain
+from tests.methods.small_methods import narrow_heads
 
 ARCHITECTURES["test"] = Architecture(
     image_side_px=32,
@@ -43,7 +44,7 @@ def run(config, path, *, is_resumed=False, evaluate=None, notes=None):
     """Train to the end in a folder and return the reports."""
     say = (lambda message: None) if notes is None else notes.append
     request = Request(asked=config, path=path, is_resumed=is_resumed)
-    with joined(has_gpu=False, tell=say):
+    with narrow_heads(), joined(has_gpu=False, tell=say):
         return list(pretrain(request, evaluate=evaluate, say=say))
 
 

@@ -15,6 +15,7 @@ from declip_cli.data.shards.index import IndexBuilder, read_indexes, write_index
 from declip_cli.data.shards.indexing import find_index
 from declip_cli.data.shards.store import find_shards, open_shards
 from declip_cli.errors import DataError
+from tests.damage import damaged
 from tests.data.shards.test_store import pairs, write_tar
 
 NUM_PROCESSES = 4
@@ -141,20 +142,6 @@ def test_an_index_that_is_none_or_an_old_one_is_made_again_and_that_is_said_once
     assert len(said) == 1
     assert said[0].startswith(f"the index of 2 shards was made again ({tmp_path / '0.index'} is ")
     assert (tmp_path / "0.index").read_bytes() == whole
-
-
-def damaged(data, rng):
-    """Flip, cut, blank, insert or delete some bytes."""
-    start = rng.randrange(len(data))
-    end = min(len(data), start + rng.choice((1, 1, 8, 100)))
-    how = rng.choice(("flip", "truncate", "zero", "insert", "delete"))
-    if how == "flip":
-        return data[:start] + bytes([data[start] ^ (1 << rng.randrange(8))]) + data[start + 1 :]
-    if how == "truncate":
-        return data[:start]
-    if how == "zero":
-        return data[:start] + bytes(end - start) + data[end:]
-    return data[:start] + (rng.randbytes(end - start) + data[start:] if how == "insert" else data[end:])
 
 
 def test_a_damaged_index_is_never_believed(tmp_path):
