@@ -128,9 +128,9 @@ class ProcessLoader:
     def _death(self) -> DataError:
         ended = wait([process.sentinel for process in self._context.started])
         dead = next(process for process in self._context.started if process.sentinel in ended)
-        dead.join()
         for process in self._context.started:  # they ignore the pool's signal to end
             process.kill()
+        self._pool.shutdown()  # a thread of the pool collects the exit codes
         return DataError(
             f"the loader process {dead.name} (pid {dead.pid}) has ended with exit code {dead.exitcode}",
             remedy="if memory ran out (-9), fewer with --set data.workers=…; --set data.loader=threads starts none",
