@@ -95,10 +95,7 @@ def tars_in(path: str) -> list[str]:
 
 
 def read_tars(shards: list[str]) -> Iterator[Found]:
-    """Read pairs from archives in the layout of WebDataset and img2dataset, without unpacking them.
-
-    Args:
-        shards: local paths or URLs of `.tar` or `.tar.gz` files.
+    """Read pairs from `.tar` and `.tar.gz` archives of WebDataset and img2dataset, without unpacking them.
 
     Yields:
         One record per sample; what is none, and the end of an archive that ends too early, is left out.

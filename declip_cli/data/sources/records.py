@@ -103,14 +103,9 @@ def captions_beside(path: str, extensions: Iterable[str]) -> tuple[str, ...]:
 
 
 def file_record(folder: str, name: object, captions: Sequence[object], *, part: str = "", prefix: str = "") -> Found:
-    """Make the record of an image that a list names.
+    """Make the record of an image that a list names, unless the name is no text or leads out of the folder.
 
-    Args:
-        folder: where names start from.
-        name: what the list says; left out if it is no text or leads out of the folder.
-        captions: what the list says.
-        part: as of `Record.part`.
-        prefix: of the key.
+    The key is the name behind `prefix`; `part` is as of `Record.part`.
     """
     if not isinstance(name, str) or not name:
         return LeftOut(f"{folder} (no file name)", "missing file name")

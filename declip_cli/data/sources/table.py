@@ -128,13 +128,9 @@ def _parquet_rows(path: str) -> Iterator[Row]:
 def choose_columns(
     path: str, image: str, captions: Sequence[str], *, usual: Sequence[str] = IMAGE_COLUMNS
 ) -> tuple[str, list[str]]:
-    """Find the column that holds images, or addresses of images, and those that hold captions.
+    """Find the column that holds images, or their addresses, and those that hold captions.
 
-    Args:
-        path: as of `read_rows`.
-        image: what the user asked for; empty takes the first usual one.
-        captions: what the user asked for; empty likewise.
-        usual: names of image columns to look for, upper and lower case alike.
+    What the user asked for counts, else the first usual name that is there, upper and lower case alike.
 
     Raises:
         DataError: a wanted column is missing, or no usual one is there.
