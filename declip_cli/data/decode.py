@@ -45,15 +45,7 @@ def largest_reduction(side_px: int, wanted_px: int) -> int:
 
 
 def bad_picture(cause: str, detail: str) -> DataError:
-    """Word the error of a picture that cannot be used.
-
-    Args:
-        cause: a few words under which such pictures are counted.
-        detail: what was found.
-
-    Returns:
-        The error, to be raised.
-    """
+    """Word the error of a picture that cannot be used, counted under a cause of a few words; return it."""
     return DataError(
         f"a picture cannot be read: {cause} ({detail})",
         remedy="replace it, or leave it to be skipped and counted",
@@ -134,18 +126,9 @@ def decode_jpeg(data: bytes, header: ImageHeader | None = None, *, reduction: in
 
 
 def decode_smaller(data: bytes, header: ImageHeader, shorter_px: int) -> Pixels:
-    """Decode an image; a plain JPEG at the smallest size that leaves the shorter side `shorter_px` long, if it is.
+    """Decode an image whose shorter side is needed so long only, a plain JPEG at the smallest size that gives that.
 
-    Args:
-        data: an encoded image.
-        header: what was read of it.
-        shorter_px: what is needed of the shorter side.
-
-    Returns:
-        RGB, upright, uint8, (H, W, 3).
-
-    Raises:
-        DataError: as of `decode_image`.
+    Returns and raises what `decode_image` does.
     """
     if not header.is_plain_jpeg:
         return decode_image(data)
