@@ -1,4 +1,4 @@
-"""What one process does alone in test_shares.py, and each of two ranks."""
+"""What one process does alone in test_encoding.py, and each of two ranks."""
 
 import dataclasses
 import os
