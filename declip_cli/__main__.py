@@ -17,7 +17,7 @@ app = typer.Typer(
     name="declip",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,  # rich would double the time that help takes
     help="Pre-train CLIP-style models from few image-text pairs, and evaluate them.",
     epilog="A first run, with the data that comes along: `declip pretrain --data demo`",
 )

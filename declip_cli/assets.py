@@ -8,13 +8,7 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def asset_path(name: str) -> Path:
-    """Locate one file or folder of `assets/`.
-
-    Args:
-        name: path below `assets/`, such as `"recipes/declip-demo.toml"`.
-
-    Returns:
-        The absolute path; it exists.
+    """Locate one file or folder of `assets/`, such as `"recipes/declip-demo.toml"`.
 
     Raises:
         DeclipError: the installation lacks this file.

@@ -4,14 +4,57 @@ None leaves a choice to `resolve.py`, which writes down what was chosen; on the 
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
 
-from declip_cli.config_checks import require, require_at_least, require_fractions
+from declip_cli.errors import require
 
 ImageView: TypeAlias = Literal["plain", "augmented"]
 TextView: TypeAlias = Literal["plain", "augmented", "masked"]
 MethodName: TypeAlias = Literal["clip", "slip", "filip", "declip", "defilip"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What a number must be; it stands in the annotation of its field. None is left to be settled later."""
+
+    words: str
+    """Follows the name of the setting in the message."""
+    holds: Callable[[float], bool]
+
+
+Fraction: TypeAlias = Annotated[float, Rule("is a fraction in [0, 1]", lambda value: 0 <= value <= 1)]
+FractionBelow1: TypeAlias = Annotated[float, Rule("is in [0, 1)", lambda value: 0 <= value < 1)]
+Positive: TypeAlias = Annotated[float, Rule("must be positive", lambda value: 0 < value < math.inf)]
+NotNegative: TypeAlias = Annotated[float, Rule("cannot be negative", lambda value: value >= 0)]
+AtLeast0: TypeAlias = Annotated[int, Rule("cannot be negative", lambda value: value >= 0)]
+AtLeast1: TypeAlias = Annotated[int, Rule("must be at least 1", lambda value: value >= 1)]
+
+
+def _check_rules(section: str, config: Any) -> None:  # noqa: ANN401
+    """Hold the fields of a section against the rules in their annotations.
+
+    Raises:
+        ConfigError: a value breaks its rule; the remedy is the default.
+    """
+    for key, rule, default in _rules_of(type(config)):
+        value = getattr(config, key)
+        named = {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, Mapping) else {key: value}
+        for name, item in named.items():
+            message = f"{section}.{name} {rule.words} (got {item})"
+            require(item is None or rule.holds(item), message, remedy=f"--set {section}.{name}={default}")
+
+
+def _rules_of(kind: type) -> list[tuple[str, Rule, str]]:
+    """List each rule of a section with the field's name and default, as `--set` takes it."""
+    hints, found = get_type_hints(kind, include_extras=True), []
+    for one in fields(kind):
+        default = "…" if one.default is MISSING else "none" if one.default is None else str(one.default)
+        for part in (hints[one.name], *get_args(hints[one.name])):
+            rules = [extra for extra in getattr(part, "__metadata__", ()) if isinstance(extra, Rule)]
+            found += [(one.name, rule, default) for rule in rules]
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,46 +93,32 @@ class ModelConfig:
 class AugmentConfig:
     """How views are drawn; the defaults are the original's (P/data/transforms.py)."""
 
-    plain_crop_area_min: float = 0.5
+    plain_crop_area_min: Fraction = 0.5
     """Smallest share of the picture in a `plain` view (STANDARD_SLIP)."""
-    crop_area_min: float = 0.2
+    crop_area_min: Fraction = 0.2
     """Smallest share of the picture in an `augmented` view (MOCOV2)."""
-    jitter_probability: float = 0.8
-    brightness: float = 0.4
+    jitter_probability: Fraction = 0.8
+    brightness: Fraction = 0.4
     """Half width of the factor's range around 1; contrast and saturation likewise."""
-    contrast: float = 0.4
-    saturation: float = 0.4
-    hue: float = 0.1
+    contrast: Fraction = 0.4
+    saturation: Fraction = 0.4
+    hue: Annotated[float, Rule("is in [0, 0.5]", lambda hue: 0 <= hue <= 0.5)] = 0.1
     """Largest hue rotation, in turns."""
-    grayscale_probability: float = 0.2
-    blur_probability: float = 0.5
+    grayscale_probability: Fraction = 0.2
+    blur_probability: Fraction = 0.5
     blur_sigma_min_px: float = 0.1
     blur_sigma_max_px: float = 2.0
-    flip_probability: float = 0.5
+    flip_probability: Fraction = 0.5
     """Horizontal flips of `augmented` views; `plain` views are never flipped."""
     text_operations: tuple[Literal["synonym", "swap", "delete"], ...] = ("synonym", "swap", "delete")
     """What an `augmented` text draws from, evenly (P/model/declip.py:203-212); empty leaves the text alone."""
-    deletion_probability: float = 0.1
+    deletion_probability: Fraction = 0.1
     """Chance of each word to go, in `delete`."""
-    mask_probability: float = 0.15
+    mask_probability: Fraction = 0.15
     """Share of tokens to predict in a `masked` text; of these 80 % masked, 10 % random, 10 % kept."""
 
     def __post_init__(self) -> None:
-        fractions: tuple[str, ...] = (
-            "plain_crop_area_min",
-            "crop_area_min",
-            "jitter_probability",
-            "brightness",
-            "contrast",
-        )
-        fractions += ("saturation", "grayscale_probability", "blur_probability", "flip_probability")
-        fractions += ("deletion_probability", "mask_probability")
-        require_fractions("augment", {key: getattr(self, key) for key in fractions})
-        require(
-            0.0 <= self.hue <= 0.5,
-            f"augment.hue is in [0, 0.5] (got {self.hue})",
-            remedy="--set augment.hue=0.1",
-        )
+        _check_rules("augment", self)
         require(
             self.blur_sigma_min_px <= self.blur_sigma_max_px,
             "augment.blur_sigma_min_px must not exceed blur_sigma_max_px "
@@ -104,7 +133,7 @@ class DataConfig:
 
     path: tuple[str, ...] = ()
     """Shard folders made by `declip prepare`, tar patterns, or `demo`."""
-    workers: int | None = None
+    workers: AtLeast0 | None = None
     """Loader threads beside the training thread; 0 loads in line; None chooses from the cores there are."""
     loader: Literal["threads", "processes"] | None = None
     """Where those threads are: in this process, or a few in each of some worker processes, so that they do not slow
@@ -112,24 +141,21 @@ class DataConfig:
     order: Literal["exact", "blocks"] | None = None
     """`exact`: one shuffle of all pairs, each read by itself; `blocks`: shards are read in blocks of some MB, shuffled,
     and pairs are shuffled among the open ones. None: blocks for remote shards and for more than the memory holds."""
-    streams: int | None = None
+    streams: AtLeast1 | None = None
     """Streams into which `blocks` are divided; ranks read different ones. None: up to 64, a divisor of the batch."""
-    open_blocks: int = 128
+    open_blocks: AtLeast1 = 128
     """Blocks among which pairs are shuffled, at least, in all streams together; all blocks make an exact shuffle."""
     cache_dir: str | None = None
     """Where remote shards are kept; None: `$DECLIP_CACHE`, else `~/.cache/declip`."""
-    cache_gb: float = 100.0
+    cache_gb: NotNegative = 100.0
     """How much of them may be there, of all runs on this machine together."""
-    max_bad: float = 0.05
+    max_bad: Fraction = 0.05
     """Largest share of samples that may be unreadable before the run stops."""
     split: str | None = None
     """Named split of the data (of the demo: `train`, `fit`, `validation`); None: all training pairs."""
 
     def __post_init__(self) -> None:
-        require_fractions("data", {"max_bad": self.max_bad})
-        require_at_least(0, "data", {"cache_gb": self.cache_gb})
-        require_at_least(0, "data", {"workers": self.workers})
-        require_at_least(1, "data", {"streams": self.streams, "open_blocks": self.open_blocks})
+        _check_rules("data", self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,16 +166,16 @@ class MethodConfig:
     faithful: bool = False
     """Preset of the switches below and of `optim.decayed`, `optim.gradient_clip_norm`, `train.logit_scale_min` and
     `train.logit_scale_max`: true reproduces the original code, quirks included."""
-    weights: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, NotNegative] = field(default_factory=dict)
     """Weight of each loss term; terms left out keep the method's own. 0 switches a term off."""
     pairs: Literal[1, 2, 4] = 4
     """Image-text pairs in the contrastive loss: 1 = first views; 2 = both images, first text; 4 = all."""
-    queue_size: int = 65536
+    queue_size: AtLeast1 = 65536
     """Rows of the nearest-neighbour queue (2^16 in the paper)."""
-    token_wise_top_k: int = 16
+    token_wise_top_k: AtLeast1 = 16
     """Tokens of each text and image that are gathered in the token-wise loss: those most relevant to its pair."""
-    simclr_temperature: float = 0.1
-    label_smoothing: float = 0.0
+    simclr_temperature: Positive = 0.1
+    label_smoothing: Fraction = 0.0
     """Of the contrastive losses between images and texts, in [0, 1]."""
     nn_symmetric: bool | None = None
     """Match neighbour → image as well as image → neighbour (P/model/declip.py:281-300 has the latter only)."""
@@ -175,14 +201,7 @@ class MethodConfig:
     """Keep a ViT's patch embedding at its random start, as the original does."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, "method", {"queue_size": self.queue_size, "token_wise_top_k": self.token_wise_top_k})
-        require_at_least(0, "method.weights", self.weights)
-        require_fractions("method", {"label_smoothing": self.label_smoothing})
-        require(
-            self.simclr_temperature > 0,
-            f"method.simclr_temperature must be positive (got {self.simclr_temperature})",
-            remedy="--set method.simclr_temperature=0.1",
-        )
+        _check_rules("method", self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,37 +214,38 @@ class OptimConfig:
     learning_rate_peak: float | None = None
     """None: 1e-3 · sqrt(global batch / 4,096) with AdamW: the original's YFCC15M rate at its batch, scaled by the
     square root (arXiv 2205.10287); SGD has no default."""
-    learning_rate_start: float | None = None
+    learning_rate_start: NotNegative | None = None
     """Rate of the first step; warm-up is linear from here to the peak. None: a tenth of the peak (original)."""
-    learning_rate_end: float = 0.0
-    text_learning_rate_peak: float | None = None
+    learning_rate_end: NotNegative = 0.0
+    text_learning_rate_peak: NotNegative | None = None
     """Peak of the text tower; None: the same as the rest."""
-    logit_scale_learning_rate: float | None = None
+    logit_scale_learning_rate: NotNegative | None = None
     """Peak of the logit scales; None: the same as the rest; 0 freezes them."""
-    warmup_steps: int | None = None
+    warmup_steps: AtLeast0 | None = None
     """Steps up to the peak; None: 2,500 (original), or a tenth of the run where that is less."""
-    warmup_samples: int | None = None
+    warmup_samples: AtLeast0 | None = None
     """The same in pairs seen; overrides `warmup_steps`. What a resolved run keeps."""
     warmup_in_full: bool | None = None
     """With a time limit, let nothing but its length end the warm-up; else a tenth of the time does. None: where the
     length was asked for."""
-    weight_decay: float = 0.1
-    text_weight_decay: float | None = None
+    weight_decay: NotNegative = 0.1
+    text_weight_decay: NotNegative | None = None
     """Decay of the text tower; None: the same as the rest."""
     decayed: Literal["matrices", "original"] | None = None
     """What is decayed: parameters of two and more dimensions; or also attention biases and the class embedding, as
     the original's groups really act. None: see `method.faithful`."""
-    beta1: float = 0.9
-    beta2: float = 0.98
+    beta1: FractionBelow1 = 0.9
+    beta2: FractionBelow1 = 0.98
     epsilon: float = 1e-8
-    momentum: float = 0.9
+    momentum: NotNegative = 0.9
     """Of SGD, with Nesterov's correction."""
-    gradient_clip_norm: float | None = None
+    gradient_clip_norm: Annotated[float, Rule("must be positive", lambda norm: norm > 0)] | None = None
     """Largest L2 norm of all gradients together; inf never clips. None: 1, or inf with `method.faithful`."""
-    layer_decay: float = 1.0
+    layer_decay: Annotated[float, Rule("is in (0, 1]", lambda decay: 0 < decay <= 1)] = 1.0
     """Factor on the learning rate per layer from the output down to the input; 1 is off."""
 
     def __post_init__(self) -> None:
+        _check_rules("optim", self)
         if self.learning_rate_peak is not None:
             require(
                 0 < self.learning_rate_peak < math.inf,
@@ -239,61 +259,44 @@ class OptimConfig:
                 f"(got {self.learning_rate_start}, {self.learning_rate_peak})",
                 remedy="--set optim.learning_rate_start=0",
             )
-        at_least_0 = ["learning_rate_start", "learning_rate_end", "text_learning_rate_peak", "weight_decay", "momentum"]
-        at_least_0 += ["logit_scale_learning_rate", "warmup_steps", "warmup_samples", "text_weight_decay"]
-        for key in at_least_0:
-            require_at_least(0, "optim", {key: getattr(self, key)})
-        require(
-            self.gradient_clip_norm is None or self.gradient_clip_norm > 0,
-            f"optim.gradient_clip_norm must be positive (got {self.gradient_clip_norm})",
-            remedy="--set optim.gradient_clip_norm=inf, which never clips",
-        )
-        for key in ("beta1", "beta2"):
-            value = getattr(self, key)
-            require(0 <= value < 1, f"optim.{key} is in [0, 1) (got {value})", remedy=f"--set optim.{key}=0.9")
-        require(
-            0 < self.layer_decay <= 1,
-            f"optim.layer_decay is in (0, 1] (got {self.layer_decay})",
-            remedy="--set optim.layer_decay=0.75",
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
     """The loop."""
 
-    epochs: float | None = None
+    epochs: Positive | None = None
     """Passes over the data; None: 32, the paper's."""
-    steps: int | None = None
+    steps: AtLeast1 | None = None
     """Optimizer steps; overrides `epochs`."""
-    samples: int | None = None
+    samples: AtLeast1 | None = None
     """Pairs to see in all; overrides both. What a resolved run keeps, so that other hardware changes no end."""
     batch_size: int = 256
     """Pairs per step on each process."""
-    micro_batch_size: int | None = None
+    micro_batch_size: AtLeast1 | None = None
     """Pairs per forward pass; None: the whole batch. The gradient is that of the whole batch (GradCache)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 where it is computed natively, else fp16 on a GPU with tensor cores, else fp32."""
     tf32: bool = True
     """Let a GPU round the factors of float32 products to TF32's 10 bits, as the original's PyTorch did."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    threads: int | None = None
+    threads: AtLeast1 | None = None
     """CPU threads of this process, loader threads included; None takes the cores there are."""
     seed: int = 0
-    log_every_steps: int = 10
-    checkpoint_every_steps: int | None = None
-    checkpoint_every_minutes: float | None = 15.0
-    keep_states: int = 2
+    log_every_steps: AtLeast1 = 10
+    checkpoint_every_steps: AtLeast1 | None = None
+    checkpoint_every_minutes: Positive | None = 15.0
+    keep_states: AtLeast1 = 2
     """Newest states that are kept; a damaged one falls back to the one before."""
     keep_best: str | None = None
     """Score by which the best model is kept in `best/`, such as `imagenet.top1`; of an evaluation in `eval`."""
     eval: tuple[str, ...] = ()
     """Evaluations during training: names or folders as `zeroshot` and `retrieve` take them."""
-    eval_every_steps: int | None = None
+    eval_every_steps: AtLeast1 | None = None
     """None evaluates once, at the end."""
-    time_limit_s: float | None = None
+    time_limit_s: Positive | None = None
     """Stop early, with the schedule ending there, after this time."""
-    ema_decay: float | None = None
+    ema_decay: FractionBelow1 | None = None
     """Decay per step of the running average of the weights; the averaged model is the one saved. None: off."""
     freeze: tuple[Literal["image", "text"], ...] = ()
     compile: bool = False
@@ -306,35 +309,20 @@ class TrainConfig:
     """Lower bound of the logarithm of the logit scales. None: 0 (ln 1), with `method.faithful` 3."""
     logit_scale_max: float | None = None
     """Upper bound. None: 4.6052 (ln 100), with `method.faithful` 6."""
-    max_bad_steps: int = 10
+    max_bad_steps: AtLeast1 = 10
     """Broken batches in a row, each skipped and counted, after which the last good state is taken up again."""
-    max_rollbacks: int = 3
+    max_rollbacks: AtLeast0 = 3
     """How often that may happen, each time at half the rate, before the run ends with an error."""
     tracker: Literal["tensorboard", "wandb", "mlflow"] | None = None
-    processes: int | None = None
+    processes: AtLeast1 | None = None
     """Processes to start; None: one per GPU, else 1. Ignored under a launcher that already set the ranks."""
 
     def __post_init__(self) -> None:
-        require_at_least(0, "train", {"max_rollbacks": self.max_rollbacks})
-        for key in ("epochs", "time_limit_s", "checkpoint_every_minutes"):
-            value = getattr(self, key)
-            require(
-                value is None or 0 < value < math.inf,
-                f"train.{key} must be positive (got {value})",
-                remedy=f"--set train.{key}=none, or a number above 0",
-            )
-        at_least_1: tuple[str, ...] = ("steps", "samples", "micro_batch_size", "threads", "processes", "keep_states")
-        at_least_1 += ("checkpoint_every_steps", "eval_every_steps", "log_every_steps", "max_bad_steps")
-        require_at_least(1, "train", {key: getattr(self, key) for key in at_least_1})
+        _check_rules("train", self)
         require(
             self.batch_size >= 2,
             f"--batch-size must be at least 2, a contrastive loss needs negatives (got {self.batch_size})",
             remedy="--batch-size 256",
-        )
-        require(
-            0.0 <= (self.ema_decay or 0.0) < 1.0,
-            f"train.ema_decay is in [0, 1) (got {self.ema_decay})",
-            remedy="--set train.ema_decay=0.9999",
         )
 
 

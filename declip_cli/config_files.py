@@ -1,5 +1,6 @@
-"""Configurations in and out: TOML files, `--set section.key=value`, JSON beside the weights."""
+"""Configurations in and out: TOML files, recipes, `--set section.key=value`, JSON beside the weights."""
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -9,24 +10,17 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from declip_cli.assets import asset_path
 from declip_cli.errors import ChoiceError, ConfigError
 from declip_cli.files import parse_json
 
 T = TypeVar("T")
-_RETIRED = frozenset({"augment.mode"})
-"""Settings of earlier versions that nothing reads any more."""
-_RENAMED = (("data", "part", "split"),)
-"""Section, key of earlier versions, key of today."""
+_RENAMED = {("data", "part"): "split", ("augment", "mode"): None}
+"""Section and key of earlier versions → key of today; None where nothing reads it any more."""
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file of configuration sections.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Section → key → value, as written.
+    """Read a TOML file: section → key → value, as written.
 
     Raises:
         ConfigError: the file is missing or is not TOML.
@@ -44,13 +38,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Read the settings of a run: a TOML file, or the `config.json` that a run has written.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Section → key → value.
+    """Read the settings of a run, section → key → value: a TOML file, or the `config.json` that a run has written.
 
     Raises:
         ConfigError: the file is missing or is neither.
@@ -61,7 +49,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         settings = parse_json(path.read_bytes())["config"]
         if not isinstance(settings, dict):
             raise TypeError("config is no object")
-        return without_retired(settings)
+        return with_new_names(settings)[0]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"cannot read the settings in {path}: {error}", remedy="--config takes a TOML file or a run's config.json"
@@ -69,40 +57,20 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def with_new_names(settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Rename the keys of earlier versions.
-
-    Args:
-        settings: section → key → value, unchecked.
-
-    Returns:
-        The same under the names of today, and a note for each that was renamed.
-    """
-    renamed = {section: dict(values) if isinstance(values, Mapping) else values for section, values in settings.items()}
-    notes = []
-    for section, old, new in _RENAMED:
+    """Rename the keys of earlier versions in unchecked settings; return them and a note for each that changed."""
+    renamed, notes = copy.deepcopy(dict(settings)), []
+    for (section, old), new in _RENAMED.items():
         values = renamed.get(section)
         if isinstance(values, dict) and old in values:
-            values.setdefault(new, values.pop(old))
-            notes.append(f"note: {section}.{old} is called {section}.{new} now")
+            value = values.pop(old)
+            if new is not None:
+                values.setdefault(new, value)
+            notes.append(f"note: {section}.{old} is " + (f"called {section}.{new} now" if new else "not used any more"))
     return renamed, notes
 
 
-def without_retired(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Rename or drop what an earlier version wrote into a run's own settings and this one calls otherwise or not."""
-    return {
-        section: {key: value for key, value in values.items() if f"{section}.{key}" not in _RETIRED}
-        for section, values in with_new_names(settings)[0].items()
-    }
-
-
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
-    """Turn `section.key=value` words into nested sections.
-
-    Args:
-        assignments: words of `--set`; the value is TOML, or plain text where it is not.
-
-    Returns:
-        Nested sections, later words overriding earlier ones.
+    """Turn words `section.key=value` into nested sections; a value is TOML, or plain text where it is not.
 
     Raises:
         ConfigError: a word has no `=` or no section.
@@ -113,31 +81,20 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
         names = dotted.strip().split(".")
         if not equals or len(names) < 2 or not all(names):
             raise ConfigError(
-                f"--set wants section.key=value (got {word!r})",
-                remedy="for example --set train.ema_decay=0.999",
+                f"--set wants section.key=value (got {word!r})", remedy="for example --set train.ema_decay=0.999"
             )
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text
-        merge_into(sections, _nest(names, value))
+        for name in reversed(names):
+            value = {name: value}
+        merge_into(sections, value)
     return sections
 
 
-def _nest(names: list[str], value: Any) -> dict[str, Any]:  # noqa: ANN401
-    for name in reversed(names):
-        value = {name: value}
-    nested: dict[str, Any] = value
-    return nested
-
-
 def merge_into(target: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    """Overlay nested sections: deeper keys override, others stay.
-
-    Args:
-        target: changed in place.
-        changes: what overrides.
-    """
+    """Overlay nested sections in place: deeper keys override, others stay."""
     for key, value in changes.items():
         if isinstance(value, Mapping) and isinstance(target.get(key), dict):
             merge_into(target[key], value)
@@ -145,16 +102,19 @@ def merge_into(target: dict[str, Any], changes: Mapping[str, Any]) -> None:
             target[key] = dict(value) if isinstance(value, Mapping) else value
 
 
+def flatten(sections: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Give nested sections dotted keys; what is no plain value becomes text."""
+    flat: dict[str, Any] = {}
+    for key, value in sections.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value if isinstance(value, int | float | str | bool) else str(value)
+    return flat
+
+
 def build_config(kind: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
-    """Make a configuration dataclass from nested values; unknown keys and wrong types are errors.
-
-    Args:
-        kind: the dataclass.
-        values: nested sections, as TOML or JSON give them.
-        where: dotted name of this section, for messages.
-
-    Returns:
-        The configuration, checked.
+    """Make a configuration dataclass from nested values as TOML or JSON give them; `where` names this section.
 
     Raises:
         ConfigError: an unknown key, a wrong type or a value out of range.
@@ -214,14 +174,7 @@ def _check(is_right: bool, dotted: str, expected: str, value: Any) -> None:  # n
 
 
 def to_plain(config: Any) -> dict[str, Any]:  # noqa: ANN401
-    """Turn a configuration dataclass into nested values fit for JSON, infinities as text.
-
-    Args:
-        config: any configuration dataclass.
-
-    Returns:
-        What `build_config` reads back.
-    """
+    """Turn a configuration dataclass into nested values fit for JSON, infinities as text; `build_config` reads them."""
 
     def plain(value: Any) -> Any:  # noqa: ANN401
         if isinstance(value, dict):
@@ -232,3 +185,35 @@ def to_plain(config: Any) -> dict[str, Any]:  # noqa: ANN401
 
     values: dict[str, Any] = plain(dataclasses.asdict(config))
     return values
+
+
+def list_recipes() -> dict[str, str]:
+    """Return the name of each recipe in `assets/recipes/` with its title, the first line of its file."""
+    first_lines = {name: path.read_text(encoding="utf-8").partition("\n")[0] for name, path in _recipes().items()}
+    return {name: line.strip("# .") for name, line in first_lines.items()}
+
+
+def load_recipe(name: str) -> dict[str, Any]:
+    """Read the settings of one recipe: section → key → value, for `build_config`.
+
+    Raises:
+        ChoiceError: there is no such recipe.
+    """
+    paths = _recipes()
+    if name not in paths:
+        close = difflib.get_close_matches(name, paths, n=3, cutoff=0.4)
+        hint = f"did you mean {', '.join(close)}? " if close else ""
+        raise ChoiceError(
+            f"unknown recipe {name!r}", remedy=f"{hint}declip pretrain --list-recipes shows all {len(paths)}"
+        )
+    return read_toml(paths[name])
+
+
+def recipe_of_data(path: object) -> str | None:
+    """Name the recipe that was chosen for a data set: the one whose `data.path` is what `--data` names, if any."""
+    found = (name for name, file in _recipes().items() if path and read_toml(file).get("data", {}).get("path") == path)
+    return next(found, None)
+
+
+def _recipes() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(asset_path("recipes").glob("*.toml"))}

@@ -55,14 +55,7 @@ class _Sum(torch.autograd.Function):
 
 
 def gather(local: Tensor) -> Tensor:
-    """Concatenate a tensor of all ranks along its first dimension, with gradient.
-
-    Args:
-        local: the same shape on every rank, (B, …).
-
-    Returns:
-        Rows of rank 0, then of rank 1, …, (M, …) with M = B · world size.
-    """
+    """Concatenate a tensor of all ranks along its first dimension, with gradient: (B, …) → (M, …), rank 0 first."""
     if world_size() == 1:
         return local
     gathered: Tensor = _Gather.apply(local)  # type: ignore[no-untyped-call]
@@ -70,14 +63,7 @@ def gather(local: Tensor) -> Tensor:
 
 
 def sum_over_ranks(local: Tensor) -> Tensor:
-    """Add a tensor up over all ranks, with gradient.
-
-    Args:
-        local: the same shape on every rank.
-
-    Returns:
-        The sum, of that shape, on every rank.
-    """
+    """Add a tensor, of the same shape on every rank, up over all ranks, with gradient."""
     if world_size() == 1:
         return local
     total: Tensor = _Sum.apply(local)  # type: ignore[no-untyped-call]
@@ -85,23 +71,14 @@ def sum_over_ranks(local: Tensor) -> Tensor:
 
 
 def rows_of_rank(num_local: int, device: torch.device) -> Tensor:
-    """Number this rank's rows within the gathered batch.
-
-    Args:
-        num_local: rows on this rank, B.
-        device: where to put them.
-
-    Returns:
-        rank · B + [0, …, B − 1], int64, (B,).
-    """
+    """Number this rank's rows within the gathered batch: rank · B + [0, …, B − 1], int64, (B,)."""
     return torch.arange(num_local, device=device) + rank() * num_local
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Replace every gradient by its mean over the ranks, in few large messages.
 
-    Args:
-        parameters: in the same order on every rank; one without gradient counts as zero where another rank has one.
+    Parameters come in the same order on every rank; one without gradient counts as zero where another rank has one.
     """
     if world_size() == 1:
         return
@@ -133,11 +110,7 @@ def _average(gradients: list[Tensor]) -> None:
 
 
 def copy_from_main(tensors: Iterable[Tensor]) -> None:
-    """Overwrite tensors on every rank with those of rank 0.
-
-    Args:
-        tensors: in the same order on every rank.
-    """
+    """Overwrite tensors, in the same order on every rank, with those of rank 0."""
     if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor.data, src=0)

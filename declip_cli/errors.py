@@ -1,6 +1,7 @@
 """Errors a user can mend: what happened, and what to do about it."""
 
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 
 class DeclipError(Exception):
@@ -18,6 +19,9 @@ class DeclipError(Exception):
         super().__init__(message)
         self.message = message
         self.remedy = remedy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), remedy=self.remedy), (self.message,), vars(self)
 
 
 class ConfigError(DeclipError):
@@ -54,3 +58,9 @@ class TrainError(DeclipError):
 
 class EvaluateError(DeclipError):
     """A data set cannot be scored."""
+
+
+def require(condition: bool, message: str, *, remedy: str) -> None:
+    """Raise ConfigError unless a condition on the configuration holds; the message names option and values."""
+    if not condition:
+        raise ConfigError(message, remedy=remedy)

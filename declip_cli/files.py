@@ -15,13 +15,7 @@ SUMS_FILE = "SHA256SUMS"
 
 
 def parse_json(text: str | bytes) -> Any:  # noqa: ANN401  (JSON is anything)
-    """Parse JSON that may be damaged or hostile.
-
-    Args:
-        text: JSON, as UTF-8 if bytes; a byte order mark is left out.
-
-    Returns:
-        What it says.
+    """Parse JSON that may be damaged or hostile; bytes are UTF-8, a byte order mark is left out.
 
     Raises:
         ValueError: it is not JSON, or it is nested a thousand lists deep, as only an attack is.
@@ -33,20 +27,18 @@ def parse_json(text: str | bytes) -> Any:  # noqa: ANN401  (JSON is anything)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole: under another name first, flushed to the disk, then renamed.
-
-    Args:
-        path: replaced if it is there.
-        text: written as UTF-8.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write a UTF-8 text file whole, as `write_bytes` does."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole, as `write_text` does; safe with several writers, of whom the last wins."""
+    """Write a file whole: under another name first, flushed to the disk, then renamed.
+
+    It is safe with several writers, of whom the last wins.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(6)}.tmp")  # process numbers repeat on other machines
     try:
         with temporary.open("wb") as file:
@@ -65,9 +57,6 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """Fill a folder that appears whole, with the digests of its files, in the place of the one before.
 
     Between the two renames at the end there is a moment in which only `existing_folder` finds the one before.
-
-    Args:
-        folder: what is made or replaced.
 
     Yields:
         Where to write the files.
@@ -106,10 +95,7 @@ def existing_folder(folder: Path) -> Path:
 
 
 def check_folder(folder: Path) -> None:
-    """Compare the files of a folder with the digests written with them.
-
-    Args:
-        folder: made by `new_folder`.
+    """Compare the files of a folder made by `new_folder` with the digests written with them.
 
     Raises:
         OSError: a file is missing or cannot be read.

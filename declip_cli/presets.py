@@ -2,47 +2,30 @@
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
-from declip_cli.config import DataConfig, MethodConfig
+from declip_cli.config import DataConfig, MethodConfig, OptimConfig, TrainConfig
 
-PRESETS: dict[bool, dict[str, dict[str, Any]]] = {
-    False: {
-        "method": {
-            "nn_symmetric": True,
-            "nn_exclude_own": False,
-            "queue_start": "empty",
-            "queue_scope": "global",
-            "mlm_mean": "global",
-            "mask_special_ids": False,
-            "score_padding": False,
-            "filip_text": "plain",
-            "cap_logit_scale": False,
-            "batch_norm": "global",
-            "freeze_patch_embed": False,
-        },
-        "optim": {"decayed": "matrices", "gradient_clip_norm": 1.0},
-        "train": {"logit_scale_min": 0.0, "logit_scale_max": math.log(100.0)},
+C = TypeVar("C", MethodConfig, OptimConfig, TrainConfig)
+
+PRESETS: dict[str, dict[str, tuple[Any, Any]]] = {
+    "method": {
+        "nn_symmetric": (True, False),
+        "nn_exclude_own": (False, False),
+        "queue_start": ("empty", "random"),
+        "queue_scope": ("global", "rank"),
+        "mlm_mean": ("global", "rank"),
+        "mask_special_ids": (False, True),
+        "score_padding": (False, True),
+        "filip_text": ("plain", "masked"),
+        "cap_logit_scale": (False, True),
+        "batch_norm": ("global", "rank"),
+        "freeze_patch_embed": (False, True),
     },
-    True: {
-        "method": {
-            "nn_symmetric": False,
-            "nn_exclude_own": False,
-            "queue_start": "random",
-            "queue_scope": "rank",
-            "mlm_mean": "rank",
-            "mask_special_ids": True,
-            "score_padding": True,
-            "filip_text": "masked",
-            "cap_logit_scale": True,
-            "batch_norm": "rank",
-            "freeze_patch_embed": True,
-        },
-        "optim": {"decayed": "original", "gradient_clip_norm": math.inf},
-        "train": {"logit_scale_min": 3.0, "logit_scale_max": 6.0},
-    },
+    "optim": {"decayed": ("matrices", "original"), "gradient_clip_norm": (1.0, math.inf)},
+    "train": {"logit_scale_min": (0.0, 3.0), "logit_scale_max": (math.log(100.0), 6.0)},
 }
-"""What `method.faithful` = false or true puts in the place of None: section → key → value.
+"""What stands in the place of None: section → key → value by default, value where `method.faithful` is true.
 
 Source of the faithful values: the original code, as held by the recorded values in the tests; its recipes' `grad_clip:
 logit_scale_param_value`. Bounds of the logit scale by default: OpenCLIP and SLIP.
@@ -54,24 +37,14 @@ top-5 and 0.8 of text-to-image recall at 10 (standard errors 0.4, 0.4 and 0.2). 
 """
 
 
-def settle_method(config: MethodConfig) -> MethodConfig:
+def settle_switches(section: str, config: C, *, is_faithful: bool) -> C:
     """Put the preset's values in the place of None; what is settled already stays."""
-    preset = PRESETS[config.faithful]["method"]
-    return replace(config, **{key: value for key, value in preset.items() if getattr(config, key) is None})
+    values = {key: pair[is_faithful] for key, pair in PRESETS[section].items()}
+    return replace(config, **{key: value for key, value in values.items() if getattr(config, key) is None})
 
 
 def settle_data(config: DataConfig, num_blocks: int, global_batch: int, *, suits_blocks: bool) -> DataConfig:
-    """Choose the order of the pairs.
-
-    Args:
-        config: what was asked.
-        num_blocks: of the data.
-        global_batch: pairs per step on all processes together.
-        suits_blocks: what to choose where nothing was asked.
-
-    Returns:
-        The same with `order` and `streams` settled.
-    """
+    """Choose order and streams of the pairs where nothing was asked; `suits_blocks` says which order."""
     # Equal shares of each batch, and enough blocks in each stream that few are shared between two.
     most = max(1, num_blocks // 8)
     streams = max(num for num in (1, 2, 4, 8, 16, 32, 64) if num <= most and global_batch % num == 0)

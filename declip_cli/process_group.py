@@ -2,12 +2,14 @@
 
 import json
 import os
+import signal
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +27,7 @@ _GOODBYE_S = 5.0
 """How long a failing rank stays so that the others can read why; the store may live in its process."""
 _FAREWELL_S = 0.5
 """How long rank 0 stays after that, so that they can read that all have read it."""
+_REMEDY = "look at its output and its machine; if memory ran out: --micro-batch-size; then --resume"
 _FAILED, _READ, _ALIVE = "declip/failed", "declip/read", "declip/alive/"
 
 T = TypeVar("T")
@@ -71,7 +74,7 @@ def joined(*, has_gpu: bool, tell: Callable[[str], None]) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not isinstance(error, DeclipError) and _is_broken_connection(error):
             raise TrainError(
                 "another process is gone: it was killed, or its machine is down",
-                remedy="look at its output; if memory ran out: --micro-batch-size; then --resume",
+                remedy=_REMEDY,
             ) from error
         raise
     watch.stop()
@@ -95,6 +98,18 @@ def from_all(value: T) -> list[T]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def signals_handled(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Let a function handle Ctrl-C and a scheduler's SIGTERM and SIGUSR1 inside the block; in the main thread."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    previous = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class _Watch:
@@ -123,12 +138,12 @@ class _Watch:
         self._thread.join()
         with suppress(RuntimeError):
             if self._store.check([_FAILED]):  # this error only follows from that one
-                self._end(self._store.get(_FAILED).decode())
+                self._end(self._store.get(_FAILED))
             message = "".join(traceback.format_exception_only(error)).strip()
-            remedy = ""
             if isinstance(error, DeclipError):
-                message, remedy = error.message, error.remedy
-            self._store.set(_FAILED, json.dumps({"rank": rank(), "message": message, "remedy": remedy}))
+                self._store.set(_FAILED, _failure(rank(), error.message, remedy=error.remedy))
+            else:
+                self._store.set(_FAILED, _failure(rank(), message))
             return self._wait_for(world_size() - 1)
         return False
 
@@ -148,13 +163,11 @@ class _Watch:
                 count += 1
                 self._store.set(f"{_ALIVE}{rank()}", str(count))
                 if self._store.check([_FAILED]):
-                    self._end(self._store.get(_FAILED).decode())
+                    self._end(self._store.get(_FAILED))
                 self._look_after(others, seen)
         except RuntimeError:
             if not self._over.is_set():
-                self._end(
-                    json.dumps({"rank": 0, "message": "it is gone without a word: killed, or its machine is down"})
-                )
+                self._end(_failure(0, "it is gone without a word: killed, or its machine is down"))
 
     def _look_after(self, others: list[int], seen: dict[int, tuple[bytes, float]]) -> None:
         """End everything when one of the ranks has been silent for too long."""
@@ -165,9 +178,10 @@ class _Watch:
             if seen.setdefault(other, (sign, now))[0] != sign:
                 seen[other] = (sign, now)
             elif now - seen[other][1] > _SILENCE_S:
-                self._store.set(_FAILED, _silent(other, f"no sign of life for {_SILENCE_S:.0f} s"))
+                silence = f"no sign of life for {_SILENCE_S:.0f} s: it was killed, or its machine is down"
+                self._store.set(_FAILED, _failure(other, silence, remedy=_REMEDY))
 
-    def _end(self, failure: str) -> None:
+    def _end(self, failure: str | bytes) -> None:
         """End this process, whatever its main thread waits for."""
         content = json.loads(failure)
         if rank() == 0:
@@ -182,9 +196,8 @@ class _Watch:
         os._exit(1)
 
 
-def _silent(other: int, what: str) -> str:
-    remedy = "look at its output and its machine; if memory ran out: --micro-batch-size; then --resume"
-    return json.dumps({"rank": other, "message": f"{what}: it was killed, or its machine is down", "remedy": remedy})
+def _failure(of_rank: int, message: str, *, remedy: str = "") -> str:
+    return json.dumps({"rank": of_rank, "message": message, "remedy": remedy})
 
 
 def _is_broken_connection(error: RuntimeError) -> bool:

@@ -9,21 +9,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from declip_cli.config import MethodConfig, OptimConfig, RunConfig, TrainConfig
-from declip_cli.config_checks import require
 from declip_cli.config_files import (
     build_config,
+    load_recipe,
     merge_into,
     parse_assignments,
     read_settings,
+    recipe_of_data,
     to_plain,
     with_new_names,
-    without_retired,
 )
-from declip_cli.errors import ConfigError
+from declip_cli.errors import ConfigError, require
 from declip_cli.methods.registry import METHODS
 from declip_cli.model.architectures import find_architecture
-from declip_cli.presets import PRESETS, settle_data, settle_method
-from declip_cli.recipes import load_recipe, recipe_of_data
+from declip_cli.presets import PRESETS, settle_data, settle_switches
 
 T = TypeVar("T")
 
@@ -38,9 +37,8 @@ _DEPENDENT = {
     ("model", "arch"): (("model", "image_side_px"), ("model", "context_length"), ("model", "embed_dim")),
 }
 """Settings that are settled anew when a run is resumed with another one changed."""
-_PRESET_KEYS = tuple((section, key) for section, values in PRESETS[False].items() for key in values)
-for _key in (("method", "name"), ("method", "faithful")):
-    _DEPENDENT[_key] = (("method", "weights"), *_PRESET_KEYS)
+_SWITCHES = tuple((section, key) for section, values in PRESETS.items() for key in values)
+_DEPENDENT |= dict.fromkeys([("method", "name"), ("method", "faithful")], (("method", "weights"), *_SWITCHES))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,8 +122,8 @@ def resolved_from_json(content: Mapping[str, Any]) -> ResolvedRun:
     """
     run = content["run"]
     return ResolvedRun(
-        asked=build_config(RunConfig, without_retired(content["asked"])),
-        config=build_config(RunConfig, without_retired(content["config"])),
+        asked=build_config(RunConfig, with_new_names(content["asked"])[0]),
+        config=build_config(RunConfig, with_new_names(content["config"])[0]),
         data=DataFacts(**{key: run[key] for key in DataFacts.__dataclass_fields__ if key in run}),
         machine=Machine(**{key: run[key] for key in Machine.__dataclass_fields__ if key in run}),
         schedule_batch=int(run["schedule_batch"]),
@@ -153,7 +151,7 @@ def resolve_run(
         before: what a run that is resumed was asked.
 
     Returns:
-        The configuration, checked; and notes on what was left out or changes nothing.
+        The configuration, checked, and notes on what was left out or changes nothing.
 
     Raises:
         ConfigError: a name, key, type or value cannot be used.
@@ -224,9 +222,6 @@ def resolve(
         step: steps it has taken.
         samples_seen: pairs it has seen.
 
-    Returns:
-        The run.
-
     Raises:
         ConfigError: the settings do not fit each other or the data.
     """
@@ -240,31 +235,24 @@ def resolve(
         context_length=architecture.text.context_length,
         embed_dim=architecture.embed_dim,
     )
-    method = replace(
-        settle_method(config.method), weights=METHODS[config.method.name].default_weights | config.method.weights
-    )
+    is_faithful = config.method.faithful
+    method = settle_switches("method", config.method, is_faithful=is_faithful)
     samples = _length(config, global_batch, data, step=step, samples_seen=samples_seen)
+    optim = _settle_optim(config.optim, samples=samples, global_batch=global_batch, schedule_batch=schedule_batch)
     whole = RunConfig(
         model=model,
         data=settle_data(config.data, data.num_blocks, global_batch, suits_blocks=data.suits_blocks and before is None),
         augment=config.augment,
-        method=method,
-        optim=_settle_optim(config, samples=samples, global_batch=global_batch, schedule_batch=schedule_batch),
+        method=replace(method, weights=METHODS[method.name].default_weights | method.weights),
+        optim=settle_switches("optim", optim, is_faithful=is_faithful),
         train=_settle_train(config, samples=samples, precision=machine.precision),
     )
     return ResolvedRun(asked=asked, config=whole, data=data, machine=machine, schedule_batch=schedule_batch)
 
 
 def _settle_train(config: RunConfig, *, samples: int, precision: str) -> TrainConfig:
-    preset = PRESETS[config.method.faithful]["train"]
-    train = replace(
-        config.train,
-        **{key: value for key, value in preset.items() if getattr(config.train, key) is None},
-        samples=samples,
-        steps=None,
-        epochs=None,
-        precision=precision,  # type: ignore[arg-type]
-    )
+    train = replace(config.train, samples=samples, steps=None, epochs=None, precision=precision)  # type: ignore[arg-type]
+    train = settle_switches("train", train, is_faithful=config.method.faithful)
     low, high = settled(train.logit_scale_min), settled(train.logit_scale_max)
     require(
         low <= high,
@@ -280,8 +268,7 @@ def kept_settings(asked: RunConfig, before: ResolvedRun) -> RunConfig:
     changed = [(section, key) for section in new for key in new[section] if new[section][key] != old[section][key]]
     for section, key in [*changed, *(other for one in changed for other in _DEPENDENT.get(one, ()))]:
         settings[section][key] = new[section][key]
-    config: RunConfig = build_config(RunConfig, settings)
-    return config
+    return build_config(RunConfig, settings)
 
 
 def _length(config: RunConfig, global_batch: int, data: DataFacts, *, step: int, samples_seen: int) -> int:
@@ -305,8 +292,7 @@ def _length(config: RunConfig, global_batch: int, data: DataFacts, *, step: int,
     return samples
 
 
-def _settle_optim(config: RunConfig, *, samples: int, global_batch: int, schedule_batch: int) -> OptimConfig:
-    optim = config.optim
+def _settle_optim(optim: OptimConfig, *, samples: int, global_batch: int, schedule_batch: int) -> OptimConfig:
     peak = optim.learning_rate_peak
     if peak is None:
         require(
@@ -327,10 +313,8 @@ def _settle_optim(config: RunConfig, *, samples: int, global_batch: int, schedul
         f"{samples / schedule_batch:g})",
         remedy=f"--set optim.warmup_steps={samples // schedule_batch // 10}",
     )
-    preset = PRESETS[config.method.faithful]["optim"]
     return replace(
         optim,
-        **{key: value for key, value in preset.items() if getattr(optim, key) is None},
         learning_rate_peak=peak,
         learning_rate_start=peak / 10 if optim.learning_rate_start is None else optim.learning_rate_start,
         warmup_samples=warmup,
@@ -340,11 +324,7 @@ def _settle_optim(config: RunConfig, *, samples: int, global_batch: int, schedul
 
 
 def settled(value: T | None) -> T:
-    """Take a value of a resolved run out of its optional type.
-
-    Raises:
-        ConfigError: it is not.
-    """
+    """Take a value of a resolved run out of its optional type."""
     if value is None:
         raise ConfigError("the run is not resolved yet", remedy="call resolve() first")
     return value

@@ -1,9 +1,11 @@
 """What tests of several rooms share."""
 
+import functools
 import io
+import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Two test processes, or two ranks of one test, with a thread each leave no core waiting; read when torch is imported.
@@ -13,6 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing
 from PIL import Image
 
 from declip_cli.config import ModelConfig
@@ -35,6 +38,20 @@ def _interruptible() -> None:
     """Let Ctrl-C be Ctrl-C: a shell that starts the tests in the background has it ignored."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module")
+def quick_ranks() -> Iterator[None]:
+    """Start ranks from a process that has imported everything; a new interpreter takes seconds to import torch.
+
+    They keep the environment and the stdout and stderr which that process was started with.
+    """
+    names = ("tests.train.ranks", "tests.methods.small_methods", "tests.evaluate.two_ranks")
+    multiprocessing.set_forkserver_preload(list(names))
+    start = functools.partial(torch.multiprocessing.start_processes, start_method="forkserver")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.multiprocessing, "start_processes", start)
+        yield
 
 
 def random_model(*, token_wise_dim: int = 0, seed: int = 0) -> PretrainedModel:

@@ -14,7 +14,7 @@ import numpy as np
 import scipy.io
 
 from declip_cli.data.benchmarks.imagenet import wordnet_ids
-from declip_cli.data.benchmarks.known import names_from_assets
+from declip_cli.data.benchmarks.known import asset_lists
 
 
 def put_picture(path: Path) -> Path:
@@ -50,7 +50,7 @@ def pets(root: Path) -> list[tuple[str, int]]:
 
 def food101(root: Path) -> list[tuple[str, int]]:
     base = root / "food-101"
-    classes = sorted(name.replace(" ", "_") for name in names_from_assets()["food101"])
+    classes = sorted(name.replace(" ", "_") for name in asset_lists("class_names.json")["food101"])
     table = {name: ([f"{name}/{n}" for n in (7, 3)] if n in (0, 16, 17, 100) else []) for n, name in enumerate(classes)}
     for split in ("train", "test"):
         put_lines(base / "meta" / f"{split}.json", [json.dumps(table)])
@@ -112,7 +112,7 @@ def caltech101(root: Path) -> list[tuple[str, int]]:
 
 def aircraft(root: Path) -> list[tuple[str, int]]:
     base = root / "fgvc-aircraft-2013b" / "data"
-    variants = sorted(names_from_assets()["aircraft"])
+    variants = sorted(asset_lists("class_names.json")["aircraft"])
     put_lines(base / "variants.txt", variants)
     rows = [f"0034309 {variants[99]}", f"1034309 {variants[0]}"]
     for split in ("train", "val", "trainval", "test"):
@@ -124,9 +124,9 @@ def aircraft(root: Path) -> list[tuple[str, int]]:
 
 def dtd(root: Path) -> list[tuple[str, int]]:
     base = root / "dtd" / "dtd"
-    for name in names_from_assets()["dtd"]:
+    for name in asset_lists("class_names.json")["dtd"]:
         (base / "images" / name).mkdir(parents=True)
-    classes = names_from_assets()["dtd"]
+    classes = asset_lists("class_names.json")["dtd"]
     files = ["zigzagged/zigzagged_0001.jpg", *(f"{name}/{name}_0002.jpg" for name in classes)]
     for split in ("train", "val", "test"):
         put_lines(base / "labels" / f"{split}1.txt", files)
@@ -171,7 +171,7 @@ def eurosat(root: Path) -> list[tuple[str, int]]:
 
 
 def resisc45(root: Path) -> list[tuple[str, int]]:
-    names = [name.replace(" ", "_") for name in names_from_assets()["resisc45"]]
+    names = [name.replace(" ", "_") for name in asset_lists("class_names.json")["resisc45"]]
     put_classes(root / "NWPU-RESISC45", names[:2], 150)
     for name in names[2:]:
         (root / "NWPU-RESISC45" / name).mkdir()

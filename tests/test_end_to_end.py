@@ -6,18 +6,15 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
-from typer.testing import CliRunner
 
-from declip_cli.__main__ import app
+from tests import command_line
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 170, 60), "blue": (40, 60, 200), "yellow": (230, 210, 40)}
 SHAPES = ("circle", "square")
 
 
 def declip(*words):
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
+    result = command_line.declip(*words)
     assert result.exit_code == 0, result.stderr
     return result
 

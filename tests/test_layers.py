@@ -7,19 +7,17 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "declip_cli"
-FLOOR_0 = {"errors", "files", "config_checks", "config", "presets", "config_files", "batch"}
-FLOOR_0 |= {"assets", "cores", "distributed", "process_group", "recipes"}
+FLOOR_0 = {"errors", "files", "config", "presets", "config_files", "batch"}
+FLOOR_0 |= {"assets", "cores", "distributed", "process_group"}
 MAY_IMPORT = {
     # floor 0: what everybody may know
     "errors": set(),
     "assets": {"errors"},
     "cores": set(),
     "files": set(),
-    "config_checks": {"errors"},
-    "config": {"config_checks"},
+    "config": {"errors"},
     "presets": {"config"},
-    "config_files": {"errors", "files", "config"},
-    "recipes": {"errors", "assets", "config_files"},
+    "config_files": {"errors", "files", "assets"},
     "batch": set(),
     "distributed": set(),
     "process_group": {"errors", "distributed"},

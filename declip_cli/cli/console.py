@@ -1,17 +1,20 @@
 """The one place that writes to the terminal: results to stdout, words and progress to stderr."""
 
+import functools
 import json
 import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import typer
-from rich.console import Console
 
 from declip_cli.errors import DeclipError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _PLAIN_PROGRESS_S = 10.0
 _MAX_CHARS = 2000
@@ -20,15 +23,19 @@ _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 _SHORT = {"\t": "\\t", "\n": "\\n", "\r": "\\r"}
 
-stderr = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
+
+@functools.cache
+def terminal() -> "Console":
+    """Open stderr for words and bars; its package takes a while to import, which help should not wait for."""
+    from rich.console import Console
+
+    return Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
 
 def emit(report: Mapping[str, Any], *, as_json: bool) -> None:
-    """Write a command's result to stdout.
+    """Write a command's result to stdout: nested dicts, lists, strings and numbers with stable snake_case keys.
 
-    Args:
-        report: nested dicts, lists, strings and numbers with stable snake_case keys.
-        as_json: one JSON object, exact; else `key<TAB>value` lines with dotted keys, made `plain`.
+    With `as_json` it is one JSON object, exact; else `key<TAB>value` lines with dotted keys, made `plain`.
     """
     if as_json:
         text = json.dumps(report, allow_nan=False, ensure_ascii=False)
@@ -40,14 +47,9 @@ def emit(report: Mapping[str, Any], *, as_json: bool) -> None:
 
 
 def plain(text: str) -> str:
-    r"""Make a text from anywhere fit for one cell of a table and for a terminal.
+    r"""Make a text from anywhere, such as a caption or a path, fit for one cell of a table and for a terminal.
 
-    Args:
-        text: such as a caption or a path.
-
-    Returns:
-        The text in one line, control characters written as in Python (`\n`, `\x1b`, `\u202e`), cut after 2,000
-        characters.
+    It comes in one line, control characters written as in Python (`\n`, `\x1b`, `\u202e`), cut after 2,000 characters.
     """
     if len(text) > _MAX_CHARS:
         text = text[:_MAX_CHARS] + "…"
@@ -77,7 +79,7 @@ def emit_row(cells: Iterable[object]) -> None:
 
 def note(message: str) -> None:
     """Tell people something on stderr, in one line, made `plain`."""
-    stderr.print(plain(message), markup=False)
+    terminal().print(plain(message), markup=False)
 
 
 @contextmanager
@@ -103,38 +105,27 @@ class Progress(Protocol):
 
 @contextmanager
 def progress_of(label: str) -> Iterator[Progress]:
-    """Show how far something is: a bar on a terminal, a line every 10 seconds otherwise.
+    """Show how far something is, as the function it yields is told: a bar on a terminal, else a line every 10 s."""
+    if not terminal().is_terminal:
+        last = time.monotonic()
 
-    Args:
-        label: what is being done.
+        def tell(done: int, total: int, words: str = "") -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last >= _PLAIN_PROGRESS_S:
+                last = now
+                note(f"{label}: {done}" + (f" of {total}" if total else "") + (f": {words}" if words else ""))
 
-    Yields:
-        A function to be told.
-    """
-    if not stderr.is_terminal:
-        yield _plain_progress(label)
+        yield tell
         return
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bar(*columns, TextColumn("{task.fields[words]}", markup=False), console=stderr, transient=True) as bar:
+    with Bar(*columns, TextColumn("{task.fields[words]}", markup=False), console=terminal(), transient=True) as bar:
         task = bar.add_task(plain(label), total=None, words="")
 
         def show(done: int, total: int, words: str = "") -> None:
             bar.update(task, completed=done, total=total or None, words=words)
 
         yield show
-
-
-def _plain_progress(label: str) -> Progress:
-    last = time.monotonic()
-
-    def tell(done: int, total: int, words: str = "") -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= _PLAIN_PROGRESS_S:
-            last = now
-            note(f"{label}: {done}" + (f" of {total}" if total else "") + (f": {words}" if words else ""))
-
-    return tell

@@ -6,8 +6,7 @@ from typing import Annotated
 import typer
 
 from declip_cli.cli.console import emit, note, progress_of, user_errors
-from declip_cli.cli.loading import open_model
-from declip_cli.cli.options import BatchSize, DataRoot, Json, Model, Threads
+from declip_cli.cli.options import BatchSize, DataRoot, Json, Model, NoCache, Threads, open_model, tell_skipped
 
 
 class FeatureChoice(StrEnum):
@@ -24,28 +23,31 @@ def linear_probe(
     features: Annotated[
         FeatureChoice, typer.Option(help="Image features before (`pre`, as CLIP did) or after the projection.")
     ] = FeatureChoice.pre,
-    shots: Annotated[int, typer.Option(min=0, help="Training pictures per class; 0 takes all.")] = 0,
-    seed: Annotated[int, typer.Option(help="Draws the shots and, without a val split, the held-out pictures.")] = 0,
+    shots: Annotated[int, typer.Option(min=0, help="Training images per class; 0 takes all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Draws the shots and, without a val split, the held-out images.")] = 0,
     baseline: Annotated[
         bool, typer.Option("--baseline", help="Also score raw pixels; `demo` does so by itself.")
     ] = False,
     batch_size: BatchSize = 128,
     threads: Threads = 0,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Compute all features anew.")] = False,
+    no_cache: NoCache = False,
     as_json: Json = False,
 ) -> None:
-    """Train a linear classifier on frozen image features; its penalty is chosen on validation pictures.
+    """Train a linear classifier on frozen image features; its penalty is chosen on validation images.
 
     Example: `declip linear-probe cifar100 --model runs/declip-vit-b32 --json`
     """
     with user_errors():
         from declip_cli.evaluate import linear_probe as probe
-        from declip_cli.evaluate.features import FeatureOptions
+        from declip_cli.evaluate.encoding import FeatureOptions
         from declip_cli.evaluate.probe_split import open_probe_sets
 
         sets = open_probe_sets(dataset, data_root=data_root)
         opened = open_model(model, threads=threads)
         with progress_of(dataset) as tell:
+            options = FeatureOptions(
+                batch_size=batch_size, threads=threads, use_cache=not no_cache, progress=tell, say=note
+            )
             report = probe.linear_probe(
                 opened,
                 sets,
@@ -53,12 +55,9 @@ def linear_probe(
                 shots=shots,
                 seed=seed,
                 with_baseline=True if baseline else None,
-                options=FeatureOptions(
-                    batch_size=batch_size, threads=threads, use_cache=not no_cache, progress=tell, say=note
-                ),
+                options=options,
             )
-        for cause, entry in report.skipped.items():
-            note(f"{dataset}: skipped {entry['count']} pictures, {cause} (first: {entry['first']})")
+        tell_skipped(dataset, report.skipped)
         for line in report.notes:
             note(f"{dataset}: {line}")
         emit(report.to_json(), as_json=as_json)

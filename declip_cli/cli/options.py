@@ -1,9 +1,15 @@
-"""Options that several commands share, written once."""
+"""Options that several commands share, and what is done with them."""
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
+
+from declip_cli.cli.console import note
+
+if TYPE_CHECKING:
+    from declip_cli.data.dataset import Skips
+    from declip_cli.model.checkpoint import PretrainedModel
 
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is already there.")]
@@ -15,5 +21,35 @@ DataRoot = Annotated[
     Optional[Path],  # noqa: UP007, UP045
     typer.Option("--data-root", help="Where evaluation sets lie. Default: $DECLIP_DATA, else data/."),
 ]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Pictures or texts per forward pass.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images or texts per forward pass.")]
 Threads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0 takes the cores there are.")]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Compute all features anew.")]
+
+
+def open_model(path: Path | None, *, threads: int = 0) -> "PretrainedModel":
+    """Load a model for evaluation, on a GPU if there is one; say on stderr which one, if none was named.
+
+    Args:
+        path: the option `--model`; None takes the newest run.
+        threads: CPU threads; 0 leaves what there is.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    import torch
+
+    from declip_cli.interop.read import load_model
+
+    if threads:
+        torch.set_num_threads(threads)
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    model = load_model(path, device=device)
+    if path is None:
+        note(f"model: {model.name}")
+    return model
+
+
+def tell_skipped(name: str, skipped: "Skips") -> None:
+    """Say on stderr what was skipped in a data set, cause by cause."""
+    for cause, (count, first) in skipped.items():
+        note(f"{name}: skipped {count} images, {cause} (first: {first})")

@@ -4,7 +4,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,10 +25,7 @@ _CLEANING = "Cleaning: pairs left out although they can be read"
 def prepare(
     source: Annotated[str, typer.Argument(help="Folder, table, tar pattern, list, or fsspec URL of one.")],
     out: Annotated[str, typer.Option("--out", help="Folder (or fsspec URL) for the shards.")],
-    kind: Annotated[
-        Optional[SourceKind],  # noqa: UP045  (Typer reads this form on every Python it supports)
-        typer.Option(help="What SOURCE is, if looking is not enough."),
-    ] = None,
+    kind: Annotated[SourceKind | None, typer.Option(help="What SOURCE is, if looking is not enough.")] = None,
     image_column: Annotated[str, typer.Option(help="Column of a table that holds pictures.")] = "",
     caption_columns: Annotated[
         list[str], typer.Option("--caption-column", help="Column that holds captions; may be repeated, all are kept.")
@@ -47,7 +44,7 @@ def prepare(
         int, typer.Option(help="Leave shorter captions out.", rich_help_panel=_CLEANING)
     ] = _CLEAN.min_caption_chars,
     max_caption_chars: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(help="Leave longer captions out.", rich_help_panel=_CLEANING),
     ] = _CLEAN.max_caption_chars,
     scripts: Annotated[
@@ -55,14 +52,14 @@ def prepare(
         typer.Option("--script", help="Keep captions in this script, such as latin.", rich_help_panel=_CLEANING),
     ] = [],  # noqa: B006
     max_caption_repeats: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(help="Pairs that may share a caption; without it any number.", rich_help_panel=_CLEANING),
     ] = _CLEAN.max_caption_repeats,
     min_side_px: Annotated[
         int, typer.Option(help="Leave smaller pictures out.", rich_help_panel=_CLEANING)
     ] = _CLEAN.min_side_px,
     max_aspect: Annotated[
-        Optional[float],  # noqa: UP045
+        float | None,
         typer.Option(help="Largest longer side / shorter side.", rich_help_panel=_CLEANING),
     ] = _CLEAN.max_aspect,
     duplicates: Annotated[

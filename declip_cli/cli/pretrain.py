@@ -3,15 +3,18 @@
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from declip_cli.cli.console import emit, note, user_errors
+from declip_cli.cli.console import emit, note, progress_of, user_errors
 from declip_cli.cli.options import Force, Json
 from declip_cli.config import MethodName, TrainConfig
+from declip_cli.errors import ChoiceError, ConfigError
 
 if TYPE_CHECKING:
     from declip_cli.train.run import Request
@@ -22,86 +25,57 @@ _PRECISIONS = Literal["auto", "fp32", "bf16", "fp16"]
 
 def pretrain(
     data: Annotated[
-        Optional[list[str]],  # noqa: UP045  (Typer reads this form on every Python it supports)
-        typer.Option("--data", help="Shard folder, tar pattern or `demo`; several are joined."),
+        list[str] | None, typer.Option(help="Shard folder, tar pattern or `demo`; several are joined.")
     ] = None,
     arch: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--arch", help="vit-b32, vit-b16, vit-s16, rn50, rn101, vit-tiny32 …", show_default="vit-b32"),
+        str | None, typer.Option(help="vit-b32, vit-b16, vit-s16, rn50, rn101, vit-tiny32 …", show_default="vit-b32")
     ] = None,
     method: Annotated[
-        Optional[MethodName],  # noqa: UP045
-        typer.Option("--method", help="What is learned from a pair.", show_default="declip"),
+        MethodName | None, typer.Option(help="What is learned from a pair.", show_default="declip")
     ] = None,
     recipe: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--recipe", help="A published configuration; see --list-recipes.", show_default="none"),
+        str | None, typer.Option(help="A published configuration; see --list-recipes.", show_default="none")
     ] = None,
     list_recipes: Annotated[bool, typer.Option("--list-recipes", help="List the recipes and stop.")] = False,
-    epochs: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option("--epochs", min=0, help="Passes over the data.", show_default="32"),
-    ] = None,
+    epochs: Annotated[float | None, typer.Option(min=0, help="Passes over the data.", show_default="32")] = None,
     steps: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--steps", min=1, help="Optimizer steps; overrides --epochs.", show_default="by --epochs"),
+        int | None, typer.Option(min=1, help="Optimizer steps; overrides --epochs.", show_default="by --epochs")
     ] = None,
     batch_size: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--batch-size", help="Pairs per step and process.", show_default=str(_TRAIN.batch_size)),
+        int | None, typer.Option(help="Pairs per step and process.", show_default=str(_TRAIN.batch_size))
     ] = None,
     micro_batch_size: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(
-            "--micro-batch-size",
-            min=1,
-            help="Pairs per forward pass; the gradient stays the same.",
-            show_default="the whole batch",
+            min=1, help="Pairs per forward pass; the gradient stays the same.", show_default="the whole batch"
         ),
     ] = None,
     learning_rate: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option("--learning-rate", help="At the peak.", show_default="1e-3 · sqrt(global batch / 4096)"),
+        float | None, typer.Option(help="At the peak.", show_default="1e-3 · sqrt(global batch / 4096)")
     ] = None,
-    out: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--out", help="Run folder.", show_default="runs/METHOD-ARCH-TIME"),
-    ] = None,
-    resume: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--resume", help="Go on with this run folder."),
-    ] = None,
-    init: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--init", help="Model to start from.", show_default="random weights"),
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/METHOD-ARCH-TIME")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with this run folder.")] = None,
+    init: Annotated[str | None, typer.Option(help="Model to start from.", show_default="random weights")] = None,
     evaluate: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option("--eval", help="Evaluation sets to score in training and at the end."),
+        list[str] | None, typer.Option("--eval", help="Evaluation sets to score in training and at the end.")
     ] = None,
     precision: Annotated[
-        Optional[_PRECISIONS],  # noqa: UP045
-        typer.Option("--precision", help="Number format of forward passes.", show_default=_TRAIN.precision),
+        _PRECISIONS | None, typer.Option(help="Number format of forward passes.", show_default=_TRAIN.precision)
     ] = None,
     processes: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--processes", min=1, help="Processes to start.", show_default="one per GPU, else one"),
+        int | None, typer.Option(min=1, help="Processes to start.", show_default="one per GPU, else one")
     ] = None,
     threads: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--threads", min=1, help="CPU threads of each process.", show_default="the cores there are"),
+        int | None, typer.Option(min=1, help="CPU threads of each process.", show_default="the cores there are")
     ] = None,
     seed: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option("--seed", min=0, help="Of weights, shuffle and augmentation.", show_default=str(_TRAIN.seed)),
+        int | None, typer.Option(min=0, help="Of weights, shuffle and augmentation.", show_default=str(_TRAIN.seed))
     ] = None,
     config: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--config", help="TOML with sections model, data, …; or a run's config.json, to repeat it."),
+        Path | None, typer.Option(help="TOML with sections model, data, …; or a run's config.json, to repeat it.")
     ] = None,
     assignments: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option("--set", help="section.key=value, for everything else; may be repeated."),
+        list[str] | None, typer.Option("--set", help="section.key=value, for everything else; may be repeated.")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would run, with steps and memory, and train nothing.")
@@ -135,9 +109,6 @@ def pretrain(
                 "seed": seed,
             },
         }
-        new_only = {"--out": out, "--force": force, "--recipe": recipe}
-        if resume is not None:
-            _refuse([option for option, is_given in new_only.items() if is_given])
         request = partial(_request, options, recipe, config, assignments or [], out=out, resume=resume, force=force)
         report = _plan(request()) if dry_run else _start(request)
         if report:
@@ -147,23 +118,13 @@ def pretrain(
 
 
 def _print_recipes(as_json: bool) -> None:
-    from declip_cli.recipes import list_recipes
+    from declip_cli.config_files import list_recipes
 
     recipes = list_recipes()
     if as_json:
-        emit({"recipes": [{"name": r.name, "title": r.title} for r in recipes]}, as_json=True)
+        emit({"recipes": [{"name": name, "title": title} for name, title in recipes.items()]}, as_json=True)
     else:
-        emit({recipe.name: recipe.title for recipe in recipes}, as_json=False)
-
-
-def _refuse(options: list[str]) -> None:
-    from declip_cli.errors import ConfigError
-
-    if options:
-        raise ConfigError(
-            f"--resume goes on in the folder and with the settings of the run, {options[0]} starts a new one",
-            remedy=f"leave out {options[0]}, or leave out --resume",
-        )
+        emit(recipes, as_json=False)
 
 
 def _request(
@@ -184,21 +145,22 @@ def _request(
     from declip_cli.train.run import Request
     from declip_cli.train.run_dir import RunDir, default_run_dir
 
+    new_only = [option for option, given in (("--out", out), ("--force", force), ("--recipe", recipe)) if given]
+    if resume is not None and new_only:
+        raise ConfigError(
+            f"--resume goes on in the folder and with the settings of the run, {new_only[0]} starts a new one",
+            remedy=f"leave out {new_only[0]}, or leave out --resume",
+        )
     before = RunDir(resume).read_run().asked if resume is not None else None
     asked, notes = resolve_run(recipe, file, options, assignments, before=before)
     find_architecture(asked.model)  # a wrong name is told before anything else happens
     if asked.train.processes and is_launched():
         notes.append("note: --processes changes nothing here, a launcher has started the processes")
-    for line in notes:
-        _note_once(line)
+    if os.environ.get("RANK", "0") == "0":
+        for line in notes:
+            note(line)
     path = resume or out or default_run_dir(runs_root(), method=asked.method.name, arch=asked.model.arch)
     return Request(asked=asked, path=path, is_resumed=resume is not None, force=force)
-
-
-def _note_once(message: str) -> None:
-    """Tell people something, on the first process only."""
-    if os.environ.get("RANK", "0") == "0":
-        note(message)
 
 
 def _plan(request: "Request") -> dict[str, Any]:
@@ -244,8 +206,6 @@ def _rank(request: "Request") -> dict[str, Any]:
 
 def _check_best(path: str | None, known: tuple[str, ...]) -> None:
     """Raise where the score that is to be kept by is none that will be there."""
-    from declip_cli.errors import ChoiceError
-
     if path is not None and path not in known:
         raise ChoiceError(
             f"train.keep_best is no score of this run: {path}",
@@ -260,40 +220,39 @@ def _work(make_request: "Callable[[], Request]") -> dict[str, Any]:
     """
     import torch
 
-    from declip_cli.cli.progress import RunProgress
+    from declip_cli.cli.progress import conclude, show
     from declip_cli.distributed import rank
-    from declip_cli.evaluate.during_training import find_score, make_evaluator
+    from declip_cli.evaluate.during_training import make_evaluator
     from declip_cli.process_group import from_first, joined
     from declip_cli.train.build import count_cores
-    from declip_cli.train.run import Request
     from declip_cli.train.run import pretrain as run
 
     with joined(has_gpu=torch.cuda.is_available(), tell=note):
         request = make_request()
+        request = replace(request, path=from_first(lambda: request.path))  # each would name one by its own clock
         train = request.asked.train
-        # Each process would name a new folder by its own clock.
-        path = from_first(lambda: request.path)
-        request = Request(asked=request.asked, path=path, is_resumed=request.is_resumed, force=request.force)
         evaluator = make_evaluator(train.eval, threads=train.threads or count_cores()) if train.eval else None
         if rank() == 0:
             _check_best(train.keep_best, evaluator.score_paths if evaluator is not None else ())
-        report = None
-        with RunProgress(request) as progress:
-            for report in run(request, evaluate=evaluator, find_score=find_score, say=note):
-                progress.show(report)
+        report, losses = None, dict[str, float]()
+        with progress_of("training") if rank() == 0 else nullcontext() as tell:
+            for report in run(request, evaluate=evaluator, say=note):
+                losses = report.losses or losses
+                if tell is not None:
+                    show(report, tell)
         assert report is not None  # a run always ends with a report
         if rank() != 0:
             return {}
-        progress.close(report, path)
+        conclude(report, request.path, request.asked.data.path)
         return {
-            "run_dir": str(path),
+            "run_dir": str(request.path),
             "method": request.asked.method.name,
             "arch": request.asked.model.arch,
             "steps": report.step,
             "samples_seen": report.samples_seen,
             "seconds": report.seconds,
             "samples_per_second": report.samples_seen / max(report.step_seconds, 1e-9),
-            "losses": progress.last_losses,
+            "losses": losses,
             "evaluations": report.evaluations,
             "stopped": report.was_stopped,
         }

@@ -1,85 +1,52 @@
 """How a run looks while it goes and when it ends, on stderr."""
 
-import os
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-from declip_cli.cli.console import note, stderr
+from declip_cli.cli.console import Progress, note, terminal
+from declip_cli.config_files import flatten
 
 if TYPE_CHECKING:
-    from declip_cli.train.meter import StepReport
-    from declip_cli.train.run import Request
+    from declip_cli.train.health import StepReport
 
 
-class RunProgress:
-    """A bar on a terminal, plain lines elsewhere; nothing on ranks other than 0.
+def show(report: "StepReport", tell: Progress) -> None:
+    """Show one report: as the words of a bar on a terminal, elsewhere in a line."""
+    if report.is_last and not report.losses:
+        return
+    words = [f"{name} {value:.3f}" for name, value in report.losses.items()]
+    words += [f"gradient {report.gradient_norm:.2g}", f"{report.samples_per_second:,.0f} samples/s"]
+    words += [f"waiting {report.wait_share:.0%}"]
+    if terminal().is_terminal:
+        tell(report.step, report.total_steps, " · ".join(words))
+    else:
+        note(f"step {report.step}/{report.total_steps} · {' · '.join(words)} · {report.seconds_left:,.0f} s left")
+    for sentence in report.advice:
+        note(sentence)
+    for name, scores in report.evaluations.items() if not report.is_last else ():
+        note(f"step {report.step} · {name} · {' · '.join(_score_words(scores))}")
 
-    Args:
-        request: what the run was asked.
-    """
 
-    def __init__(self, request: "Request") -> None:
-        self._data = request.asked.data.path
-        self.last_losses: dict[str, float] = {}
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-        is_hidden = not stderr.is_terminal or os.environ.get("RANK", "0") != "0"
-        self._bar = Progress(*columns, TimeRemainingColumn(), console=stderr, disable=is_hidden)
-        self._task = self._bar.add_task("training", total=None)
+def conclude(report: "StepReport", path: Path, data: tuple[str, ...]) -> None:
+    """Say how the run in a folder ended and what can be done next."""
+    for cause, (count, first) in report.skipped.items():
+        note(f"skipped {count} samples: {cause} (first: {first})")
+    if report.was_stopped:
+        note(f"stopped at step {report.step} of {report.total_steps}; everything is saved")
+        note(f"  go on: declip pretrain --resume {path}")
+        return
+    from declip_cli.data.benchmarks.known import known_sets
 
-    def __enter__(self) -> "RunProgress":
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
-
-    def show(self, report: "StepReport") -> None:
-        """Show one report."""
-        from declip_cli.distributed import rank
-
-        if rank() != 0:
-            return
-        self.last_losses = report.losses or self.last_losses
-        if report.is_last and not report.losses:
-            return
-        words = [f"{name} {value:.3f}" for name, value in report.losses.items()]
-        words += [f"gradient {report.gradient_norm:.2g}", f"{report.samples_per_second:,.0f} samples/s"]
-        words += [f"waiting {report.wait_share:.0%}"]
-        if stderr.is_terminal:
-            self._bar.update(self._task, description=" · ".join(words), completed=report.step, total=report.total_steps)
-        else:
-            left = f"{report.seconds_left:,.0f} s left"
-            note(f"step {report.step}/{report.total_steps} · {' · '.join(words)} · {left}")
-        for sentence in report.advice:
-            note(sentence)
-        if not report.is_last:
-            for name, scores in report.evaluations.items():
-                note(f"step {report.step} · {name} · {' · '.join(_score_words(scores))}")
-
-    def close(self, report: "StepReport", path: Path) -> None:
-        """Say how the run ended and what can be done next."""
-        from declip_cli.distributed import rank
-
-        if rank() != 0:
-            return
-        for cause, (count, first) in report.skipped.items():
-            note(f"skipped {count} samples: {cause} (first: {first})")
-        if report.was_stopped:
-            note(f"stopped at step {report.step} of {report.total_steps}; everything is saved")
-            note(f"  go on: declip pretrain --resume {path}")
-            return
-        note(f"done: {report.samples_seen:,} samples in {report.seconds:,.0f} s; the model is in {path / 'model'}")
-        for name, scores in report.evaluations.items():
-            note(f"{name}{_about(name)}:")
-            for line in _summary(scores):
-                note(f"  {line}")
-        for command in _next_commands(path, self._data):
-            note(f"  try: {command}")
+    note(f"done: {report.samples_seen:,} samples in {report.seconds:,.0f} s; the model is in {path / 'model'}")
+    for name, scores in report.evaluations.items():
+        known = known_sets().get(name)
+        note(f"{name} ({known.note}):" if known is not None and known.note else f"{name}:")
+        for line in _summary(scores):
+            note(f"  {line}")
+    known = known_sets().get(data[0]) if len(data) == 1 else None
+    commands = known.try_next if known is not None else ()
+    for command in commands or ("declip zeroshot FOLDER_OF_CLASSES --model {run}",):
+        note(f"  try: {command.format(run=path)}")
 
 
 def _summary(scores: dict[str, Any]) -> list[str]:
@@ -99,26 +66,6 @@ def _summary(scores: dict[str, Any]) -> list[str]:
     return lines or _score_words(scores)
 
 
-def _score_words(scores: dict[str, Any], prefix: str = "") -> list[str]:
-    words = []
-    for key, value in scores.items():
-        if isinstance(value, dict):
-            words += _score_words(value, f"{prefix}{key} ")
-        elif isinstance(value, float) and 0 <= value <= 1:
-            words.append(f"{prefix}{key} {value:.2%}")
-    return words
-
-
-def _about(name: str) -> str:
-    from declip_cli.data.benchmarks.known import known_sets
-
-    known = known_sets().get(name)
-    return f" ({known.note})" if known is not None and known.note else ""
-
-
-def _next_commands(path: Path, data: tuple[str, ...]) -> list[str]:
-    from declip_cli.data.benchmarks.known import known_sets
-
-    known = known_sets().get(data[0]) if len(data) == 1 else None
-    commands = known.try_next if known is not None else ()
-    return [command.format(run=path) for command in commands or ("declip zeroshot FOLDER_OF_CLASSES --model {run}",)]
+def _score_words(scores: dict[str, Any]) -> list[str]:
+    shares = {key: value for key, value in flatten(scores).items() if isinstance(value, float) and 0 <= value <= 1}
+    return [f"{key.replace('.', ' ')} {value:.2%}" for key, value in shares.items()]

@@ -1,22 +1,16 @@
-"""`declip retrieve`: score retrieval on a data set, or search pictures by text or picture."""
+"""`declip retrieve`: score retrieval on a data set, or search images by text or image."""
 
 import sys
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from declip_cli.cli.console import emit, emit_row, note, progress_of, user_errors
-from declip_cli.cli.loading import open_model
-from declip_cli.cli.options import BatchSize, DataRoot, Json, Model, Threads
+from declip_cli.cli.options import BatchSize, DataRoot, Json, Model, NoCache, Threads, open_model, tell_skipped
 
 if TYPE_CHECKING:
-    from declip_cli.data.dataset import Dataset
-    from declip_cli.evaluate.features import FeatureOptions
-    from declip_cli.evaluate.retrieve import RetrievalReport
-    from declip_cli.evaluate.search import Query, SearchReport
-    from declip_cli.model.checkpoint import PretrainedModel
+    from declip_cli.evaluate.search import SearchReport
 
 
 def retrieve(
@@ -24,7 +18,7 @@ def retrieve(
         str,
         typer.Argument(
             metavar="DATASET|PATH",
-            help="Known name, `demo`, a folder with captions.jsonl, or shards. To search: also any folder of pictures, "
+            help="Known name, `demo`, a folder with captions.jsonl, or shards. To search: also any folder of images, "
             "the folder of a saved index, or `-` for paths on stdin.",
         ),
     ],
@@ -36,7 +30,7 @@ def retrieve(
     ] = None,
     query_image: Annotated[
         Optional[Path],  # noqa: UP007, UP045
-        typer.Option(help="Search for pictures like this one."),
+        typer.Option(help="Search for images like this one."),
     ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="How many hits.")] = 10,
     index: Annotated[
@@ -52,10 +46,10 @@ def retrieve(
     ] = None,
     batch_size: BatchSize = 128,
     threads: Threads = 0,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Compute all features anew.")] = False,
+    no_cache: NoCache = False,
     as_json: Json = False,
 ) -> None:
-    """Score how well pictures and captions find each other; with a query, search pictures.
+    """Score how well images and captions find each other; with a query, search images.
 
     Examples: `declip retrieve flickr30k`, `declip retrieve photos/ --query "a red bus in the rain" -k 3`
     """
@@ -65,99 +59,48 @@ def retrieve(
     if text and query_image is not None:
         raise typer.BadParameter("give --query or --query-image, not both")
     is_search = bool(text) or query_image is not None
-    if not is_search:
-        _refuse({"--index": index, "--index-dir": index_dir, "--html": html, "reading stdin": source == "-"})
-    with user_errors():
-        from declip_cli.evaluate.features import FeatureOptions
-        from declip_cli.evaluate.search import Query
-
-        options = FeatureOptions(batch_size=batch_size, threads=threads, use_cache=not no_cache, say=note)
-        if not is_search:
-            report = _score(_open(source, data_root), open_model(model, threads=threads), options)
-            emit(report.to_json(), as_json=as_json)
-            return
-        asked = Query(text=text, image=query_image)
-        is_saved = index_dir is None and _is_index(source)
-        settings = _Settings(k, index, Path(source) if is_saved else index_dir)
-        dataset = None if is_saved else _open(source, data_root)
-        found = _search(dataset, asked, open_model(model, threads=threads), settings, options)
-        if html is not None:
-            _write(html, found, asked)
-        _show(found, k, as_json=as_json)
-
-
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    k: int
-    index: str
-    index_dir: Path | None
-
-
-def _is_index(source: str) -> bool:
-    from declip_cli.evaluate.vectors import is_store
-
-    return is_store(Path(source))
-
-
-def _refuse(options: dict[str, object]) -> None:
-    for option, value in options.items():
-        if value:
+    of_search = {"--index": index, "--index-dir": index_dir, "--html": html, "reading stdin": source == "-"}
+    for option, value in of_search.items():
+        if value and not is_search:
             raise typer.BadParameter(f"{option} needs --query TEXT or --query-image FILE")
+    with user_errors():
+        from declip_cli.data.catalogue import open_dataset
+        from declip_cli.data.files_dataset import open_list
+        from declip_cli.evaluate import retrieve as evaluation
+        from declip_cli.evaluate.encoding import FeatureOptions
+        from declip_cli.evaluate.gallery import write_gallery
+        from declip_cli.evaluate.search import Query, search
+        from declip_cli.evaluate.vectors import is_store
 
-
-def _open(source: str, data_root: Path | None) -> "Dataset":
-    from declip_cli.data.catalogue import open_dataset
-    from declip_cli.data.files_dataset import open_list
-
-    return open_list(sys.stdin) if source == "-" else open_dataset(source, data_root=data_root)
-
-
-def _score(dataset: "Dataset", model: "PretrainedModel", options: "FeatureOptions") -> "RetrievalReport":
-    from declip_cli.evaluate.retrieve import retrieve
-
-    with progress_of(dataset.name) as tell:
-        report = retrieve(model, dataset, options=replace(options, progress=tell))
-    _tell_skipped(report.skipped)
-    return report
-
-
-def _search(
-    dataset: "Dataset | None",
-    query: "Query",
-    model: "PretrainedModel",
-    settings: "_Settings",
-    options: "FeatureOptions",
-) -> "SearchReport":
-    from declip_cli.evaluate.search import search, search_saved
-
-    with progress_of(dataset.name if dataset is not None else "index") as tell:
-        options = replace(options, progress=tell)
-        if settings.index_dir is not None:
-            report = search_saved(
-                model, dataset, query, folder=settings.index_dir, k=settings.k, index=settings.index, options=options
-            )
+        if is_search and index_dir is None and is_store(Path(source)):
+            dataset, index_dir = None, Path(source)  # a saved index
         else:
-            assert dataset is not None
-            report = search(model, dataset, query, k=settings.k, index=settings.index or "Flat", options=options)
-    _tell_skipped(report.skipped)
-    return report
-
-
-def _tell_skipped(skipped: dict[str, dict[str, int | str]]) -> None:
-    for cause, entry in skipped.items():
-        note(f"skipped {entry['count']} pictures, {cause} (first: {entry['first']})")
-
-
-def _write(html: Path, report: "SearchReport", query: "Query") -> None:
-    from declip_cli.evaluate.gallery import write_gallery
-
-    write_gallery(html, report, query_image=query.image.read_bytes() if query.image else b"")
-    note(f"the hits are in {html}")
+            dataset = open_list(sys.stdin) if source == "-" else open_dataset(source, data_root=data_root)
+        opened, name = open_model(model, threads=threads), dataset.name if dataset is not None else "index"
+        with progress_of(name) as tell:
+            options = FeatureOptions(
+                batch_size=batch_size, threads=threads, use_cache=not no_cache, progress=tell, say=note
+            )
+            if is_search:
+                asked = Query(text=text, image=query_image)
+                found = search(opened, dataset, asked, k=k, index=index, folder=index_dir, options=options)
+            else:
+                assert dataset is not None
+                scores = evaluation.retrieve(opened, dataset, options=options)
+        if not is_search:
+            tell_skipped(name, scores.skipped)
+            emit(scores.to_json(), as_json=as_json)
+            return
+        tell_skipped(name, found.skipped)
+        if html is not None:
+            write_gallery(html, found, query_image=query_image.read_bytes() if query_image else b"")
+            note(f"the hits are in {html}")
+        _show(found, k, as_json=as_json)
 
 
 def _show(report: "SearchReport", k: int, *, as_json: bool) -> None:
     if len(report.hits) < k:
-        note(f"{len(report.hits)} hits, as many as there are pictures (asked for {k})")
+        note(f"{len(report.hits)} hits, as many as there are images (asked for {k})")
     if as_json:
         emit(report.to_json(), as_json=True)
         return

@@ -1,4 +1,4 @@
-"""`declip zeroshot`: classify pictures by the words of their classes."""
+"""`declip zeroshot`: classify images by the words of their classes."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -7,15 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from declip_cli.cli.console import emit, emit_row, note, progress_of, user_errors
-from declip_cli.cli.loading import open_model
-from declip_cli.cli.options import BatchSize, DataRoot, Json, Model, Threads
+from declip_cli.cli.options import BatchSize, DataRoot, Json, Model, NoCache, Threads, open_model, tell_skipped
 from declip_cli.errors import EvaluateError
 
 if TYPE_CHECKING:
     from declip_cli.data.dataset import Dataset
-    from declip_cli.evaluate.features import FeatureOptions
     from declip_cli.evaluate.zeroshot import ZeroshotReport
-    from declip_cli.model.checkpoint import PretrainedModel
 
 
 class Precision(StrEnum):
@@ -46,7 +43,7 @@ def zeroshot(
     ] = None,
     predictions: Annotated[
         Optional[Path],  # noqa: UP007, UP045
-        typer.Option(help="Write a JSON line per picture: path, label, top 5, scores."),
+        typer.Option(help="Write a JSON line per image: path, label, top 5, scores."),
     ] = None,
     report: Annotated[
         bool, typer.Option("--report", help="Add accuracy per class and the most confused pairs.")
@@ -56,67 +53,54 @@ def zeroshot(
     precision: Annotated[Precision, typer.Option(help="`auto` is bf16 where native.")] = Precision.auto,
     batch_size: BatchSize = 128,
     threads: Threads = 0,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Compute all features anew.")] = False,
+    no_cache: NoCache = False,
     as_json: Json = False,
 ) -> None:
-    """Classify pictures by the words of their classes, without any training on them.
+    """Classify images by the words of their classes, without any training on them.
 
     Example: `declip zeroshot imagenet cifar10 --model runs/declip-vit-b32 --json`
     """
     with user_errors():
         if list_sets:
-            _show_list(_listed(data_root), as_json=as_json)
+            _show_list(data_root, as_json=as_json)
             return
-        names = _names(datasets, classes)
-        from declip_cli.evaluate.features import FeatureOptions
+        names = list(dict.fromkeys(datasets or []))
+        if not names:
+            raise typer.BadParameter("name a data set, `demo` or a folder; --list shows the known ones")
+        if classes is not None and len(names) > 1:
+            raise EvaluateError(
+                f"--classes names the classes of one data set (got {len(names)})",
+                remedy="score the data sets one at a time",
+            )
+        from declip_cli.data.benchmarks.torchvision_sets import download as download_set
+        from declip_cli.evaluate import zeroshot as evaluation
+        from declip_cli.evaluate.encoding import FeatureOptions
+        from declip_cli.evaluate.report import write_predictions
 
-        options = FeatureOptions(
-            batch_size=batch_size, precision=precision.value, threads=threads, use_cache=not no_cache, say=note
-        )
-        if download:
-            _download(names, data_root)
+        for name in names if download else ():
+            note(f"{name} is in {download_set(name, data_root=data_root)}")
         found = [_open(name, data_root, classes) for name in names]
-        reports = _score(found, open_model(model, threads=threads), templates, options)
+        opened = open_model(model, threads=threads)
+        reports = []
+        for dataset in found:
+            with progress_of(dataset.name) as tell:
+                options = FeatureOptions(
+                    batch_size=batch_size,
+                    precision=precision.value,
+                    threads=threads,
+                    use_cache=not no_cache,
+                    progress=tell,
+                    say=note,
+                )
+                one = evaluation.zeroshot(opened, dataset, templates=templates, options=options)
+            if cut := one.num_prompts_cut:
+                note(f"{one.dataset}: {cut} prompts are longer than {opened.context_length} tokens and were cut")
+            tell_skipped(one.dataset, one.skipped)
+            reports.append(one)
         if predictions is not None:
-            _write(predictions, reports)
+            count = write_predictions(predictions, {one.dataset: one.predictions for one in reports})
+            note(f"{count} predictions are in {predictions}")
         emit(_result(reports, with_report=report), as_json=as_json)
-
-
-def _names(datasets: list[str] | None, classes: Path | None) -> list[str]:
-    names = list(dict.fromkeys(datasets or []))
-    if not names:
-        raise typer.BadParameter("name a data set, `demo` or a folder; --list shows the known ones")
-    if classes is not None and len(names) > 1:
-        raise EvaluateError(
-            f"--classes names the classes of one data set (got {len(names)})",
-            remedy="score the data sets one at a time",
-        )
-    return names
-
-
-def _show_list(entries: list[dict[str, Any]], *, as_json: bool) -> None:
-    if as_json:
-        emit({"datasets": entries}, as_json=True)
-        return
-    emit_row(("name", "task", "classes", "metric", "expected", "is_there"))
-    for entry in entries:
-        classes, there = entry["num_classes"] or "-", "yes" if entry["is_there"] else "no"
-        emit_row((entry["name"], entry["task"], classes, entry["metric"], entry["expected"], there))
-
-
-def _listed(data_root: Path | None) -> list[dict[str, Any]]:
-    from dataclasses import asdict
-
-    from declip_cli.data.catalogue import list_known
-
-    return [asdict(entry) for entry in list_known(data_root)]
-
-
-def _download(names: list[str], data_root: Path | None) -> None:
-    from declip_cli.data.catalogue import download
-
-    for name in names:
-        note(f"{name} is in {download(name, data_root=data_root)}")
 
 
 def _open(name: str, data_root: Path | None, classes: Path | None) -> "Dataset":
@@ -130,30 +114,17 @@ def _open(name: str, data_root: Path | None, classes: Path | None) -> "Dataset":
     return classified(open_dataset(name, evaluation_split(name), data_root=data_root), classes)
 
 
-def _score(
-    datasets: "list[Dataset]", model: "PretrainedModel", templates: str, options: "FeatureOptions"
-) -> "list[ZeroshotReport]":
-    from dataclasses import replace
+def _show_list(data_root: Path | None, *, as_json: bool) -> None:
+    from declip_cli.data.benchmarks.known import list_known
 
-    from declip_cli.evaluate.zeroshot import zeroshot
-
-    reports = []
-    for dataset in datasets:
-        with progress_of(dataset.name) as tell:
-            report = zeroshot(model, dataset, templates=templates, options=replace(options, progress=tell))
-        if report.num_cut:
-            note(f"{dataset.name}: {report.num_cut} prompts are longer than {model.context_length} tokens and were cut")
-        for cause, skipped in report.skipped.items():
-            note(f"{dataset.name}: skipped {skipped['count']} pictures, {cause} (first: {skipped['first']})")
-        reports.append(report)
-    return reports
-
-
-def _write(path: Path, reports: "list[ZeroshotReport]") -> None:
-    from declip_cli.evaluate.report import write_predictions
-
-    count = write_predictions(path, {report.dataset: report.predictions for report in reports})
-    note(f"{count} predictions are in {path}")
+    listed = list_known(data_root)
+    if as_json:
+        emit({"datasets": listed}, as_json=True)
+        return
+    emit_row(("name", "task", "classes", "metric", "expected", "is_there"))
+    for entry in listed:
+        classes, there = entry["num_classes"] or "-", "yes" if entry["is_there"] else "no"
+        emit_row((entry["name"], entry["task"], classes, entry["metric"], entry["expected"], there))
 
 
 def _result(reports: "list[ZeroshotReport]", *, with_report: bool) -> dict[str, Any]:

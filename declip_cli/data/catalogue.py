@@ -2,35 +2,23 @@
 
 import difflib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeAlias
 
 from declip_cli.data import storage
 from declip_cli.data.benchmarks import imagenet
-from declip_cli.data.benchmarks.captions import read_captions
+from declip_cli.data.benchmarks.captions import read_captions, read_packed
 from declip_cli.data.benchmarks.folders import folder_splits, open_folder, read_class_folders
-from declip_cli.data.benchmarks.known import (
-    Known,
-    known_sets,
-    names_from_assets,
-    read_lines,
-    resolve_data_root,
-    templates_from_assets,
-)
-from declip_cli.data.benchmarks.packed import read_packed
-from declip_cli.data.benchmarks.torchvision_sets import download as download_known
+from declip_cli.data.benchmarks.known import Known, known_sets, read_lines, resolve_data_root
 from declip_cli.data.benchmarks.torchvision_sets import read_torchvision
-from declip_cli.data.dataset import Classes, Dataset, Metric
+from declip_cli.data.dataset import Dataset
 from declip_cli.data.files_dataset import Subset, is_image, open_list
+from declip_cli.data.shards.files import Shard
 from declip_cli.data.shards.indexing import Say
-from declip_cli.data.shards.store import CACHE_GB, MANIFEST, open_shards
+from declip_cli.data.shards.store import CACHE_GB, MANIFEST, NoShardsError, open_shards
 from declip_cli.errors import DataError
 
-Reader: TypeAlias = Callable[[Known, Path, str, Classes], Dataset]
-"""Row of the table, the folder that a marker lies in, split, classes as far as the table knows them."""
-
-_READERS: dict[str, Reader] = {
+_READERS: dict[str, Callable[[Known, Path, str], Dataset]] = {
     "packed": read_packed,
     "torchvision": read_torchvision,
     "class_folders": read_class_folders,
@@ -42,6 +30,8 @@ _READERS: dict[str, Reader] = {
     "objectnet": imagenet.read_objectnet,
     "sun397": imagenet.read_sun397,
 }
+"""From a row of the table, the folder that a marker lies in, and a split to the images, read when needed; a
+`DataError` says what is missing or damaged."""
 
 
 def open_dataset(
@@ -51,7 +41,7 @@ def open_dataset(
     data_root: Path | None = None,
     cache_dir: str | None = None,
     say: Say | None = None,
-    together: bool = False,
+    shall_count: Callable[[Sequence[Shard]], bool] | None = None,
     cache_gb: float = CACHE_GB,
 ) -> Dataset:
     """Open what the user names: a known set, shards, a folder of images, or an image.
@@ -64,7 +54,7 @@ def open_dataset(
         data_root: where known sets lie; None takes `$DECLIP_DATA`, else `data/`.
         cache_dir: where remote shards and indexes are kept; None takes `$DECLIP_CACHE`, else `~/.cache/declip`.
         say: told of damaged indexes, and of the progress where shards of others are indexed for the first time.
-        together: if there is a process group, every rank opens the same data now, and they share that work.
+        shall_count: decides whether to go first through shards without an index, as of `open_shards`.
         cache_gb: how many gigabytes of remote shards may be in the cache.
 
     Returns:
@@ -84,16 +74,26 @@ def open_dataset(
         )
     if known:
         opened = _open_known(known_sets()[known[0]], resolve_data_root(data_root), split)
-    elif len(names) > 1 or has_shards(names[0]):
-        opened = open_shards(names, split=split, cache_dir=cache_dir, say=say, together=together, cache_gb=cache_gb)
-    elif storage.is_folder(names[0]):
-        opened = open_folder(names[0], split)
-    elif is_image(names[0]) and storage.is_file(names[0]):
-        opened = open_list(names)
     else:
-        raise _unknown(names[0])
+        try:
+            opened = open_shards(
+                names, split=split, cache_dir=cache_dir, say=say, shall_count=shall_count, cache_gb=cache_gb
+            )
+        except NoShardsError as error:
+            opened = _open_images(names, split, error)
     opened.name, opened.split = names[0], opened.split or split or ""
     return opened
+
+
+def _open_images(names: Sequence[str], split: str | None, error: NoShardsError) -> Dataset:
+    name, *more = names
+    if more:
+        raise error
+    if storage.is_folder(name):
+        return open_folder(name, split)
+    if is_image(name) and storage.is_file(name):
+        return open_list([name])
+    raise _unknown(name)
 
 
 def _open_known(known: Known, root: Path, split: str | None) -> Dataset:
@@ -105,11 +105,7 @@ def _open_known(known: Known, root: Path, split: str | None) -> Dataset:
     folder = known.locate(root) if known.markers else root
     if folder is None:
         raise DataError(f"{known.name} is not there: expected {root / known.markers[0]}", remedy=known.how_to_get(root))
-    key = "imagenet" if known.num_classes == len(names_from_assets()["imagenet"]) else known.name
-    templates = known.templates or templates_from_assets().get(known.name, ())
-    metric: Metric = "mean_per_class" if known.metric == "mean_per_class" else "accuracy"
-    classes = Classes(names=names_from_assets().get(key, ()), templates=templates, metric=metric)
-    opened = _READERS[known.reader](known, folder, split, classes)
+    opened = _READERS[known.reader](known, folder, split)
     opened.split, opened.fold_size, opened.note = split, known.fold_size, opened.note or known.note
     found = len(opened.classes.names) if opened.classes is not None else 0
     if known.markers and (found != known.num_classes or not len(opened) or max(opened.labels, default=-1) >= found > 0):
@@ -143,13 +139,7 @@ def has_shards(path: str) -> bool:
 
 
 def splits_of(name: str) -> tuple[str, ...]:
-    """Say which splits a data set has.
-
-    Args:
-        name: as of `open_dataset`.
-
-    Returns:
-        Their names; empty for shards, and for a folder that is not divided.
+    """Name the splits of a data set; there are none in shards and in a folder that is not divided.
 
     Raises:
         DataError: there is nothing of this name.
@@ -247,63 +237,3 @@ def _has_captions(dataset: Dataset, number: int) -> bool:
         return bool(dataset.captions(number))
     except DataError:
         return True
-
-
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """One line of `declip zeroshot --list`."""
-
-    name: str
-    task: str
-    num_classes: int
-    metric: str
-    expected: str
-    """Path that shows that the set is there."""
-    is_there: bool
-
-
-def list_known(data_root: Path | None = None) -> list[Listed]:
-    """List the known data sets in the order of the table.
-
-    Args:
-        data_root: as of `open_dataset`.
-
-    Returns:
-        One entry per set.
-    """
-    root = resolve_data_root(data_root)
-    listed = []
-    for known in known_sets().values():
-        folder = known.locate(root)
-        expected = str((folder or root) / known.markers[0]) if known.markers else "built in"
-        is_there = folder is not None or not known.markers
-        listed.append(Listed(known.name, known.tasks, known.num_classes, known.metric, expected, is_there))
-    return listed
-
-
-def download(name: str, *, data_root: Path | None = None) -> str:
-    """Fetch a known set over the network with torchvision.
-
-    Args:
-        name: a known name.
-        data_root: as of `open_dataset`; made if it does not exist.
-
-    Returns:
-        Where it is, for people.
-
-    Raises:
-        DataError: unknown name, no download works for this set, or the download failed.
-    """
-    known, folder = known_sets().get(name), data_root or resolve_data_root(data_root)
-    if known is None:
-        raise DataError(
-            f"{name!r} is not a known data set, so it cannot be downloaded",
-            remedy="`declip zeroshot --list` shows the known names",
-        )
-    if not known.markers:
-        return "built in"
-    if not known.torchvision or not known.can_download:
-        raise DataError(f"{name} has no download that works", remedy=known.how_to_get(folder))
-    folder.mkdir(parents=True, exist_ok=True)
-    download_known(known, folder)
-    return f"{folder}/"

@@ -13,6 +13,8 @@ from declip_cli.errors import DataError
 Pixels: TypeAlias = NDArray[np.uint8]
 """RGB, upright, (height, width, 3)."""
 Metric: TypeAlias = Literal["accuracy", "mean_per_class"]
+ROW_BITS = 32
+"""Bits of the row in the number of an example whose block is not counted yet; the block stands above them."""
 UNREAD = "unreadable"
 """Cause of an example that the disk or the network did not give this time; it may be sound and is asked for again."""
 
@@ -136,3 +138,33 @@ class Dataset(ABC):
             return self.key(number)
         except DataError:
             return f"number {number}"
+
+
+class BlockDataset(Dataset):
+    """Examples that lie together in blocks, each of which can be fetched in one piece ahead of its use.
+
+    It can be pickled; opened so in another process of this machine, it does not ask the store again.
+    """
+
+    is_remote: bool
+    """Whether any block has to be fetched from a store."""
+    num_blocks: int
+    block_firsts: NDArray[np.int64] | None
+    """Numbers of the examples at which blocks begin, and the number of examples, (blocks + 1,). None where blocks
+    are counted when their turn comes: a number is `block << ROW_BITS | row` there, and `len` an estimate."""
+
+    @abstractmethod
+    def count(self, block: int) -> int:
+        """Return how many examples are in a block; errors as of `fetch`."""
+
+    @abstractmethod
+    def fetch(self, block: int) -> None:
+        """Bring a block near, so that `read` need not wait.
+
+        Raises:
+            DataError: the disk or the store did not give it; the cause is `UNREAD`.
+        """
+
+    @abstractmethod
+    def release(self, block: int) -> None:
+        """Say that a block will not be needed soon."""

@@ -10,23 +10,14 @@ _SMALLEST_DOMAIN_BITS = 6
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
-def sample_rng(seed: int, epoch: int, number: int, purpose: int = 0) -> random.Random:
-    """Start the stream of random numbers that belongs to one sample in one epoch.
+def sample_rng(seed: int, epoch: int, number: int) -> random.Random:
+    """Start the stream of random numbers that belongs to one sample, by its number, in one epoch.
 
     Whoever reads the sample, on whatever rank or thread, draws the same, whatever happened to other samples.
-
-    Args:
-        seed: of the run, at least 0.
-        epoch: at least 0.
-        number: of the sample in the data set, from 0.
-        purpose: keeps streams for different uses apart, from 0 to 255.
-
-    Returns:
-        A generator at its beginning.
     """
     # Fields side by side, so that no two combinations meet below 2^32 epochs and 2^64 seeds.
     high, low = number >> 40, number & ((1 << 40) - 1)
-    return random.Random(high << 144 | (((seed << 32 | epoch) << 40 | low) << 8) | purpose)
+    return random.Random(high << 144 | ((seed << 32 | epoch) << 40 | low) << 8)
 
 
 def shuffled(num: int, seed: int, epoch: int, *, positions: NDArray[np.int64] | None = None) -> NDArray[np.int64]:

@@ -7,15 +7,16 @@ from functools import cached_property
 
 from declip_cli.data import storage
 from declip_cli.data.dataset import Classes, Dataset, Example, Pixels, Skips
+from declip_cli.data.shards.tar_samples import PICTURE_EXTENSIONS
 from declip_cli.data.sources.records import read_picture
 from declip_cli.errors import DataError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".avif")
+_SUFFIXES = tuple(f".{extension}" for extension in PICTURE_EXTENSIONS)
 
 
 def is_image(path: str) -> bool:
     """Say whether a file name looks like that of an image."""
-    return path.lower().endswith(IMAGE_SUFFIXES) and not path.rpartition("/")[2].startswith(".")
+    return path.lower().endswith(_SUFFIXES) and not path.rpartition("/")[2].startswith(".")
 
 
 class FilesDataset(Dataset):
@@ -23,7 +24,7 @@ class FilesDataset(Dataset):
 
     Args:
         paths: local paths or URLs, N.
-        labels: N classes, or none.
+        labels: as of `Dataset`, as `classes` and `skipped` are.
         classes: what the labels mean.
         captions: number → captions, read when asked; None where there are none.
         skipped: what is in the files but in no example.
@@ -75,14 +76,10 @@ class FilesDataset(Dataset):
 
     def stamp(self, number: int) -> str:
         """See `Dataset.stamp`: size and time of the file."""
-        return _stamp(self.key(number))
-
-
-def _stamp(path: str) -> str:
-    try:
-        return storage.facts(path).stamp
-    except (OSError, ValueError, DataError):
-        return ""
+        try:
+            return storage.facts(self.key(number)).stamp
+        except (OSError, ValueError, DataError):
+            return ""
 
 
 class PixelsDataset(Dataset):
@@ -91,9 +88,9 @@ class PixelsDataset(Dataset):
     Args:
         name: begins the keys.
         pixels: number → one image; called from several threads.
-        labels: N classes.
+        labels: as of `Dataset`, as `classes` and `fingerprint` are.
         classes: what the labels mean.
-        fingerprint: as of `Dataset.fingerprint`.
+        fingerprint: of the whole.
     """
 
     fingerprint = ""
@@ -176,13 +173,7 @@ class Subset(Dataset):
 
 
 def open_list(lines: Iterable[str]) -> FilesDataset:
-    """Make a data set of the images that a list names, each once.
-
-    Args:
-        lines: one path or URL a line.
-
-    Returns:
-        Those that are files; others are counted as skipped.
+    """Make a data set of the images that a list names, a path or URL a line; what is no file is counted as skipped.
 
     Raises:
         DataError: none of them is.

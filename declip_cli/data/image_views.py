@@ -2,9 +2,7 @@
 
 import math
 import random
-import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import cv2
@@ -12,8 +10,7 @@ import numpy as np
 from PIL import Image
 
 from declip_cli.config import AugmentConfig, ImageView
-from declip_cli.config_checks import require
-from declip_cli.data.colour import ColourName, ColourStep, Scratch, blur, jitter
+from declip_cli.data.colour import SMALLEST_BLUR_SIGMA_PX, Colours, blur, jitter
 from declip_cli.data.dataset import Pixels
 from declip_cli.data.decode import (
     ImageHeader,
@@ -23,9 +20,10 @@ from declip_cli.data.decode import (
     largest_reduction,
     read_header,
 )
+from declip_cli.errors import require
 
 _LOG_RATIO = math.log(4 / 3)
-_NO_PIXELS: Pixels = np.empty((0, 0, 3), dtype=np.uint8)
+_UNCHANGED = Colours()
 
 
 class Crop(NamedTuple):
@@ -41,27 +39,18 @@ class ViewDraw(NamedTuple):
     """All that chance decided about one view."""
 
     crop: Crop
-    colours: tuple[ColourStep, ...] = ()
-    """Colour operations in their order."""
-    is_gray: bool = False
+    colours: Colours = _UNCHANGED
     blur_sigma_px: float = 0.0
     """0 leaves the view sharp."""
     is_flipped: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A picture ready to be cropped: decoded, or a JPEG that waits for the crops to be decoded smaller."""
+class Picture(NamedTuple):
+    """A picture ready to be cropped."""
 
     header: ImageHeader
-    pixels: Pixels
-    """RGB, uint8, (height, width, 3), or empty while not decoded."""
-    data: bytes = b""
-
-    @property
-    def is_decoded(self) -> bool:
-        """Whether the pixels are there, so that the picture may be kept and used again."""
-        return self.pixels.size > 0
+    content: bytes | Pixels
+    """RGB, uint8, (height, width, 3); or a JPEG that waits for the crops to be decoded smaller."""
 
 
 class ImageViews:
@@ -81,29 +70,6 @@ class ImageViews:
     def __init__(self, config: AugmentConfig, side_px: int) -> None:
         self._config = config
         self._side_px = side_px
-        self._of_thread = threading.local()
-        halves: dict[ColourName, float] = {
-            "brightness": config.brightness,
-            "contrast": config.contrast,
-            "saturation": config.saturation,
-            "hue": config.hue,
-        }
-        self._ranges = tuple((name, 0.0 if name == "hue" else 1.0, half) for name, half in halves.items() if half)
-        self._jitter_probability = config.jitter_probability if self._ranges else 0.0
-
-    def draw(self, image: bytes | Pixels, kinds: Sequence[ImageView], rng: random.Random, out: Pixels) -> None:
-        """Draw the views of one picture.
-
-        Args:
-            image: as in `open`.
-            kinds: V kinds of views, in order.
-            rng: decides everything; the same state gives the same pixels.
-            out: filled with RGB, uint8, (V, S, S, 3), contiguous.
-
-        Raises:
-            DataError: the picture cannot be decoded.
-        """
-        self.draw_from(self.open(image), kinds, rng, out)
 
     def open(self, image: bytes | Pixels) -> Picture:
         """Decode a picture, unless it is a JPEG so large that knowing the crops may save work.
@@ -120,51 +86,49 @@ class ImageViews:
         if isinstance(image, bytes):
             header = read_header(image)
             if header.is_plain_jpeg and min(header.width, header.height) >= 2 * self._side_px:
-                return Picture(header, _NO_PIXELS, image)
+                return Picture(header, image)
             image = decode_smaller(image, header, self._side_px)
         return Picture(ImageHeader(image.shape[1], image.shape[0], False, True), image)
 
-    def draw_from(self, picture: Picture, kinds: Sequence[ImageView], rng: random.Random, out: Pixels) -> None:
-        """Draw the views of one opened picture; see `draw`."""
-        side = self._side_px
-        if out.shape != (len(kinds), side, side, 3) or out.dtype != np.uint8 or not out.flags.c_contiguous:
-            raise ValueError(f"views need contiguous uint8 ({len(kinds)}, {side}, {side}, 3), got {out.shape}")
-        width = picture.header.width
-        draws = [self.decide(kind, width, picture.header.height, rng) for kind in kinds]
-        pixels = picture.pixels
-        if not picture.is_decoded:
-            shortest = min(min(draw.crop.width, draw.crop.height) for draw in draws)
-            pixels = decode_jpeg(picture.data, picture.header, reduction=largest_reduction(shortest, side))
-        for draw, view in zip(draws, out, strict=True):
-            self._render(pixels, pixels.shape[1] / width, draw, view)
-
-    def decide(self, kind: ImageView, width: int, height: int, rng: random.Random) -> ViewDraw:
-        """Draw all that is random about one view.
+    def draw(self, picture: Picture, kinds: Sequence[ImageView], rng: random.Random, out: Pixels) -> None:
+        """Draw the views of one picture.
 
         Args:
-            kind: `plain` or `augmented`.
-            width: of the upright picture, in pixels.
-            height: likewise.
-            rng: decides.
+            picture: from `open`.
+            kinds: V kinds of views, in order.
+            rng: decides everything; the same state gives the same pixels.
+            out: filled with RGB, uint8, (V, S, S, 3).
 
-        Returns:
-            The decisions; pixels play no part in them.
+        Raises:
+            DataError: the picture cannot be decoded.
         """
+        header, pixels = picture
+        draws = [self._decide(kind, header.width, header.height, rng) for kind in kinds]
+        if isinstance(pixels, bytes):
+            shortest = min(min(draw.crop.width, draw.crop.height) for draw in draws)
+            pixels = decode_jpeg(pixels, header, reduction=largest_reduction(shortest, self._side_px))
+        for draw, view in zip(draws, out, strict=True):
+            self._render(pixels, pixels.shape[1] / header.width, draw, view)
+
+    def _decide(self, kind: ImageView, width: int, height: int, rng: random.Random) -> ViewDraw:
+        """Draw all that is random about one view; pixels play no part in it."""
         config = self._config
         if kind == "plain":
             return ViewDraw(draw_crop(width, height, config.plain_crop_area_min, rng))
         crop = draw_crop(width, height, config.crop_area_min, rng)
-        colours: tuple[ColourStep, ...] = ()
-        if _happens(self._jitter_probability, rng):
-            colours = tuple(
-                ColourStep(name, rng.uniform(centre - half, centre + half))
-                for name, centre, half in rng.sample(self._ranges, len(self._ranges))
+        colours, sigma_px = _UNCHANGED, 0.0
+        if _happens(config.jitter_probability, rng):
+            colours = Colours(
+                brightness=rng.uniform(1.0 - config.brightness, 1.0 + config.brightness),
+                contrast=rng.uniform(1.0 - config.contrast, 1.0 + config.contrast),
+                saturation=rng.uniform(1.0 - config.saturation, 1.0 + config.saturation),
+                hue_turns=rng.uniform(-config.hue, config.hue),
             )
-        is_gray = _happens(config.grayscale_probability, rng)
-        sigma_px = 0.0
+        if _happens(config.grayscale_probability, rng):
+            colours = colours._replace(saturation=0.0)
         if _happens(config.blur_probability, rng):
             sigma_px = rng.uniform(config.blur_sigma_min_px, config.blur_sigma_max_px)
-        return ViewDraw(crop, colours, is_gray, sigma_px, _happens(config.flip_probability, rng))
+        return ViewDraw(crop, colours, sigma_px, _happens(config.flip_probability, rng))
 
     def _render(self, pixels: Pixels, scale: float, draw: ViewDraw, out: Pixels) -> None:
         left, top, width, height = draw.crop
@@ -176,20 +140,14 @@ class ImageViews:
         is_far = width * height > (2 * side) ** 2
         interpolation = cv2.INTER_AREA if is_far else cv2.INTER_LINEAR
         region = pixels[top : top + height, left : left + width]  # (height, width, 3)
-        scratch = self._scratch()
-        cv2.resize(region, (side, side), dst=scratch.rgb if draw.is_flipped else out, interpolation=interpolation)
+        view = np.asarray(cv2.resize(region, (side, side), interpolation=interpolation), dtype=np.uint8)
+        if draw.colours != _UNCHANGED:
+            view = jitter(view, draw.colours)
+        if draw.blur_sigma_px >= SMALLEST_BLUR_SIGMA_PX:
+            view = blur(view, draw.blur_sigma_px)
         if draw.is_flipped:
-            cv2.flip(scratch.rgb, 1, dst=out)
-        jitter(out, draw.colours, scratch, is_gray=draw.is_gray)
-        if draw.blur_sigma_px:
-            blur(out, draw.blur_sigma_px, scratch)
-
-    def _scratch(self) -> Scratch:
-        try:
-            scratch: Scratch = self._of_thread.scratch
-        except AttributeError:
-            scratch = self._of_thread.scratch = Scratch(self._side_px)
-        return scratch
+            cv2.flip(view, 1, dst=view)
+        out[:] = view
 
 
 def draw_crop(width: int, height: int, area_min: float, rng: random.Random) -> Crop:

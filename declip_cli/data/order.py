@@ -1,22 +1,22 @@
 """Which sample stands at each position of each epoch: exactly shuffled, or in blocks that are read in one piece."""
 
+import functools
 import threading
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from declip_cli.data.dataset import ROW_BITS
 from declip_cli.data.draws import scattered, shuffled
 
 Integers: TypeAlias = NDArray[np.int64]
 
-ROW_BITS = 32
-"""Bits of the row in the number of a sample whose shard is not counted yet; the shard stands above them."""
 _ALL_PIECES = 0
 
 
@@ -100,44 +100,50 @@ class ExactOrder(Order):
 
 @dataclass(slots=True)
 class _Plan:
-    """One epoch: all pieces laid out in a row, stream after stream, each cut into windows."""
+    """One epoch: all pieces laid out in a row, stream after stream, each cut into windows.
+
+    Where pieces are counted when their turn comes, `starts` and `bounds` grow.
+    """
 
     pieces: Integers
     """Blocks or shards in their order."""
     starts: Integers
-    """Where each of them begins in the row, and where the last ends; grows while shards are counted."""
+    """Where each of them begins in the row, and where the last ends."""
+    spans: Integers
+    """The first piece of each window, and the one behind its last, (W, 2)."""
     bounds: Integers
-    """Where windows begin in the row, and where the last ends; likewise."""
+    """Where windows begin in the row, and where the last ends."""
     streams: Integers
     """Where streams begin in the row, and where the last ends, (C + 1,)."""
     stream_windows: Integers
     """The first window of each stream, and the number of windows, (C + 1,)."""
-    edges: Integers
-    """The first piece of each window, and the number of pieces; of shards only."""
-    shuffles: dict[int, Integers] = field(default_factory=dict)
-    """Window → its shuffle, of those used last."""
 
 
 class WindowedOrder(Order):
-    """Pieces are permuted over the epoch; samples are shuffled exactly inside windows of several pieces."""
+    """Pieces are permuted over the epoch; samples are shuffled exactly inside windows of several pieces.
 
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
+    Args:
+        piece_firsts: the number of the first sample of each piece.
+        seed: of the run.
+        num_streams: C.
+        width: pieces in a window.
+    """
+
+    def __init__(self, piece_firsts: Integers, seed: int, *, num_streams: int, width: int) -> None:
+        self._piece_firsts, self._seed, self.num_streams, self._width = piece_firsts, seed, num_streams, width
         self._plans: dict[int, _Plan] = {}
         self._lock = threading.RLock()
-
-    @abstractmethod
-    def pieces(self, window: Window) -> list[int]:
-        """List the blocks (of uncounted sets, shards) that a window reads."""
+        self._shuffle = functools.lru_cache(2 * num_streams)(scattered)  # asked for again until a window is used up
 
     @abstractmethod
     def _draw_up(self, epoch: int) -> _Plan: ...
 
-    @abstractmethod
-    def _number(self, pieces: Integers, rows: Integers) -> Integers: ...
-
     def _reach(self, plan: _Plan, end: int) -> None:
         """Make sure that the plan knows where so many samples of an epoch lie, if it has them."""
+
+    def reaches(self, epoch: int, end: int) -> bool:
+        """See `Order`."""
+        return bool(end <= self._plan(epoch, end).bounds[-1])
 
     def numbers(self, epoch: int, positions: Integers) -> Integers:
         """See `Order`."""
@@ -147,23 +153,17 @@ class WindowedOrder(Order):
         rows = np.argsort(windows, kind="stable")
         cuts = [0, *(np.flatnonzero(np.diff(windows[rows])) + 1).tolist(), len(rows)]
         for begin, end in pairwise(cuts):
-            here, window = rows[begin:end], int(windows[rows[begin]])
-            first = plan.bounds[window]
-            places[here] = first + self._shuffle(plan, epoch, window)[places[here] - first]
+            here, window = rows[begin:end], windows[rows[begin]]
+            first, last = plan.bounds[window : window + 2].tolist()
+            places[here] = first + self._shuffle(last - first, self._seed, epoch, first + 1)[places[here] - first]
         piece = np.searchsorted(plan.starts, places, "right") - 1
-        return self._number(plan.pieces[piece], places - plan.starts[piece])
+        return self._piece_firsts[plan.pieces[piece]] + places - plan.starts[piece]
 
-    def _shuffle(self, plan: _Plan, epoch: int, window: int) -> Integers:
-        """Return the shuffle inside a window, which is asked for again and again until it is used up."""
-        table = plan.shuffles.get(window)
-        if table is None:
-            first, end = plan.bounds[window : window + 2].tolist()
-            table = scattered(end - first, self._seed, epoch, first + 1)
-            with self._lock:
-                while len(plan.shuffles) >= 2 * self.num_streams:
-                    del plan.shuffles[next(iter(plan.shuffles))]
-                plan.shuffles[window] = table
-        return table
+    def pieces(self, window: Window) -> list[int]:
+        """List the blocks (of uncounted sets, shards) that a window reads."""
+        plan = self._plan(window.epoch)
+        found: list[int] = plan.pieces[slice(*plan.spans[window.number])].tolist()
+        return found
 
     def windows(self, epoch: int, positions: Integers) -> list[Window]:
         """List the windows that some positions lie in."""
@@ -207,54 +207,37 @@ class BlockOrder(WindowedOrder):
     """
 
     def __init__(self, block_firsts: Integers, seed: int, *, num_streams: int, open_blocks: int) -> None:
-        super().__init__(seed)
-        self._firsts, self._num = block_firsts, int(block_firsts[-1])
         is_exact = open_blocks >= len(block_firsts) - 1
-        self.num_streams = 1 if is_exact else num_streams
-        self._width = len(block_firsts) if is_exact else -(-open_blocks // num_streams)
+        num_streams = 1 if is_exact else num_streams
+        width = len(block_firsts) if is_exact else -(-open_blocks // num_streams)
+        super().__init__(block_firsts, seed, num_streams=num_streams, width=width)
+        self._num = int(block_firsts[-1])
 
     @property
     def identity(self) -> dict[str, Any]:
         """See `Order`."""
-        blocks = zlib.crc32(np.ascontiguousarray(self._firsts).data)
+        blocks = zlib.crc32(np.ascontiguousarray(self._piece_firsts).data)
         return {"kind": "blocks", "streams": self.num_streams, "width": self._width, "blocks": blocks}
-
-    def reaches(self, epoch: int, end: int) -> bool:
-        """See `Order`."""
-        return end <= self._num
-
-    def pieces(self, window: Window) -> list[int]:
-        """See `WindowedOrder`."""
-        plan = self._plan(window.epoch)
-        first = np.searchsorted(plan.starts, plan.bounds[window.number], "right") - 1
-        last = np.searchsorted(plan.starts, plan.bounds[window.number + 1], "left")
-        found: list[int] = plan.pieces[first:last].tolist()
-        return found
 
     def _range_around(self, epoch: int, position: int) -> tuple[int, int]:
         return 0, self._num
 
-    def _number(self, pieces: Integers, rows: Integers) -> Integers:
-        return self._firsts[pieces] + rows
-
     def _draw_up(self, epoch: int) -> _Plan:
-        num, width, num_streams = len(self._firsts) - 1, self._width, self.num_streams
+        num, width, num_streams = len(self._piece_firsts) - 1, self._width, self.num_streams
         blocks = scattered(num, self._seed, epoch, _ALL_PIECES)
-        starts = np.concatenate([[0], np.cumsum(np.diff(self._firsts)[blocks])])
-        streams = np.concatenate(
-            [[0], np.cumsum((self._num - np.arange(num_streams) + num_streams - 1) // num_streams)]
-        )
-        bounds, counts = [], [0]
+        starts = np.append(0, np.cumsum(np.diff(self._piece_firsts)[blocks]))
+        lengths = (self._num - np.arange(num_streams) + num_streams - 1) // num_streams  # positions that are s mod C
+        streams = np.append(0, np.cumsum(lengths))
+        spans, bounds = [], []
         for stream in range(num_streams):
             first = int(np.searchsorted(starts, streams[stream], "right")) - 1
-            last = int(np.searchsorted(starts, streams[stream + 1], "left"))
+            last = max(first, int(np.searchsorted(starts, streams[stream + 1], "left")))
             phase = (int(blocks[0]) + width * stream // num_streams) % width  # any number that changes with the epoch
-            edges = starts[first + _edges(max(0, last - first), width, width + phase)]
-            edges[0] = streams[stream]
-            bounds.append(edges[:-1])
-            counts.append(len(edges) - 1)
-        bounds.append(np.array([self._num]))
-        return _Plan(blocks, starts, np.concatenate(bounds), streams, np.cumsum(counts), np.empty(0, np.int64))
+            edges = first + _edges(last - first, width, width + phase)
+            spans.append(np.stack([edges[:-1], edges[1:]], axis=1))
+            bounds += [streams[stream], *starts[edges[1:-1]]]
+        counts = np.cumsum([0, *map(len, spans)])
+        return _Plan(blocks, starts, np.concatenate(spans), np.array([*bounds, self._num]), streams, counts)
 
 
 class ShardOrder(WindowedOrder):
@@ -271,8 +254,8 @@ class ShardOrder(WindowedOrder):
     """
 
     def __init__(self, num_shards: int, seed: int, *, open_shards: int, count: Callable[[int], int]) -> None:
-        super().__init__(seed)
-        self._width, self._count = open_shards, count
+        super().__init__(np.arange(num_shards) << ROW_BITS, seed, num_streams=1, width=open_shards)
+        self._count = count
         self.counts: Integers = np.full(num_shards, -1, dtype=np.int64)
         """Samples of each shard, -1 where they are not counted yet; part of a stream's state."""
 
@@ -281,23 +264,10 @@ class ShardOrder(WindowedOrder):
         """See `Order`."""
         return {"kind": "shards", "width": self._width}
 
-    def reaches(self, epoch: int, end: int) -> bool:
-        """See `Order`."""
-        return bool(end <= self._plan(epoch, end).bounds[-1])
-
-    def pieces(self, window: Window) -> list[int]:
-        """See `WindowedOrder`."""
-        plan = self._plan(window.epoch)
-        found: list[int] = plan.pieces[plan.edges[window.number] : plan.edges[window.number + 1]].tolist()
-        return found
-
     def _range_around(self, epoch: int, position: int) -> tuple[int, int]:
         bounds = self._plan(epoch, position + 1).bounds
         index = int(np.searchsorted(bounds, position, "right")) - 1
         return int(bounds[index]), int(bounds[index + 1] - bounds[index])
-
-    def _number(self, pieces: Integers, rows: Integers) -> Integers:
-        return pieces << ROW_BITS | rows
 
     def _draw_up(self, epoch: int) -> _Plan:
         num = len(self.counts)
@@ -306,13 +276,13 @@ class ShardOrder(WindowedOrder):
         if epoch == 0:
             ramp = 2 ** np.arange(self._width.bit_length()) - 1
             edges = np.concatenate([ramp[2 * ramp < edges[1]], edges[1:]])
-        nothing, none = np.zeros(1, np.int64), np.zeros(2, np.int64)
-        return _Plan(shards, nothing, nothing, none, np.array([0, len(edges) - 1]), edges)
+        spans = np.stack([edges[:-1], edges[1:]], axis=1)
+        nothing = np.zeros(1, np.int64)
+        return _Plan(shards, nothing, spans, nothing, np.zeros(2, np.int64), np.array([0, len(spans)]))
 
     def _reach(self, plan: _Plan, end: int) -> None:
-        while plan.bounds[-1] < end and len(plan.bounds) < len(plan.edges):
-            window = len(plan.bounds) - 1
-            shards = plan.pieces[plan.edges[window] : plan.edges[window + 1]]
+        while plan.bounds[-1] < end and len(plan.bounds) <= len(plan.spans):
+            shards = plan.pieces[slice(*plan.spans[len(plan.bounds) - 1])]
             for shard in shards.tolist():
                 if self.counts[shard] < 0:
                     self.counts[shard] = self._count(shard)

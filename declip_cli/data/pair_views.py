@@ -1,32 +1,17 @@
 """All views of one image-text pair, drawn by the pair's number."""
 
-import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from declip_cli.config import Views
-from declip_cli.data.dataset import UNREAD, Dataset
+from declip_cli.data.dataset import UNREAD, Dataset, Pixels
 from declip_cli.data.draws import sample_rng
 from declip_cli.data.image_views import ImageViews, Picture
-from declip_cli.data.text_views import TextViews
+from declip_cli.data.text_views import NO_LABEL, TextViews
+from declip_cli.data.tokenizer import PAD
 from declip_cli.errors import DataError
-
-_IMAGE_DRAWS, _TEXT_DRAWS = 0, 1
-_NOT_A_TARGET = -100
-
-
-@dataclass(frozen=True, slots=True)
-class PairTexts:
-    """The token ids of one pair."""
-
-    views: tuple[list[int], ...]
-    """Ids of the T text views, from start to end token."""
-    mask_labels: list[int]
-    """Labels of the masked text view, as long as its ids; empty if there is none."""
 
 
 class BadSample(NamedTuple):
@@ -83,41 +68,44 @@ class PairViews:
         self._seed = seed
         self._cache_bytes = cache_bytes
         self._cache: dict[int, tuple[Picture, tuple[str, ...]]] = {}
-        self._cache_lock = threading.Lock()
         self._bad: dict[int, BadSample] = {}
 
-    def draw(self, number: int, epoch: int, images: NDArray[np.uint8]) -> PairTexts:
-        """Draw all views of one pair.
+    def draw(
+        self, number: int, epoch: int, images: Pixels, tokens: NDArray[np.int64], mask_labels: NDArray[np.int64]
+    ) -> int:
+        """Draw all views of one pair into a row of a batch.
 
         Args:
             number: of the pair in the data set.
             epoch: from 0; also decides which of several captions is used.
             images: filled with the image views, uint8, (V, S, S, 3).
+            tokens: filled with token ids, `PAD` behind them, int64, (T, L).
+            mask_labels: filled with the labels of the masked view, `NO_LABEL` where nothing is to be predicted or
+                there is no such view, int64, (L,).
 
         Returns:
-            The texts.
+            Tokens of the longest text.
 
         Raises:
             UnreadablePair: the pair cannot be read or its picture cannot be decoded.
         """
         picture, captions = self._open(number)
-        rng = sample_rng(self._seed, epoch, number, _IMAGE_DRAWS)
+        rng = sample_rng(self._seed, epoch, number)
         try:
-            self._image_views.draw_from(picture, self._views.images, rng, images)
+            self._image_views.draw(picture, self._views.images, rng, images)
         except DataError as error:  # the picture was not decoded before its crops were known
             raise self._unreadable(number, error) from error
-        return self._draw_texts(number, epoch, captions)
-
-    def _draw_texts(self, number: int, epoch: int, captions: tuple[str, ...]) -> PairTexts:
-        rng = sample_rng(self._seed, epoch, number, _TEXT_DRAWS)
         caption = captions[0] if len(captions) == 1 else rng.choice(captions)
-        views, mask_labels = [], []
-        for kind in self._views.texts:
+        tokens.fill(PAD)
+        mask_labels.fill(NO_LABEL)
+        longest = 0
+        for kind, row in zip(self._views.texts, tokens, strict=True):
             ids, labels = self._text_views.draw(kind, caption, rng)
-            views.append(ids)
+            row[: len(ids)] = ids
+            longest = max(longest, len(ids))
             if kind == "masked":
-                mask_labels = labels
-        return PairTexts(tuple(views), mask_labels)
+                mask_labels[: len(labels)] = labels
+        return longest
 
     def _open(self, number: int) -> tuple[Picture, tuple[str, ...]]:
         kept = self._cache.get(number)
@@ -127,48 +115,18 @@ class PairViews:
             raise UnreadablePair(self._bad[number])
         try:
             example = self._samples.read(number)
-            opened = self._image_views.open(example.image), example.captions
+            picture = self._image_views.open(example.image)
             if not example.captions:
                 raise DataError(f"{example.key} has no caption", remedy="give it one", cause="no caption")
         except DataError as error:
             raise self._unreadable(number, error) from error
-        self._keep(number, *opened)
-        return opened
-
-    def _keep(self, number: int, picture: Picture, captions: tuple[str, ...]) -> None:
-        size = picture.pixels.nbytes
-        if picture.is_decoded and size * len(self._samples) <= self._cache_bytes:
-            with self._cache_lock:
-                self._cache[number] = (picture, captions)
-
-    def _key(self, number: int) -> str:
-        try:
-            return self._samples.key(number)
-        except DataError:
-            return f"number {number}"
+        pixels = picture.content  # of a large JPEG other crops may need another size
+        if not isinstance(pixels, bytes) and pixels.nbytes * len(self._samples) <= self._cache_bytes:
+            self._cache[number] = picture, example.captions
+        return picture, example.captions
 
     def _unreadable(self, number: int, error: DataError) -> UnreadablePair:
-        sample = BadSample(number, self._key(number), error.cause)
+        sample = BadSample(number, self._samples.named(number), error.cause)
         if error.cause != UNREAD:
             self._bad[number] = sample
         return UnreadablePair(sample)
-
-
-def lay_texts(texts: Sequence[PairTexts], tokens: NDArray[np.int64], mask_labels: NDArray[np.int64]) -> int:
-    """Lay the texts of some rows of a batch side by side.
-
-    Args:
-        texts: of the n rows.
-        tokens: filled with token ids, 0 where a text is shorter, int64, (n, T, L).
-        mask_labels: filled with the labels of the masked view, -100 where nothing is to be predicted, int64, (n, L).
-
-    Returns:
-        Tokens of the longest text.
-    """
-    tokens.fill(0)
-    mask_labels.fill(_NOT_A_TARGET)
-    for i, pair in enumerate(texts):
-        for j, ids in enumerate(pair.views):
-            tokens[i, j, : len(ids)] = ids
-        mask_labels[i, : len(pair.mask_labels)] = pair.mask_labels
-    return max(len(ids) for pair in texts for ids in pair.views)

@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import glob
 import io
 import itertools
 import os
@@ -9,7 +10,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -39,10 +40,6 @@ def is_remote(path: str) -> bool:
 
 def attempt(path: str, work: Callable[[], T]) -> T:
     """Do something with a file of a disk or a store, five times if need be, with growing pauses of random length.
-
-    Args:
-        path: for messages.
-        work: does it once; may raise anything, as the packages for stores do.
 
     Raises:
         FileNotFoundError: there is no such file; so at once.
@@ -76,24 +73,20 @@ def _store(url: str) -> tuple[Any, str]:
     return system, path
 
 
-def _ask(path: str, method: str, *args: Any, **options: Any) -> Any:  # noqa: ANN401  (as fsspec)
-    if not is_remote(path):
-        from fsspec.implementations.local import LocalFileSystem
-
-        return getattr(LocalFileSystem(), method)(os.path.abspath(path), *args, **options)
-    system, inner = _store(path)
+def _ask(url: str, method: str, *args: Any, **options: Any) -> Any:  # noqa: ANN401  (as fsspec)
+    system, path = _store(url)
 
     def work() -> Any:  # noqa: ANN401
         try:
-            return getattr(system, method)(inner, *args, **options)
+            return getattr(system, method)(path, *args, **options)
         except FileNotFoundError as error:
             status = getattr(error.__cause__, "status", 0)
             is_told = 400 <= status < 500 and status not in _PASSING
-            if error.__cause__ is None or is_told or not path.startswith("http"):
+            if error.__cause__ is None or is_told or not url.startswith("http"):
                 raise
             raise error.__cause__ from None  # fsspec takes any fault of a web server for a file that is not there
 
-    return attempt(path, work)
+    return attempt(url, work)
 
 
 class _RemoteFile(io.RawIOBase):
@@ -120,13 +113,7 @@ class _RemoteFile(io.RawIOBase):
 
 
 def open_binary(path: str) -> BinaryIO:
-    """Open a file for reading bytes.
-
-    Args:
-        path: local path or URL.
-
-    Returns:
-        The open file, which can be sought in; the caller closes it.
+    """Open a local or remote file for reading bytes, here and there; the caller closes it.
 
     Raises:
         OSError: there is none, or none that may be read.
@@ -136,7 +123,7 @@ def open_binary(path: str) -> BinaryIO:
 
 
 def read_bytes(path: str) -> bytes:
-    """Read a whole file; arguments and errors as of `open_binary`."""
+    """Read a whole file; errors as of `open_binary`."""
     return bytes(_ask(path, "cat_file")) if is_remote(path) else Path(path).read_bytes()
 
 
@@ -166,7 +153,7 @@ def is_file(path: str) -> bool:
 
 def is_folder(path: str) -> bool:
     """Say whether there is a folder of this name."""
-    return bool(_ask(path, "isdir"))
+    return bool(_ask(path, "isdir")) if is_remote(path) else os.path.isdir(path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +196,7 @@ def parent(path: str) -> str:
 def walk(folder: str) -> Iterator[str]:
     """List the files below a folder, each folder's together, hidden ones omitted, as names relative to the folder."""
     if not is_remote(folder):
-        yield from _walk_local(folder, "")
+        yield from _walk_local(folder, "", ())
         return
     root = _store(folder)[1].rstrip("/") + "/"
     names = (str(found).removeprefix(root) for found in _ask(folder, "find"))
@@ -217,38 +204,33 @@ def walk(folder: str) -> Iterator[str]:
     yield from sorted(shown, key=lambda name: name.rpartition("/")[::2])
 
 
-def _walk_local(root: str, below: str, above: tuple[str, ...] = ()) -> Iterator[str]:
+def _walk_local(root: str, below: str, above: tuple[str, ...]) -> Iterator[str]:
     """Follow links to folders, but not around in circles."""
-    folder = os.path.join(root, below)
-    real = os.path.realpath(folder)
+    real = os.path.realpath(os.path.join(root, below))
     if real in above:
         return
-    try:
-        with os.scandir(folder) as entries:
-            found = sorted((entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith("."))
-    except OSError as error:
-        raise DataError(f"cannot list the folder {folder}: {error.strerror}", remedy="check its permissions") from error
-    yield from (below + name for name, is_folder in found if not is_folder)
-    for name, is_folder in found:
-        if is_folder:
+    found = _entries(os.path.join(root, below))
+    yield from (below + name for name, entry in found if entry["type"] != "directory")
+    for name, entry in found:
+        if entry["type"] == "directory":
             yield from _walk_local(root, f"{below}{name}/", (*above, real))
 
 
-def list_files(folder: str) -> dict[str, FileFacts]:
+def list_files(folder: str, endings: tuple[str, ...]) -> dict[str, FileFacts]:
     """List the files directly in a folder, sorted, hidden ones omitted, in one request; none if there is no folder."""
-    files = {name: entry for name, entry in _entries(folder) if entry["type"] == "file"}
+    files = {name: entry for name, entry in _entries(folder) if entry["type"] == "file" and name.endswith(endings)}
     if is_remote(folder):
         return {name: _facts(entry, join(folder, name)) for name, entry in files.items()}
     return {name: facts(join(folder, name)) for name in files}
 
 
 def names_in(folder: str) -> list[str]:
-    """List the names of the files directly in a folder, sorted, hidden ones omitted."""
+    """List the names of the files directly in a folder, as `list_files`."""
     return [name for name, entry in _entries(folder) if entry["type"] == "file"]
 
 
 def folders_in(folder: str) -> list[str]:
-    """List the names of the folders directly in a folder, sorted, hidden ones omitted."""
+    """List the names of the folders directly in a folder, as `list_files`."""
     return [name for name, entry in _entries(folder) if entry["type"] == "directory"]
 
 
@@ -262,39 +244,32 @@ def _entries(folder: str) -> list[tuple[str, dict[str, Any]]]:
                 found = [(entry.name, {"type": kinds[entry.is_file() + 2 * entry.is_dir()]}) for entry in entries]
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise DataError(f"cannot list the folder {folder}: {error.strerror}", remedy="check its permissions") from error
     return sorted(((name, entry) for name, entry in found if not name.startswith(".")), key=lambda pair: pair[0])
 
 
 def expand(pattern: str) -> list[str]:
-    """Spell out `{000..127}`, `{train,val}`, `*` and `?` in a path.
+    """Spell out `{000..127}`, `{train,val}`, `*` and `?` in a local path or a URL, in the order of the pattern.
 
-    Args:
-        pattern: local path or URL.
-
-    Returns:
-        Paths in the order of the pattern; those from `*` and `?` sorted. Braces are spelled out whether the
-        files exist or not, so that a missing one is noticed.
+    Braces are spelled out whether the files exist or not, so that a missing one is noticed; what stars find is sorted.
     """
-    pieces = _BRACES.split(pattern)  # text, inside of braces, text, …
-    choices = [[piece] if number % 2 == 0 else _alternatives(piece) for number, piece in enumerate(pieces)]
-    spelled = ("".join(words) for words in itertools.product(*choices))
-    return [path for one in spelled for path in _expand_stars(one)]
-
-
-def _alternatives(inside: str) -> list[str]:
-    found = _RANGE.fullmatch(inside)
-    if not found:
-        return inside.split(",")
-    first, last = found.groups()
-    return [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    choices = [[piece] for piece in _BRACES.split(pattern)]  # text, inside of braces, text, …
+    for inside in choices[1::2]:
+        found = _RANGE.fullmatch(inside[0])
+        if found:
+            first, last = found.groups()
+            inside[:] = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+        else:
+            inside[:] = inside[0].split(",")
+    return [path for words in itertools.product(*choices) for path in _expand_stars("".join(words))]
 
 
 def _expand_stars(pattern: str) -> list[str]:
     if not any(sign in pattern for sign in "*?[") or (not is_remote(pattern) and os.path.exists(pattern)):
         return [pattern]
     if not is_remote(pattern):
-        root = Path(pattern).anchor
-        return sorted(str(path) for path in Path(root or ".").glob(pattern[len(root) :]))
+        return sorted(glob.glob(pattern, recursive=True))
     scheme = pattern.partition("://")[0]
     return [f"{scheme}://{found.removeprefix(scheme + '://').lstrip('/')}" for found in sorted(_ask(pattern, "glob"))]
 
@@ -323,14 +298,13 @@ def move_into_place(temporary: str, path: str) -> None:
 def make_folder(path: str) -> None:
     """Make a folder and those above it, where missing; errors as of `write_whole`."""
     with disk_errors(path):
-        _ask(path, "makedirs", exist_ok=True)
+        _ask(path, "makedirs", exist_ok=True) if is_remote(path) else os.makedirs(path, exist_ok=True)
 
 
 def remove_file(path: str) -> None:
     """Delete a file if it is there; errors as of `write_whole`."""
-    with disk_errors(path):
-        if _ask(path, "lexists"):
-            _ask(path, "rm_file")
+    with disk_errors(path), suppress(FileNotFoundError):
+        _ask(path, "rm_file") if is_remote(path) else os.remove(path)
 
 
 @contextmanager

@@ -4,8 +4,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -21,7 +20,6 @@ from declip_cli.errors import DataError
 
 _MIN_ROWS_TO_JUDGE = 1000
 
-T = TypeVar("T")
 Loader: TypeAlias = ThreadLoader | ProcessLoader
 
 
@@ -71,13 +69,17 @@ class TrainStream(Iterator[Batch]):
         self._order = make_order(samples, config)
         tasks_per_batch = -(-config.batch_size // ROWS_PER_TASK)
         self._num_ahead = max(2, -(-2 * config.workers // tasks_per_batch)) if config.workers else 0
-        self._loader = _start_loader(samples, self._order, config, num_rooms=self._num_ahead + 1)
+        self._loader: Loader
+        if config.loader == "processes" and config.workers:
+            self._loader = ProcessLoader(samples, config, num_rooms=self._num_ahead + 1)
+        else:
+            self._loader = ThreadLoader(samples, self._order, config)
         self._ahead = ReadAhead.of(self._order, self._loader)
         self._pending: deque[_Pending] = deque()
         self._consumed = self._scheduled = (0, 0)  # epoch, position in its order
         self._bad: dict[int, BadSample] = {}
-        self.num_cut_captions = 0
-        """Texts cut to the context length so far, counted in every view, those in prefetched batches included."""
+        self._num_cut: dict[int, int] = {}
+        """Loader process → texts it has cut so far."""
         self.wait_seconds = 0.0
         """Time the consumer has waited for batches so far."""
 
@@ -90,6 +92,11 @@ class TrainStream(Iterator[Batch]):
     def steps_per_epoch(self) -> int:
         """Whole global batches in the data set."""
         return len(self._samples) // self._config.global_size
+
+    @property
+    def num_cut_captions(self) -> int:
+        """Texts cut to the context length so far, counted in every view, those in prefetched batches included."""
+        return sum(self._num_cut.values())
 
     @property
     def skipped(self) -> Skips:
@@ -170,7 +177,8 @@ class TrainStream(Iterator[Batch]):
         room, filled = self._loader.finish(pending.ticket)
         self._loader.release(pending.used_up)
         self._consumed = (pending.epoch, pending.end)
-        self.num_cut_captions = max(self.num_cut_captions, *(rows.num_cut for rows in filled))
+        for rows in filled:
+            self._num_cut[rows.process] = max(self._num_cut.get(rows.process, 0), rows.num_cut)
         bad = [sample for rows in filled for sample in rows.bad]
         for rows in filled:
             if rows.is_exhausted:
@@ -199,8 +207,8 @@ class TrainStream(Iterator[Batch]):
         positions = positions[config.rank * config.batch_size :][: config.batch_size]
         used_up = self._ahead.move_to(epoch, positions) if self._ahead else []
         numbers = self._order.numbers(epoch, positions)
-        cuts = range(0, config.batch_size, ROWS_PER_TASK)
-        tasks = [Task(cut, epoch, _part(positions, cut), _part(numbers, cut)) for cut in cuts]
+        parts = [slice(row, row + ROWS_PER_TASK) for row in range(0, config.batch_size, ROWS_PER_TASK)]
+        tasks = [Task(part.start, epoch, positions[part].tolist(), numbers[part].tolist()) for part in parts]
         return _Pending(epoch, start + global_size, self._loader.begin(tasks), used_up)
 
     def _too_few(self) -> DataError:
@@ -270,29 +278,3 @@ class ReadAhead:
     def _fetch(self, opened: deque[Window], window: Window) -> None:
         opened.append(window)
         self._loader.fetch(self._order.pieces(window))
-
-
-def _start_loader(
-    samples: Dataset, order: Order, config: StreamConfig, *, num_rooms: int
-) -> ThreadLoader | ProcessLoader:
-    if config.loader == "threads" or not config.workers:
-        return ThreadLoader(samples, order, config, empty=partial(_empty, pin_memory=config.pin_memory))
-    reopen = samples.reopen() if hasattr(samples, "reopen") else partial(_same, samples)
-    return ProcessLoader(reopen, config, num_rooms=num_rooms)
-
-
-def _same(value: T) -> T:
-    return value
-
-
-def _part(values: NDArray[np.int64], first: int) -> list[int]:
-    part: list[int] = values[first : first + ROWS_PER_TASK].tolist()
-    return part
-
-
-def _empty(shape: tuple[int, ...], *, pin_memory: bool) -> NDArray[np.uint8]:
-    if pin_memory:
-        pinned: NDArray[np.uint8] = torch.empty(shape, dtype=torch.uint8, pin_memory=True).numpy()
-        return pinned
-    # NumPy asks for huge pages where torch does not: a tenth of the loader's time went into page faults.
-    return np.empty(shape, dtype=np.uint8)

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable
-from typing import TypeVar
+from functools import partial
 
 from declip_cli.config import AugmentConfig, TextView
 from declip_cli.data.synonyms import STOP_WORDS, synonyms
@@ -14,8 +14,6 @@ MASK_SHARE = 0.8
 """Share of the tokens to predict that are hidden behind MASK."""
 RANDOM_SHARE = 0.1
 """Share of the tokens to predict that are replaced by a random id; the rest stays as it is."""
-
-Item = TypeVar("Item")
 
 
 class TextViews:
@@ -34,7 +32,12 @@ class TextViews:
         self._tokenizer = tokenizer
         self._mask_probability = config.mask_probability
         self._num_random_ids = VOCAB_SIZE if mask_special_ids else NUM_ORDINARY
-        self._operations = [_operation(name, config) for name in config.text_operations]
+        operations: dict[str, Callable[[str, random.Random], str]] = {
+            "synonym": replace_by_synonym,
+            "swap": swap_words,
+            "delete": partial(delete_words, probability=config.deletion_probability),
+        }
+        self._operations = [operations[name] for name in config.text_operations]
 
     def draw(self, kind: TextView, caption: str, rng: random.Random) -> tuple[list[int], list[int]]:
         """Draw one view of one caption.
@@ -71,27 +74,11 @@ class TextViews:
                 ids[place] = rng.randrange(self._num_random_ids)
 
 
-def _operation(name: str, config: AugmentConfig) -> Callable[[str, random.Random], str]:
-    if name == "synonym":
-        return replace_by_synonym
-    if name == "swap":
-        return swap_words
-    return lambda text, rng: delete_words(text, rng, probability=config.deletion_probability)
-
-
 def replace_by_synonym(text: str, rng: random.Random) -> str:
-    """Replace one word, wherever it stands in the text, by one of its synonyms.
-
-    Args:
-        text: any text.
-        rng: chooses the word and the synonym.
-
-    Returns:
-        The text, unchanged where no word but stop words has a synonym.
-    """
+    """Replace one word, wherever it stands, by a synonym; no change where no word but stop words has one."""
     words = text.split()
     candidates = [word for word in dict.fromkeys(words) if word.lower() not in STOP_WORDS]
-    for word in _shuffled(candidates, rng):
+    for word in rng.sample(candidates, len(candidates)):
         choices = synonyms(word)
         if choices:
             synonym = rng.choice(choices)
@@ -100,15 +87,7 @@ def replace_by_synonym(text: str, rng: random.Random) -> str:
 
 
 def swap_words(text: str, rng: random.Random) -> str:
-    """Exchange two words.
-
-    Args:
-        text: any text.
-        rng: chooses the two places, which differ.
-
-    Returns:
-        The text, unchanged where it has fewer than two words.
-    """
+    """Exchange the words at two places; no change where there are fewer than two words."""
     words = text.split()
     if len(words) < 2:
         return text
@@ -118,22 +97,9 @@ def swap_words(text: str, rng: random.Random) -> str:
 
 
 def delete_words(text: str, rng: random.Random, *, probability: float) -> str:
-    """Leave out words at random, but never all of them.
-
-    Args:
-        text: any text.
-        rng: decides for each word, and which one stays when all would go.
-        probability: chance of each word to go, in [0, 1].
-
-    Returns:
-        The text, unchanged where it has fewer than two words.
-    """
+    """Leave out each word with some probability, but never all; no change where there are fewer than two words."""
     words = text.split()
     if len(words) < 2:
         return text
     kept = [word for word in words if rng.random() >= probability]
     return " ".join(kept or [rng.choice(words)])
-
-
-def _shuffled(items: list[Item], rng: random.Random) -> list[Item]:
-    return rng.sample(items, len(items))

@@ -159,25 +159,11 @@ class Tokenizer:
         self._lock = threading.Lock()
 
     def word_ids(self, text: str) -> list[int]:
-        """Encode one text, without start and end, however long it is.
-
-        Args:
-            text: any string.
-
-        Returns:
-            Ordinary ids, each below `NUM_ORDINARY`.
-        """
+        """Encode one text, however long, as ordinary ids (below `NUM_ORDINARY`) without start and end."""
         return list(chain.from_iterable(map(self._words.__getitem__, self.tidy(text).lower().split())))
 
     def frame(self, ids: Sequence[int]) -> list[int]:
-        """Put start and end around ordinary ids, cutting and counting what is too long.
-
-        Args:
-            ids: as `word_ids` gives them.
-
-        Returns:
-            START, ids, END; at most the context length.
-        """
+        """Put START and END around ordinary ids; what does not fit into the context length is cut and counted."""
         room = self.context_length - 2
         if len(ids) > room:
             with self._lock:
@@ -190,7 +176,7 @@ class Tokenizer:
 
         Args:
             texts: N texts; a single one counts as N = 1.
-            pad_to_context: pad to the context length; false pads to the longest of these texts.
+            pad_to_context: false pads to the longest of these texts instead.
 
         Returns:
             START, ids, END and then PAD, int64, (N, L).
@@ -250,15 +236,7 @@ def _is_bad(text: str) -> bool:
 
 
 def pad(rows: Sequence[Sequence[int]], length: int = 0) -> "Tensor":
-    """Stack rows of ids of different lengths.
-
-    Args:
-        rows: N rows.
-        length: columns; 0 takes those of the longest row.
-
-    Returns:
-        The ids, PAD behind them, int64, (N, L).
-    """
+    """Stack N rows of ids, PAD behind them, in `length` columns, or in those of the longest row: int64, (N, L)."""
     lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))  # (N,)
     columns = length or int(lengths.max(initial=0))
     padded = np.full((len(rows), columns), PAD, dtype=np.int64)  # (N, L)

@@ -1,27 +1,24 @@
 """Evaluations while a model is trained: sets are opened once, each model is scored on all of them by all ranks."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
+from declip_cli.config_files import flatten
 from declip_cli.data.catalogue import classified, evaluation_split, has_captions, open_dataset
-from declip_cli.data.dataset import Classes, Dataset
-from declip_cli.errors import EvaluateError
-from declip_cli.evaluate.features import FeatureOptions
-from declip_cli.evaluate.ranking import Ranks
-from declip_cli.evaluate.retrieve import BothDirections, num_folds, retrieve
+from declip_cli.data.dataset import Dataset
+from declip_cli.evaluate.encoding import FeatureOptions
+from declip_cli.evaluate.metrics import Ranks
+from declip_cli.evaluate.retrieve import both_directions, num_folds, retrieve
 from declip_cli.evaluate.zeroshot import has_top5, zeroshot
 from declip_cli.model.checkpoint import PretrainedModel
 
 Scores: TypeAlias = dict[str, Any]
-_LEFT_OUT = {"dataset", "split", "model", "metric", "score", "note", "skipped", "seconds"} | {
-    "num_templates",
-    "templates",
-    "precision",
-}
+_LEFT_OUT = {"dataset", "split", "model", "metric", "score", "note", "skipped", "seconds"}
+_LEFT_OUT |= {"num_templates", "templates", "precision"}
 """Fields that stay the same all through a run, or say nothing of the model."""
 _FALLING = ("median_rank", "mean_rank")
 """Scores of which less is better."""
@@ -30,27 +27,24 @@ _FALLING = ("median_rank", "mean_rank")
 class Evaluator:
     """Score models on sets that are open already; see `make_evaluator`."""
 
-    def __init__(self, parts: Sequence[tuple[str, "_Part"]], options: FeatureOptions) -> None:
+    def __init__(self, parts: Sequence["Evaluation"], options: FeatureOptions) -> None:
         self._parts = parts
         self._options = options
 
     @property
     def names(self) -> tuple[str, ...]:
         """What is evaluated, as the user named it."""
-        return tuple(dict.fromkeys(name for name, _ in self._parts))
+        return tuple(dict.fromkeys(part.name for part in self._parts))
 
     @property
     def score_paths(self) -> tuple[str, ...]:
-        """Every score there will be of which more is better, as `find_score` takes it: `imagenet.top1`, …."""
-        return tuple(f"{name}.{path}" for name, part in self._parts for path in part.score_paths())
+        """Every score there will be of which more is better, as `train.keep_best` takes it: `imagenet.top1`, …."""
+        return tuple(f"{part.name}.{path}" for part in self._parts for path in part.score_paths())
 
     def __call__(self, model: PretrainedModel) -> dict[str, Scores]:
-        """Score a model, together with the other ranks of the process group if there is one.
+        """Score a model, also an unfinished one, with the other ranks of the process group if there is one.
 
         Each rank encodes a share of the images and texts, so all of them must call this with the same model.
-
-        Args:
-            model: also an unfinished one.
 
         Returns:
             The scores of each name, the same on every rank.
@@ -59,8 +53,8 @@ class Evaluator:
             EvaluateError: none of a set's images can be read; raised on every rank.
         """
         scores: dict[str, Scores] = {}
-        for name, part in self._parts:
-            scores.setdefault(name, {}).update(part.score(model, self._options))
+        for part in self._parts:
+            scores.setdefault(part.name, {}).update(part.score(model, self._options))
         return scores
 
 
@@ -73,94 +67,41 @@ def make_evaluator(names: Sequence[str], *, data_root: Path | None = None, threa
         data_root: where known sets lie; None takes `$DECLIP_DATA`, else `data/`.
         threads: threads of this rank that read and decode images; 0 takes one for each core that it may use.
 
-    Returns:
-        What scores a model.
-
     Raises:
         DataError: a set is unknown or not there.
     """
-    parts = [(name, part) for name in dict.fromkeys(names) for part in _open(name, data_root)]
+    parts = [part for name in dict.fromkeys(names) for part in _open(name, data_root)]
     return Evaluator(parts, FeatureOptions(threads=threads, split_over_ranks=True))
 
 
-def find_score(evaluations: Mapping[str, Mapping[str, Any]], path: str) -> float:
-    """Look up one score.
-
-    Args:
-        evaluations: name → scores, as an `Evaluator` returns them.
-        path: the name, a dot, and the keys with dots between them: `imagenet.top1`, `coco.text_to_image.recall_at_1`.
-            Where several names fit, since names may have dots too, the longest counts.
-
-    Returns:
-        The score.
-
-    Raises:
-        EvaluateError: there is no such score.
-    """
-    for name in sorted(evaluations, key=len, reverse=True):
-        if path.startswith(f"{name}."):
-            scores = dict(_flat(evaluations[name]))
-            if path[len(name) + 1 :] in scores:
-                return scores[path[len(name) + 1 :]]
-    known = [f"{name}.{key}" for name, scores in evaluations.items() for key, _ in _flat(scores)]
-    raise EvaluateError(
-        f"there is no score {path!r} among the evaluations",
-        remedy=f"choose from {', '.join(known)}" if known else "name the sets to evaluate: train.eval",
-    )
-
-
-def _flat(scores: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for key, value in scores.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, int | float):
-            yield prefix + key, float(value)
-
-
-class _Part(Protocol):
-    def score(self, model: PretrainedModel, options: FeatureOptions) -> Scores: ...
-
-    def score_paths(self) -> tuple[str, ...]: ...
-
-
 @dataclass(frozen=True, slots=True)
-class _Classification:
+class Evaluation:
+    """One evaluation of an open set: zero-shot classification or retrieval."""
+
+    name: str
     dataset: Dataset
+    is_retrieval: bool
 
     def score(self, model: PretrainedModel, options: FeatureOptions) -> Scores:
-        return _that_change(zeroshot(model, self.dataset, options=options).to_json())
+        """Score a model, without the fields that say nothing of it."""
+        report = (retrieve if self.is_retrieval else zeroshot)(model, self.dataset, options=options)
+        return {key: value for key, value in report.to_json().items() if key not in _LEFT_OUT}
 
-    def score_paths(self) -> tuple[str, ...]:
-        return (
-            "top1",
-            *(("top5",) if has_top5(len((self.dataset.classes or Classes(names=())).names)) else ()),
-            "mean_per_class",
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Retrieval:
-    dataset: Dataset
-
-    def score(self, model: PretrainedModel, options: FeatureOptions) -> Scores:
-        return _that_change(retrieve(model, self.dataset, options=options).to_json())
-
-    def score_paths(self) -> tuple[str, ...]:
+    def score_paths(self) -> list[str]:
+        """Return every score there will be of which more is better."""
+        if not self.is_retrieval:
+            has_five = self.dataset.classes is not None and has_top5(len(self.dataset.classes.names))
+            return ["top1", *(["top5"] if has_five else []), "mean_per_class"]
         one = torch.ones(1)
-        scores = BothDirections.of(Ranks(image_to_text=one, text_to_image=one)).to_json()
-        paths = [path for path, _ in _flat(scores) if not path.endswith(_FALLING)]
+        scores = both_directions(Ranks(image_to_text=one, text_to_image=one))
+        paths = [path for path in flatten(scores) if not path.endswith(_FALLING)]
         folds = num_folds(len(self.dataset), self.dataset.fold_size)
-        return (*paths, *(f"mean_of_{folds}_folds.{path}" for path in paths if folds))
+        return paths + [f"mean_of_{folds}_folds.{path}" for path in paths if folds]
 
 
-def _that_change(report: dict[str, Any]) -> Scores:
-    return {key: value for key, value in report.items() if key not in _LEFT_OUT}
-
-
-def _open(name: str, data_root: Path | None) -> list[_Part]:
+def _open(name: str, data_root: Path | None) -> list[Evaluation]:
     dataset = open_dataset(name, evaluation_split(name), data_root=data_root)
     is_retrieval = has_captions(dataset)
-    parts: list[_Part] = []
-    if dataset.classes is not None or not is_retrieval:
-        parts.append(_Classification(classified(dataset)))
-    return parts + ([_Retrieval(dataset)] if is_retrieval else [])
+    is_classification = dataset.classes is not None or not is_retrieval
+    parts = [Evaluation(name, classified(dataset), is_retrieval=False)] if is_classification else []
+    return parts + ([Evaluation(name, dataset, is_retrieval=True)] if is_retrieval else [])

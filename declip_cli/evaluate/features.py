@@ -1,9 +1,9 @@
-"""Images and a model → features: batched, in bfloat16 where native, kept in a store by their content."""
+"""Images and a model → features, kept in a store by their content."""
 
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -16,22 +16,15 @@ from torch.nn import functional as F
 from declip_cli.data.dataset import Dataset, Skips
 from declip_cli.data.shards.store import default_cache_dir
 from declip_cli.errors import DataError, EvaluateError
-from declip_cli.evaluate.image_pipeline import FeatureOptions, Progress, encode_images
-from declip_cli.evaluate.shares import Part, encode_shares
-from declip_cli.evaluate.vectors import Encoded, Rows, StoreError, Vectors, VectorStore, use_store
+from declip_cli.evaluate.encoding import DEFAULTS, Encode, FeatureOptions, Part, encode_images, encode_shares
+from declip_cli.evaluate.vectors import Encoded, Rows, StoreError, VectorStore, use_store
 from declip_cli.model.checkpoint import PretrainedModel
 from declip_cli.model.precision import resolve_precision
 
-__all__ = [
-    "EMBEDDING", "FeatureOptions", "ImageFeatures", "Located", "Progress", "by_content", "content_key", "embedder",
-    "image_features", "locate_images", "map_images", "update_store",
-]  # fmt: skip
 T = TypeVar("T")
-EMBEDDING = "embedding"
-"""Kind of the features that zero-shot, retrieval and search share: projected, unit length."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class ImageFeatures:
     """Features of the readable images, in their order."""
 
@@ -39,24 +32,22 @@ class ImageFeatures:
     """float32, (N', D), N' <= N."""
     kept: list[int]
     """For each row, the image's number in the data set."""
-    skipped: Skips = field(default_factory=Skips)
+    skipped: Skips
     """Unreadable images."""
 
 
 @dataclass(frozen=True, slots=True)
-class Located:
-    """Where the features of images are."""
+class Update:
+    """What became of the images of a data set in a store."""
 
-    vectors: Vectors
-    """Of these and perhaps of other images, in memory or mapped from the disk, (V, D)."""
     rows: Rows
     """The row of each image, (N,), -1 where it cannot be read."""
     skipped: Skips
-    num_read: int = 0
+    num_read: int
     """Images that were not in the store with the same stamp."""
-    num_changed: int = 0
+    num_changed: int
     """Those of them that were there with another."""
-    num_encoded: int = 0
+    num_encoded: int
     """Contents that were not in the store."""
 
 
@@ -66,7 +57,7 @@ def image_features(
     *,
     projected: bool = True,
     normalise: bool = True,
-    options: FeatureOptions | None = None,
+    options: FeatureOptions = DEFAULTS,
 ) -> ImageFeatures:
     """Encode images, skipping and counting those that cannot be read.
 
@@ -75,20 +66,18 @@ def image_features(
         dataset: N images.
         projected: the shared embedding, of width D; else the tower's own features, of width E.
         normalise: make each row unit length.
-        options: batch size, precision, threads, store.
-
-    Returns:
-        Features on the CPU, (N', D) or (N', E), and what was skipped.
+        options: how features are computed.
 
     Raises:
         EvaluateError: there is no image, or none of them can be read.
     """
-    label = EMBEDDING if projected and normalise else f"projected={projected} unit={normalise}"
+    # Zero-shot, retrieval and search share the features of unit length in the shared embedding.
+    label = "embedding" if projected and normalise else f"projected={projected} unit={normalise}"
     encode = embedder(model, projected=projected, normalise=normalise)
     return map_images(model, dataset, encode, label=label, options=options)
 
 
-def embedder(model: PretrainedModel, *, projected: bool = True, normalise: bool = True) -> Callable[[Tensor], Tensor]:
+def embedder(model: PretrainedModel, *, projected: bool = True, normalise: bool = True) -> Encode:
     """Return the function that encodes images (B, S, S, 3) as vectors (B, D); arguments as of `image_features`."""
 
     def encode(images: Tensor) -> Tensor:
@@ -99,58 +88,35 @@ def embedder(model: PretrainedModel, *, projected: bool = True, normalise: bool 
 
 
 def map_images(
-    model: PretrainedModel,
-    dataset: Dataset,
-    encode: Callable[[Tensor], Tensor],
-    *,
-    label: str,
-    options: FeatureOptions | None = None,
+    model: PretrainedModel, dataset: Dataset, encode: Encode, *, label: str, options: FeatureOptions = DEFAULTS
 ) -> ImageFeatures:
     """Apply a function of the encoder to images: read, decode, crop, batch, encode, store.
 
     Args:
         model: where the encoder lies, and its preprocessing.
         dataset: N images.
-        encode: uint8 images (B, S, S, 3) on the encoder's device → (B, D).
+        encode: what is computed of them.
         label: names what `encode` does, to tell the store's kinds apart.
-        options: batch size, precision, threads, store.
-
-    Returns:
-        One row per readable image, float32 on the CPU.
+        options: how features are computed.
 
     Raises:
         EvaluateError: there is no image, or none of them can be read.
     """
-    found = locate_images(model, dataset, encode, label=label, options=options)
-    kept = np.flatnonzero(found.rows >= 0)  # (N',)
-    features = torch.from_numpy(np.asarray(found.vectors[found.rows[kept]]))  # (N', D)
-    return ImageFeatures(features=features, kept=kept.tolist(), skipped=found.skipped)
-
-
-def locate_images(
-    model: PretrainedModel,
-    dataset: Dataset,
-    encode: Callable[[Tensor], Tensor],
-    *,
-    label: str,
-    options: FeatureOptions | None = None,
-) -> Located:
-    """Encode images as `map_images` does, leaving those that are stored where they lie; same arguments and errors."""
-    options = options or FeatureOptions()
     if not len(dataset):
         raise EvaluateError("there is no image to encode", remedy="check the path of the data set")
 
-    def stored(store: VectorStore) -> Located:
-        return update_store(store, model, dataset, encode, options)
+    def stored(store: VectorStore) -> ImageFeatures:
+        found = update_store(store, model, dataset, encode, options)
+        kept = np.flatnonzero(found.rows >= 0)  # (N',)
+        features = torch.from_numpy(np.asarray(store.vectors()[found.rows[kept]]))  # (N', D)
+        return ImageFeatures(features, kept.tolist(), found.skipped)
 
-    def computed() -> Located:
+    def computed() -> ImageFeatures:
         found = encode_shares(len(dataset), partial(_encode_share, model, dataset, encode), options)
-        rows = np.full(len(dataset), -1, dtype=np.int64)  # (N,)
-        rows[found.numbers.numpy()] = np.arange(len(found.rows))
-        return Located(found.rows.numpy(), rows, _skips(dataset, found.causes))
+        return ImageFeatures(found.rows, found.numbers.tolist(), _skips(dataset, found.causes))
 
     found = _with_store(model, label, stored, computed, options)
-    if not (found.rows >= 0).any():
+    if not found.kept:
         told = ", ".join(f"{cause} ({count}, first {first})" for cause, (count, first) in found.skipped.items())
         raise EvaluateError(
             f"none of the {len(dataset)} images can be read: {told}", remedy="check that the files are images"
@@ -162,43 +128,41 @@ def update_store(
     store: VectorStore,
     model: PretrainedModel,
     dataset: Dataset,
-    encode: Callable[[Tensor], Tensor],
+    encode: Encode,
     options: FeatureOptions,
     *,
     is_shared: bool = True,
-) -> Located:
+) -> Update:
     """Bring a store up to date with a data set: only images with a new stamp are read, only new contents encoded.
 
-    Args:
-        store: of one kind of features.
-        model: where the encoder lies, and its preprocessing.
-        dataset: N images.
-        encode: as of `map_images`.
-        options: batch size, precision, threads.
-        is_shared: other data sets are in the store, too: paths are told apart in full, captions are not kept.
-
-    Returns:
-        The rows of the images in the store.
+    Arguments are as of `map_images`. Where the store `is_shared` with other data sets, paths are told apart in full
+    and captions are not kept.
     """
-    store.ask(_asked(dataset, is_shared=is_shared))
     rows = np.full(len(dataset), -1, dtype=np.int64)  # (N,)
     is_known = np.zeros(len(dataset), dtype=bool)  # (N,)
     causes: dict[int, str] = {}
-    for number, row, cause in store.answers():
-        rows[number], is_known[number] = row, True
-        if row < 0:
-            causes[number] = cause
-    todo: list[int] = np.flatnonzero(~is_known).tolist()
-    num_encoded, num_changed = 0, store.num_known() - int(is_known.sum())
-    for batch in encode_images(model, dataset, todo, encode, options, is_known=store.has):
-        num_encoded += store.add(batch)
-        for one, (row, cause) in zip(batch, store.find([one.digest for one in batch]), strict=True):
-            rows[one.number] = row
+    num_there = 0
+    for number, row, cause, is_same in store.ask(_asked(dataset, is_shared=is_shared)):
+        num_there += 1
+        if is_same:
+            rows[number], is_known[number] = row, True
             if row < 0:
-                causes[one.number] = cause or one.cause
-    if not todo and options.progress is not None:
+                causes[number] = cause
+    todo: list[int] = np.flatnonzero(~is_known).tolist()
+    num_encoded, num_changed = 0, num_there - int(is_known.sum())
+
+    def is_encoded(digest: bytes) -> bool:
+        return store.find([digest]) != [None]
+
+    for batch in encode_images(model, dataset, todo, encode, options, is_known=is_encoded):
+        num_encoded += store.add(batch)
+        for one, found in zip(batch, store.find([one.digest for one in batch]), strict=True):
+            rows[one.number], cause = found or (-1, one.cause)
+            if rows[one.number] < 0:
+                causes[one.number] = cause
+    if not todo:
         options.progress(len(dataset), len(dataset))
-    return Located(store.vectors(), rows, _skips(dataset, causes), len(todo), num_changed, num_encoded)
+    return Update(rows, _skips(dataset, causes), len(todo), num_changed, num_encoded)
 
 
 def _asked(dataset: Dataset, *, is_shared: bool) -> Iterator[tuple[int, str, str, str]]:
@@ -228,11 +192,10 @@ def _with_store(
     """Work with the store of a kind of features, or without where it is not wanted or cannot be used."""
     if not options.caches(model):
         return computed()
-    precision = resolve_precision(options.precision, next(model.encoder.parameters()).device)
     how = model.preprocessing
     view = f"{how.image_side_px} {how.resize_px} {how.interpolation}"
     view += " squash" if how.resize_mode == "squash" else ""
-    key = content_key([kind, model.fingerprint, view, precision])
+    key = content_key([kind, model.fingerprint, view, resolve_precision(options.precision, model.device)])
     folder = Path(default_cache_dir()) / "vectors" / key[:32]
     try:
         return use_store(folder, key, model.name, stored, say=options.say)
@@ -252,7 +215,7 @@ def content_key(parts: Iterable[str | bytes]) -> str:
 
 
 def _encode_share(
-    model: PretrainedModel, dataset: Dataset, encode: Callable[[Tensor], Tensor], own: range, options: FeatureOptions
+    model: PretrainedModel, dataset: Dataset, encode: Encode, own: range, options: FeatureOptions
 ) -> Part:
     """Encode the images of a share, one row each."""
     found = [one for batch in encode_images(model, dataset, own, encode, options) for one in batch]
@@ -284,13 +247,11 @@ def by_content(
     """
 
     def stored(store: VectorStore) -> Tensor:
-        rows = np.array([row for row, _ in store.find(digests)])  # (N,)
-        missing: list[int] = np.flatnonzero(rows < 0).tolist()
+        missing = [number for number, found in enumerate(store.find(digests)) if found is None]
         if missing:
             made = encode(missing).numpy()  # (n, D)
-            new = [Encoded(number, digests[number], row) for number, row in zip(missing, made, strict=True)]
-            store.add(new, are_images=False)
-            rows = np.array([row for row, _ in store.find(digests)])
+            store.add([Encoded(number, digests[number], row) for number, row in zip(missing, made, strict=True)])
+        rows = [found[0] for found in store.find(digests) if found is not None]
         return torch.from_numpy(np.asarray(store.vectors()[rows]))
 
     return _with_store(model, kind, stored, lambda: encode(range(len(digests))), options)

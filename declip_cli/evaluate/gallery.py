@@ -59,7 +59,7 @@ def write_gallery(path: Path, report: SearchReport, *, query_image: bytes = b"")
 
     Args:
         path: written whole or not at all.
-        report: the hits; their pictures are read again.
+        report: the hits; their images are read again.
         query_image: the encoded picture that was looked for, shown above the hits.
 
     Raises:
@@ -76,18 +76,10 @@ def write_gallery(path: Path, report: SearchReport, *, query_image: bytes = b"")
 
 
 def render_gallery(report: SearchReport, *, query_image: bytes = b"") -> str:
-    """Make the page.
-
-    Args:
-        report: the hits.
-        query_image: as of `write_gallery`.
-
-    Returns:
-        HTML in which every word that comes from outside is escaped.
-    """
+    """Make the page: HTML in which every word that comes from outside is escaped; arguments as of `write_gallery`."""
     is_text = not query_image
-    heading = f"“{report.query}”" if is_text else f"Pictures like {Path(report.query).name}"
-    about = f"{len(report.hits)} of {report.num_indexed} pictures in {report.collection}, by {report.model}"
+    heading = f"“{report.query}”" if is_text else f"Images like {Path(report.query).name}"
+    about = f"{len(report.hits)} of {report.num_indexed} images in {report.collection}, by {report.model}"
     query_picture = "" if is_text else f'<img class="query" alt="the query" src="{_thumbnail(query_image)}">\n'
     return _PAGE.format(
         title=escape(f"{report.query} – declip"),

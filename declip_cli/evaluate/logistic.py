@@ -82,16 +82,13 @@ class LogisticProblem:
     def fit(
         self, l2: float, *, start: LogisticFit | None = None, max_iterations: int = 1000, is_final: bool = True
     ) -> LogisticFit:
-        """Find the optimum for one penalty.
+        """Find the optimum for one penalty, in the coordinates of the features as given.
 
         Args:
             l2: strength of the penalty, above 0; scikit-learn's 1 / C.
             start: a fit of the same classes to start from; zeros otherwise.
             max_iterations: bound on the steps.
             is_final: finish with products in float64 where the device is a CPU; else stay in float32 (for a search).
-
-        Returns:
-            The classifier, in the coordinates of the features as given.
         """
         penalty = l2 / len(self._rows)
         scale = torch.cat([self._values + penalty, self._values.new_full((1,), 0.25)]).rsqrt()  # (D + 1,)

@@ -68,18 +68,10 @@ class ApproximateIndex:
 
     @staticmethod
     def build(spec: str, vectors: Vectors, rows: Rows) -> "ApproximateIndex":
-        """Train an index, where it needs that, and add rows.
-
-        Args:
-            spec: for `faiss.index_factory`, such as `HNSW32` or `IVF4096,PQ64`.
-            vectors: unit length, (V, D).
-            rows: those to add, (N,).
-
-        Returns:
-            The index.
+        """Train an index, where it needs that, and add rows (N,) of unit vectors (V, D).
 
         Raises:
-            EvaluateError: FAISS does not know the description, or there are too few vectors to train it.
+            EvaluateError: `faiss.index_factory` does not know the description, or there are too few vectors to train.
         """
         try:
             index = faiss.index_factory(vectors.shape[1], spec, faiss.METRIC_INNER_PRODUCT)
@@ -119,11 +111,15 @@ class ApproximateIndex:
 
     def search(self, vectors: Vectors, rows: Rows, query: Vectors, k: int) -> tuple[Vectors, Rows]:
         """Find good rows; arguments and result as of `search_exact`, scores exact, rows approximate."""
-        num_all = int(self._index.ntotal)
-        wanted = max(4 * k, _MIN_CANDIDATES)
+        inner = faiss.downcast_index(self._index.index)
+        lists = faiss.try_extract_index_ivf(inner)
+        num_all, wanted = int(self._index.ntotal), max(4 * k, _MIN_CANDIDATES)
         while True:
             wanted = min(wanted, num_all)
-            self._effort(wanted)
+            if lists is not None:
+                lists.nprobe = min(int(lists.nlist), max(_MIN_LISTS, int(lists.nlist) // _SHARE_OF_LISTS))
+            elif "HNSW" in self.spec:
+                faiss.ParameterSpace().set_index_parameter(inner, "efSearch", max(64, wanted))
             found = self._index.search(query[None], wanted)[1][0].astype(np.int64)
             found = np.intersect1d(found, rows)  # sorted, each once
             if len(found) >= min(k, len(rows)) or wanted >= num_all:
@@ -149,15 +145,6 @@ class ApproximateIndex:
                 remedy="omit --index for exact search, which is fast up to a million images",
             ) from error
 
-    def _effort(self, wanted: int) -> None:
-        """Let the index look far enough for so many candidates."""
-        inner = faiss.downcast_index(self._index.index)
-        lists = faiss.try_extract_index_ivf(inner)
-        if lists is not None:
-            lists.nprobe = min(int(lists.nlist), max(_MIN_LISTS, int(lists.nlist) // _SHARE_OF_LISTS))
-        elif "HNSW" in self.spec:
-            faiss.ParameterSpace().set_index_parameter(inner, "efSearch", max(64, wanted))
-
 
 def saved_index(store: VectorStore, vectors: Vectors, rows: Rows, spec: str) -> ApproximateIndex | None:
     """Bring the index that is saved with a store up to date.
@@ -166,10 +153,7 @@ def saved_index(store: VectorStore, vectors: Vectors, rows: Rows, spec: str) -> 
         store: where it is saved.
         vectors: all rows, (V, D).
         rows: those that count, ascending, (N,).
-        spec: `Flat`, or a description for `faiss.index_factory`; empty keeps what there is.
-
-    Returns:
-        The index; None for `Flat`, which needs none.
+        spec: a description for `faiss.index_factory`, or `Flat`, which needs no index; empty keeps what there is.
 
     Raises:
         EvaluateError: there is no image, or the index cannot be made.
@@ -178,24 +162,24 @@ def saved_index(store: VectorStore, vectors: Vectors, rows: Rows, spec: str) -> 
         raise EvaluateError(
             f"the index {store.folder} holds no image that can be read", remedy="check that the files are images"
         )
-    previous, spec = store.fact("index_file"), spec or store.fact("index") or EXACT
-    index = None
-    if previous and spec == store.fact("index"):
-        index = ApproximateIndex.read(store.folder / previous, spec)
-    missing = np.setdiff1d(rows, index.rows) if index is not None else rows
-    num_dead = 0 if index is None else len(np.setdiff1d(index.rows, rows))
-    is_stale = len(rows) > _GROWTH * int(store.fact("num_built") or 0) or num_dead > _MAX_DEAD * len(rows)
+    facts = store.facts()
+    previous, saved = facts.get("index_file", ""), facts.get("index", EXACT)
+    spec = spec or saved
     if spec == EXACT:
         index, name = None, ""
-    elif index is not None and not is_stale and not len(missing):
-        return index
     else:
-        name = f"index-{secrets.token_hex(6)}.faiss"
+        index = ApproximateIndex.read(store.folder / previous, spec) if previous and spec == saved else None
+        there = index.rows if index is not None else rows[:0]
+        missing, dead = np.setdiff1d(rows, there), np.setdiff1d(there, rows)
+        is_stale = len(rows) > _GROWTH * int(facts.get("num_built", 0)) or len(dead) > _MAX_DEAD * len(rows)
+        if index is not None and not is_stale and not len(missing):
+            return index
         if index is None or is_stale:
             index = ApproximateIndex.build(spec, vectors, rows)
             store.set(num_built=len(rows))
         else:
             index.add(vectors, missing)
+        name = f"index-{secrets.token_hex(6)}.faiss"
         index.write(store.folder / name)
     store.set(index=spec, index_file=name)
     if previous:

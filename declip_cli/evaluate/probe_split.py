@@ -2,12 +2,12 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from declip_cli.data.benchmarks.known import known_sets
 from declip_cli.data.catalogue import classified, open_dataset, splits_of
-from declip_cli.data.dataset import Classes, Dataset, Metric
+from declip_cli.data.dataset import Dataset, Metric
 from declip_cli.data.files_dataset import Subset
 from declip_cli.errors import EvaluateError
 
@@ -28,16 +28,12 @@ class ProbeSets:
     @property
     def class_names(self) -> tuple[str, ...]:
         """The classes of all three, in label order."""
-        return self._classes.names
+        return self.train.classes.names if self.train.classes is not None else ()
 
     @property
     def metric(self) -> Metric:
         """What papers report for the set."""
-        return self._classes.metric
-
-    @property
-    def _classes(self) -> Classes:
-        return self.train.classes or Classes(names=())
+        return self.train.classes.metric if self.train.classes is not None else "accuracy"
 
 
 def open_probe_sets(name: str, *, data_root: Path | None = None) -> ProbeSets:
@@ -96,19 +92,30 @@ def _aligned(part: Dataset, train: Dataset) -> Dataset:
     return Subset(part, range(len(part)), labels=labels, classes=train.classes)
 
 
+def draw_shots(sets: ProbeSets, *, shots: int, seed: int) -> ProbeSets:
+    """Hold out validation images where there are none, and take so many training images of each class, 0 for all.
+
+    Raises:
+        EvaluateError: there are too few images; see `hold_out` and `choose_shots`.
+    """
+    numbers, val = list(range(len(sets.train))), sets.val
+    if val is None:
+        numbers, held = hold_out(sets.train.labels, seed=seed)
+        val = Subset(sets.train, held)
+    if shots:
+        numbers = choose_shots(sets.train.labels, numbers, shots=shots, seed=seed, names=sets.class_names)
+    return replace(sets, train=Subset(sets.train, numbers), val=val)
+
+
 def hold_out(labels: Sequence[int], *, seed: int) -> tuple[list[int], list[int]]:
     """Keep a fifth of each class for validation.
 
-    Args:
-        labels: the class of each picture, N.
-        seed: draws which ones.
-
     Returns:
-        Numbers of the pictures to train on and of those held out, both in order; a class with one picture
-        keeps it for training, one with two to seven holds out one.
+        Numbers of the images to train on and of those held out, both in order; a class with one image keeps it for
+        training, one with two to seven holds out one.
 
     Raises:
-        EvaluateError: no class has two pictures.
+        EvaluateError: no class has two images.
     """
     held: set[int] = set()
     for label, numbers in _by_class(labels, range(len(labels))).items():
@@ -116,8 +123,8 @@ def hold_out(labels: Sequence[int], *, seed: int) -> tuple[list[int], list[int]]
         held.update(random.Random(f"hold-out {seed} {label}").sample(numbers, count))
     if not held:
         raise EvaluateError(
-            "no class has two training pictures, so none can be held out to choose the penalty on",
-            remedy="add training pictures, or a split val/ with one subfolder per class",
+            "no class has two training images, so none can be held out to choose the penalty on",
+            remedy="add training images, or a split val/ with one subfolder per class",
         )
     return [number for number in range(len(labels)) if number not in held], sorted(held)
 
@@ -125,17 +132,17 @@ def hold_out(labels: Sequence[int], *, seed: int) -> tuple[list[int], list[int]]
 def choose_shots(
     labels: Sequence[int], numbers: Sequence[int], *, shots: int, seed: int, names: Sequence[str]
 ) -> list[int]:
-    """Draw the same number of training pictures of each class.
+    """Draw the same number of training images of each class; with the same seed, more shots contain the fewer.
 
     Args:
-        labels: the class of each picture of the set, N.
-        numbers: the pictures to draw from.
+        labels: the class of each image of the set, N.
+        numbers: the images to draw from.
         shots: how many of each class.
-        seed: draws which ones; with the same seed, more shots contain the fewer.
+        seed: draws which ones.
         names: class names, for the message.
 
     Returns:
-        Numbers of the pictures, in order.
+        Numbers of the images, in order.
 
     Raises:
         EvaluateError: a class has too few.
@@ -144,8 +151,8 @@ def choose_shots(
     for label, members in _by_class(labels, numbers).items():
         if len(members) < shots:
             raise EvaluateError(
-                f"--shots {shots} asks for more training pictures than the class {names[label]!r} has "
-                f"({len(members)} beside the validation pictures)",
+                f"--shots {shots} asks for more training images than the class {names[label]!r} has "
+                f"({len(members)} beside the validation images)",
                 remedy=f"--shots {len(members)} or fewer",
             )
         order = list(members)

@@ -1,17 +1,59 @@
-"""What lies behind a score: predictions picture by picture, accuracy per class, confused pairs."""
+"""What evaluations find, as JSON: one way for all reports, predictions image by image, accuracy per class."""
 
 import json
 from collections import Counter
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from declip_cli.data.dataset import Skips
 from declip_cli.errors import EvaluateError
 from declip_cli.evaluate.metrics import per_class_accuracy
-from declip_cli.evaluate.zeroshot import Predictions
 from declip_cli.files import write_text
 
 NUM_CONFUSED = 20
 """Confused pairs in a report."""
+FLAT = {"flat": True}
+"""Metadata of a field whose keys stand beside the other fields."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What is found on one data set; the fields of its children are those of `--json`, in their order."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields; those that are None or empty, or hidden (`repr=False`), are omitted."""
+        report: dict[str, Any] = {}
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if not one.repr or value is None or value in ((), {}):
+                continue
+            if one.metadata.get("flat"):
+                report |= value
+            elif isinstance(value, Skips):
+                report |= {"num_skipped": value.num, "skipped": value.to_json()}
+            elif isinstance(value, list | tuple):
+                report[one.name] = [item.to_json() if isinstance(item, Report) else item for item in value]
+            else:
+                report[one.name] = value
+        return report
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Predictions:
+    """The best classes of each scored image."""
+
+    keys: list[str]
+    """What names each image, N'."""
+    labels: Tensor
+    """The right class, int64, (N',)."""
+    ranked: Tensor
+    """Classes, best first, int64, (N', K)."""
+    scores: Tensor
+    """Their cosine similarity (token-wise models: their token-wise score), float32, (N', K)."""
+    class_names: tuple[str, ...] = field(repr=False)
 
 
 def write_predictions(path: Path, parts: dict[str, Predictions]) -> int:
@@ -27,11 +69,19 @@ def write_predictions(path: Path, parts: dict[str, Predictions]) -> int:
     Raises:
         EvaluateError: the file cannot be written.
     """
-    lines = [
-        json.dumps(({"dataset": name} if len(parts) > 1 else {}) | line, ensure_ascii=False) + "\n"
-        for name, predictions in parts.items()
-        for line in _lines(predictions)
-    ]
+    lines = []
+    for name, found in parts.items():
+        names = found.class_names
+        rows = zip(found.keys, found.labels.tolist(), found.ranked.tolist(), found.scores.tolist(), strict=True)
+        for key, label, ranked, scores in rows:
+            line = {
+                "path": key,
+                "label": names[label],
+                "is_right": ranked[0] == label,
+                "top5": [names[number] for number in ranked],
+                "scores": [round(score, 6) for score in scores],
+            }
+            lines.append(json.dumps(({"dataset": name} if len(parts) > 1 else {}) | line, ensure_ascii=False) + "\n")
     try:
         write_text(path, "".join(lines))
     except OSError as error:
@@ -42,56 +92,27 @@ def write_predictions(path: Path, parts: dict[str, Predictions]) -> int:
     return len(lines)
 
 
-def _lines(predictions: Predictions) -> list[dict[str, Any]]:
-    names = predictions.class_names
-    rows = zip(
-        predictions.keys,
-        predictions.labels.tolist(),
-        predictions.ranked.tolist(),
-        predictions.scores.tolist(),
-        strict=True,
-    )
-    return [
-        {
-            "path": key,
-            "label": names[label],
-            "is_right": ranked[0] == label,
-            "top5": [names[number] for number in ranked],
-            "scores": [round(score, 6) for score in scores],
-        }
-        for key, label, ranked, scores in rows
-    ]
-
-
 def class_report(predictions: Predictions) -> dict[str, Any]:
     """Say which classes are recognised and which are taken for others.
 
-    Args:
-        predictions: of one data set.
-
     Returns:
-        `per_class`: name, number of pictures and accuracy, worst first; `confused`: the most frequent pairs of
-        right and predicted class, with how often and what share of the right class's pictures.
+        `per_class`: name, number of images and accuracy, worst first; `confused`: the most frequent pairs of
+        right and predicted class, with how often and what share of the right class's images.
     """
-    names = predictions.class_names
-    predicted = predictions.ranked[:, 0]  # (N',)
+    names, predicted = predictions.class_names, predictions.ranked[:, 0]  # (N',)
     accuracy, counts = per_class_accuracy(predicted, predictions.labels, len(names))
-    per_class = [
-        {"class": names[number], "num_images": int(counts[number]), "accuracy": float(accuracy[number])}
-        for number in range(len(names))
-        if counts[number] > 0
-    ]
-    per_class.sort(key=lambda entry: (entry["accuracy"], -int(str(entry["num_images"]))))
+    there = [number for number in range(len(names)) if counts[number] > 0]
+    there.sort(key=lambda number: (float(accuracy[number]), -int(counts[number])))
     pairs = Counter(
         pair for pair in zip(predictions.labels.tolist(), predicted.tolist(), strict=True) if pair[0] != pair[1]
     )
-    confused = [
-        {
-            "class": names[right],
-            "predicted": names[wrong],
-            "count": count,
-            "share": count / int(counts[right]),
-        }
-        for (right, wrong), count in pairs.most_common(NUM_CONFUSED)
-    ]
-    return {"per_class": per_class, "confused": confused}
+    return {
+        "per_class": [
+            {"class": names[number], "num_images": int(counts[number]), "accuracy": float(accuracy[number])}
+            for number in there
+        ],
+        "confused": [
+            {"class": names[right], "predicted": names[wrong], "count": count, "share": count / int(counts[right])}
+            for (right, wrong), count in pairs.most_common(NUM_CONFUSED)
+        ],
+    }

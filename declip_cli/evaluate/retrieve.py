@@ -1,8 +1,7 @@
-"""Retrieval scores: pictures found by captions and captions by pictures."""
+"""Retrieval scores: images found by captions and captions by images."""
 
 import time
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,103 +10,47 @@ from torch import Tensor
 from declip_cli.data.dataset import Dataset, Skips
 from declip_cli.data.files_dataset import Subset
 from declip_cli.errors import DataError, EvaluateError
-from declip_cli.evaluate.features import FeatureOptions, ImageFeatures, image_features
-from declip_cli.evaluate.metrics import median_rank, recall_at
-from declip_cli.evaluate.ranking import Ranks, paired_ranks
+from declip_cli.evaluate.encoding import DEFAULTS, FeatureOptions
+from declip_cli.evaluate.features import image_features
+from declip_cli.evaluate.metrics import Ranks, median_rank, paired_ranks, recall_at
+from declip_cli.evaluate.report import FLAT, Report
 from declip_cli.evaluate.texts import text_features
-from declip_cli.evaluate.token_wise import encode_image_tokens, encode_text_tokens, token_wise_ranks
+from declip_cli.evaluate.token_wise import TokenTexts, encode_image_tokens, encode_text_tokens, token_wise_ranks
 from declip_cli.model.checkpoint import PretrainedModel
 
 RECALLS = (1, 5, 10)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DirectionScores:
-    """Scores of one direction."""
-
-    recall: dict[int, float]
-    """k → fraction of the queries with a right answer among the first k."""
-    median_rank: float
-    mean_rank: float
-
-    @staticmethod
-    def of(ranks: Tensor) -> "DirectionScores":
-        """Score ranks, (N,)."""
-        return DirectionScores(
-            recall={k: recall_at(ranks, k) for k in RECALLS},
-            median_rank=median_rank(ranks),
-            mean_rank=float(ranks.double().mean()),
-        )
-
-    def to_json(self) -> dict[str, float]:
-        """Return `recall_at_1`, …, `median_rank`, `mean_rank`."""
-        recalls = {f"recall_at_{k}": value for k, value in self.recall.items()}
-        return recalls | {"median_rank": self.median_rank, "mean_rank": self.mean_rank}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BothDirections:
-    """Scores of pictures → captions and captions → pictures."""
-
-    image_to_text: DirectionScores
-    text_to_image: DirectionScores
-
-    @staticmethod
-    def of(ranks: Ranks) -> "BothDirections":
-        """Score the ranks of both directions."""
-        return BothDirections(
-            image_to_text=DirectionScores.of(ranks.image_to_text),
-            text_to_image=DirectionScores.of(ranks.text_to_image),
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """Return both directions and `rsum`, the sum of the six recalls as fractions, at most 6."""
-        recalls = [*self.image_to_text.recall.values(), *self.text_to_image.recall.values()]
-        return {
-            "image_to_text": self.image_to_text.to_json(),
-            "text_to_image": self.text_to_image.to_json(),
-            "rsum": sum(recalls),
-        }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RetrievalReport:
-    """Scores of one data set."""
+class RetrievalReport(Report):
+    """Scores of one data set; the fields of `declip retrieve --json`."""
 
     dataset: str
     model: str
     num_images: int
     num_texts: int
-    scores: BothDirections
-    folds: tuple[BothDirections, ...]
-    """Scores of each fold, where the set is also scored in folds."""
-    fold_size: int
-    skipped: dict[str, dict[str, int | str]]
+    scores: dict[str, Any] = field(metadata=FLAT)
+    """As of `both_directions`."""
+    folds: dict[str, Any] = field(metadata=FLAT)
+    """`mean_of_N_folds`: the mean scores of the folds, where the set is also scored in folds; else empty."""
+    skipped: Skips
     seconds: float
 
-    @property
-    def score(self) -> float:
-        """Text → image recall@1."""
-        return self.scores.text_to_image.recall[1]
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the fields of `declip retrieve --json`."""
-        report: dict[str, Any] = {
-            "dataset": self.dataset,
-            "model": self.model,
-            "num_images": self.num_images,
-            "num_texts": self.num_texts,
-            **self.scores.to_json(),
-        }
-        if self.folds:
-            report[f"mean_of_{len(self.folds)}_folds"] = {"num_images": self.fold_size} | _mean(
-                [fold.to_json() for fold in self.folds]
-            )
-        if self.skipped:
-            report["num_skipped"] = sum(int(entry["count"]) for entry in self.skipped.values())
-            report["skipped"] = self.skipped
-        report["seconds"] = self.seconds
-        return report
+def both_directions(ranks: Ranks) -> dict[str, Any]:
+    """Score the ranks of both directions.
+
+    Returns:
+        `image_to_text` and `text_to_image`, each with `recall_at_1`, `recall_at_5`, `recall_at_10` (fractions of the
+        queries with a right answer among the first k), `median_rank` and `mean_rank`; and `rsum`, the sum of the six
+        recalls, at most 6.
+    """
+    scores: dict[str, Any] = {}
+    for name, places in (("image_to_text", ranks.image_to_text), ("text_to_image", ranks.text_to_image)):
+        recalls = {f"recall_at_{k}": recall_at(places, k) for k in RECALLS}
+        scores[name] = recalls | {"median_rank": median_rank(places), "mean_rank": float(places.double().mean())}
+    scores["rsum"] = sum(scores[name][f"recall_at_{k}"] for name in list(scores) for k in RECALLS)
+    return scores
 
 
 def _mean(entries: list[dict[str, Any]]) -> dict[str, Any]:
@@ -119,39 +62,34 @@ def _mean(entries: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def retrieve(model: PretrainedModel, dataset: Dataset, *, options: FeatureOptions | None = None) -> RetrievalReport:
-    """Score how well pictures and captions find each other.
+def retrieve(model: PretrainedModel, dataset: Dataset, *, options: FeatureOptions = DEFAULTS) -> RetrievalReport:
+    """Score how well images and captions find each other.
 
-    A picture counts as found by any of its captions' queries, a caption if any of the picture's captions is
-    among the first k. Captions of unreadable pictures are left out.
+    A caption finds its image, an image any of its captions, if that is among the first k. Captions of unreadable
+    images are omitted.
 
     Args:
         model: a trained model; token-wise ones (FILIP) are compared token by token.
         dataset: images and captions; images without any are counted as skipped.
-        options: batch size, precision, threads, cache.
-
-    Returns:
-        Recalls and ranks, both ways.
+        options: how features are computed.
 
     Raises:
         EvaluateError: no image has a caption, or none of them can be read.
     """
     started = time.perf_counter()
-    options = options or FeatureOptions()
     pairs = read_pairs(dataset)
-    encoded: _Encoded = (_TokenWise if model.token_wise else _Whole)(model, pairs, options)
-    size = dataset.fold_size
-    folds = [encoded.scores(fold * size, (fold + 1) * size) for fold in range(num_folds(len(pairs.images), size))]
-    pairs.skipped.add_all(encoded.images.skipped)
+    encoded, size = _Encoded(model, pairs, options), dataset.fold_size
+    count = num_folds(len(pairs.images), size)
+    folds = [both_directions(encoded.ranks(fold * size, (fold + 1) * size)) for fold in range(count)]
+    pairs.skipped.add_all(encoded.skipped)
     return RetrievalReport(
         dataset=dataset.name,
         model=model.name,
-        num_images=len(encoded.images.kept),
-        num_texts=len(encoded.texts),
-        scores=encoded.scores(0, len(pairs.images)),
-        folds=tuple(folds),
-        fold_size=size,
-        skipped=pairs.skipped.to_json(),
+        num_images=len(encoded.numbers),
+        num_texts=len(encoded.owners),
+        scores=both_directions(encoded.ranks(0, len(pairs.images))),
+        folds={f"mean_of_{count}_folds": {"num_images": size} | _mean(folds)} if folds else {},
+        skipped=pairs.skipped,
         seconds=time.perf_counter() - started,
     )
 
@@ -176,12 +114,6 @@ class Pairs:
 
 def read_pairs(dataset: Dataset) -> Pairs:
     """Read the captions of a data set.
-
-    Args:
-        dataset: any.
-
-    Returns:
-        The images with captions, and what was skipped.
 
     Raises:
         EvaluateError: there are none.
@@ -212,49 +144,25 @@ def read_pairs(dataset: Dataset) -> Pairs:
     return Pairs(images, texts, owners, skipped)
 
 
-class _Encoded(ABC):
-    """Encoded pictures and the captions of those that can be read."""
+class _Encoded:
+    """The images that can be read, and their captions: one embedding each, or one per patch and token."""
 
-    def __init__(self, pairs: Pairs, images: ImageFeatures, device: torch.device) -> None:
-        self.images = images
+    def __init__(self, model: PretrainedModel, pairs: Pairs, options: FeatureOptions) -> None:
+        images = (encode_image_tokens if model.token_wise else image_features)(model, pairs.images, options=options)
         rows = {number: row for row, number in enumerate(images.kept)}
         kept = [(text, rows[own]) for text, own in zip(pairs.texts, pairs.owners, strict=True) if own in rows]
-        self.texts = [text for text, _ in kept]
-        self._numbers = torch.tensor(images.kept, device=device)  # (N',)
-        self._owners = torch.tensor([row for _, row in kept], device=device)  # (M',)
+        self.skipped = images.skipped
+        self.numbers = torch.tensor(images.kept, device=model.device)  # (N',)
+        self.owners = torch.tensor([row for _, row in kept], device=model.device)  # (M',)
+        self._images = images.features.to(model.device)  # (N', D) or (N', P, Q)
+        encode = encode_text_tokens if model.token_wise else text_features
+        self._texts: Tensor | TokenTexts = encode(model, [text for text, _ in kept], options=options).to(model.device)
 
-    def scores(self, first: int, last: int) -> BothDirections:
-        """Score pictures number first to last - 1 of the set, and their captions, among themselves."""
-        rows = ((self._numbers >= first) & (self._numbers < last)).nonzero()[:, 0]  # (n,)
-        texts = torch.isin(self._owners, rows).nonzero()[:, 0]  # (m,)
-        owners = torch.searchsorted(rows, self._owners[texts])  # (m,)
-        return BothDirections.of(self._ranks(rows, texts, owners))
-
-    @abstractmethod
-    def _ranks(self, rows: Tensor, texts: Tensor, owners: Tensor) -> Ranks: ...
-
-
-class _Whole(_Encoded):
-    """One embedding per picture and per text."""
-
-    def __init__(self, model: PretrainedModel, pairs: Pairs, options: FeatureOptions) -> None:
-        device = next(model.encoder.parameters()).device
-        super().__init__(pairs, image_features(model, pairs.images, options=options), device)
-        self._image_embeds = self.images.features.to(device)  # (N', D)
-        self._text_embeds = text_features(model, self.texts, options=options).to(device)  # (M', D)
-
-    def _ranks(self, rows: Tensor, texts: Tensor, owners: Tensor) -> Ranks:
-        return paired_ranks(self._image_embeds[rows], self._text_embeds[texts], owners)
-
-
-class _TokenWise(_Encoded):
-    """One embedding per patch and per token."""
-
-    def __init__(self, model: PretrainedModel, pairs: Pairs, options: FeatureOptions) -> None:
-        device = next(model.encoder.parameters()).device
-        super().__init__(pairs, encode_image_tokens(model, pairs.images, options=options), device)
-        self._image_tokens = self.images.features.to(device)  # (N', P, Q)
-        self._text_tokens = encode_text_tokens(model, self.texts, options=options).to(device)
-
-    def _ranks(self, rows: Tensor, texts: Tensor, owners: Tensor) -> Ranks:
-        return token_wise_ranks(self._image_tokens[rows], self._text_tokens.select(texts), owners)
+    def ranks(self, first: int, last: int) -> Ranks:
+        """Rank images number first to last - 1 of the set, and their captions, among themselves."""
+        rows = ((self.numbers >= first) & (self.numbers < last)).nonzero()[:, 0]  # (n,)
+        texts = torch.isin(self.owners, rows).nonzero()[:, 0]  # (m,)
+        owners = torch.searchsorted(rows, self.owners[texts])  # (m,)
+        if isinstance(self._texts, TokenTexts):
+            return token_wise_ranks(self._images[rows], self._texts.select(texts), owners)
+        return paired_ranks(self._images[rows], self._texts[texts], owners)

@@ -1,9 +1,10 @@
 """Texts and a model → features: sorted by length, cut to the longest of each batch, stored by their content."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,10 +12,12 @@ from torch.nn import functional as F
 
 from declip_cli.data.tokenizer import END, Tokenizer
 from declip_cli.errors import EvaluateError
-from declip_cli.evaluate.features import FeatureOptions, by_content
-from declip_cli.evaluate.shares import Part, encode_shares, take
+from declip_cli.evaluate.encoding import DEFAULTS, FeatureOptions, Part, encode_shares, take
+from declip_cli.evaluate.features import by_content
 from declip_cli.model.checkpoint import PretrainedModel
 from declip_cli.model.precision import autocast
+
+T = TypeVar("T")
 
 
 def text_features(
@@ -22,7 +25,7 @@ def text_features(
     texts: Sequence[str],
     *,
     normalise: bool = True,
-    options: FeatureOptions | None = None,
+    options: FeatureOptions = DEFAULTS,
 ) -> Tensor:
     """Encode texts, sorted by length and cut to the longest of each batch.
 
@@ -32,7 +35,7 @@ def text_features(
         model: the encoder and its context length.
         texts: N texts; longer ones than the context are cut, keeping the end token.
         normalise: make each row unit length.
-        options: batch size, precision, store.
+        options: how features are computed.
 
     Returns:
         float32 on the CPU, (N, D), in the order of the texts.
@@ -40,7 +43,6 @@ def text_features(
     Raises:
         EvaluateError: there is no text.
     """
-    options = options or FeatureOptions()
     if not texts:
         raise EvaluateError("there is no text to encode", remedy="check the captions of the data set")
 
@@ -56,55 +58,34 @@ def text_features(
 
 def _encode_texts(model: PretrainedModel, texts: Sequence[str], own: range, options: FeatureOptions) -> Part:
     """Encode the texts of a share, one row each."""
-    device = next(model.encoder.parameters()).device
-    texts = take(texts, own)
-    features: Tensor | None = None
+    batches = [
+        (numbers, rows.float().cpu())  # (B,), (B, D)
+        for numbers, _, rows in encode_batches(model, take(texts, own), model.encoder.encode_text, options)
+    ]
+    order = torch.cat([numbers for numbers, _ in batches]).argsort()  # (N,)
+    return Part(torch.cat([rows for _, rows in batches])[order], torch.tensor(own))
+
+
+def encode_batches(
+    model: PretrainedModel, texts: Sequence[str], encode: Callable[[Tensor], T], options: FeatureOptions
+) -> Iterator[tuple[Tensor, Tensor, T]]:
+    """Apply a function of the encoder, of tokens (B, L) on its device, to texts, batch by batch.
+
+    Yields:
+        As of `length_sorted_batches`, and what `encode` returns.
+    """
     num_done = 0
-    with torch.inference_mode(), autocast(options.precision, device):
+    with torch.inference_mode(), autocast(options.precision, model.device):
         for numbers, tokens in length_sorted_batches(texts, model.context_length, options.text_batch_size):
-            rows = model.encoder.encode_text(tokens.to(device)).float().cpu()  # (B, D)
-            if features is None:
-                features = torch.empty(len(texts), rows.shape[1])  # (N, D)
-            features[numbers] = rows
+            yield numbers, tokens, encode(tokens.to(model.device))
             num_done += len(numbers)
-            if options.progress is not None:
-                options.progress(num_done, len(texts))
-    assert features is not None
-    return Part(features, torch.tensor(own))
-
-
-def count_cut(texts: Sequence[str], context_length: int) -> int:
-    """Count the texts that are longer than a model reads, and lose their ends.
-
-    Args:
-        texts: N texts.
-        context_length: longest text in tokens.
-
-    Returns:
-        How many are cut.
-    """
-    tokenizer = Tokenizer(context_length=context_length)
-    tokenizer.encode([text for text in texts if not _surely_fits(text, context_length)], pad_to_context=False)
-    return tokenizer.num_truncated
-
-
-def _surely_fits(text: str, context_length: int) -> bool:
-    """Say without tokenizing that a text is not cut: a token covers at least one byte, start and end are added.
-
-    Other characters and entities may become more bytes than they were, so nothing is said of them.
-    """
-    return len(text) <= context_length - 2 and text.isascii() and "&" not in text
+            options.progress(num_done, len(texts))
 
 
 def length_sorted_batches(
     texts: Sequence[str], context_length: int, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Cut texts into batches of similar length, each padded only to its own longest.
-
-    Args:
-        texts: N texts.
-        context_length: longest text in tokens.
-        batch_size: most texts per batch, B.
 
     Yields:
         The numbers of the texts, (B,), and their tokens, (B, L).
@@ -114,3 +95,14 @@ def length_sorted_batches(
     for numbers in lengths.argsort(stable=True).split(batch_size):
         longest = int(lengths[numbers].max())
         yield numbers, tokens[numbers, :longest]  # (B,), (B, L)
+
+
+def count_cut(texts: Sequence[str], context_length: int) -> int:
+    """Count the texts that are longer than a model reads, in tokens, and lose their ends."""
+
+    def surely_fits(text: str) -> bool:  # a token covers at least one byte; other characters may become more bytes
+        return len(text) <= context_length - 2 and text.isascii() and "&" not in text
+
+    tokenizer = Tokenizer(context_length=context_length)
+    tokenizer.encode([text for text in texts if not surely_fits(text)], pad_to_context=False)
+    return tokenizer.num_truncated

@@ -1,4 +1,4 @@
-"""Pictures and captions compared token by token, for models of the FILIP kind, in chunks."""
+"""Images and texts compared token by token, for models of the FILIP kind, in chunks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from declip_cli.data.dataset import Dataset
-from declip_cli.evaluate.features import FeatureOptions, ImageFeatures, map_images
-from declip_cli.evaluate.ranking import Ranks, ranks_in_rows
-from declip_cli.evaluate.shares import Part, encode_shares, take
-from declip_cli.evaluate.texts import length_sorted_batches
+from declip_cli.evaluate.encoding import DEFAULTS, FeatureOptions, Part, encode_shares, take
+from declip_cli.evaluate.features import ImageFeatures, map_images
+from declip_cli.evaluate.metrics import Ranks, ranks_in_rows
+from declip_cli.evaluate.prompts import Prompts
+from declip_cli.evaluate.texts import encode_batches
 from declip_cli.model.checkpoint import PretrainedModel
-from declip_cli.model.precision import autocast
 
 _CHUNK_SIMILARITIES = 2**24
 """Similarities of a patch and a token held at once: 64 MiB in float32."""
@@ -52,66 +52,34 @@ class TokenTexts:
 
 
 def encode_image_tokens(model: PretrainedModel, dataset: Dataset, *, options: FeatureOptions) -> ImageFeatures:
-    """Encode images patch by patch.
-
-    Args:
-        model: with token-wise heads.
-        dataset: N images.
-        options: batch size, precision, threads, store.
-
-    Returns:
-        Unit length patch features, (N', P, Q), and what was skipped.
-    """
-    shape: list[int] = []
+    """Encode images patch by patch with the token-wise heads; features of unit length, (N', P, Q)."""
+    encoder, side = model.encoder, model.image_side_px
+    with torch.inference_mode():
+        blank = torch.zeros(1, side, side, 3, dtype=torch.uint8, device=model.device)
+        width = encoder.encode_image_tokens(blank).shape[-1]
 
     def encode(images: Tensor) -> Tensor:
-        tokens = F.normalize(model.encoder.encode_image_tokens(images).float(), dim=-1)  # (B, P, Q)
-        shape[:] = tokens.shape[1:]
-        return tokens.flatten(1)  # (B, P Q)
+        return F.normalize(encoder.encode_image_tokens(images).float(), dim=-1).flatten(1)  # (B, P Q)
 
     found = map_images(model, dataset, encode, label="image tokens", options=options)
-    width = shape[1] if shape else _token_width(model)
-    tokens = found.features.unflatten(1, (-1, width))  # (N', P, Q)
-    return ImageFeatures(features=tokens, kept=found.kept, skipped=found.skipped)
-
-
-def _token_width(model: PretrainedModel) -> int:
-    side = model.image_side_px
-    device = next(model.encoder.parameters()).device
-    with torch.inference_mode():
-        images = torch.zeros(1, side, side, 3, dtype=torch.uint8, device=device)
-        return int(model.encoder.encode_image_tokens(images).shape[-1])
+    return ImageFeatures(found.features.unflatten(1, (-1, width)), found.kept, found.skipped)
 
 
 def encode_text_tokens(model: PretrainedModel, texts: Sequence[str], *, options: FeatureOptions) -> TokenTexts:
-    """Encode texts token by token, start and end included, padding left out.
-
-    Args:
-        model: with token-wise heads.
-        texts: M texts.
-        options: batch size, precision.
-
-    Returns:
-        Unit length token features, float32 on the CPU.
-    """
+    """Encode M texts token by token, start and end included, padding omitted; float32 on the CPU."""
     found = encode_shares(len(texts), partial(_encode_tokens, model, texts), options)
     return TokenTexts(found.rows, torch.bincount(found.numbers, minlength=len(texts)))
 
 
 def _encode_tokens(model: PretrainedModel, texts: Sequence[str], own: range, options: FeatureOptions) -> Part:
     """Encode the texts of a share, one row per token."""
-    device = next(model.encoder.parameters()).device
-    texts = take(texts, own)
     found: dict[int, Tensor] = {}
-    with torch.inference_mode(), autocast(options.precision, device):
-        for numbers, ids in length_sorted_batches(texts, model.context_length, options.text_batch_size):
-            tokens, mask = model.encoder.encode_text_tokens(ids.to(device))  # (B, L, Q), (B, L)
-            unit = F.normalize(tokens.float(), dim=-1).cpu()  # (B, L, Q)
-            for number, row, is_token in zip(numbers.tolist(), unit, mask.cpu(), strict=True):
-                found[number] = row[is_token]  # (L', Q)
-            if options.progress is not None:
-                options.progress(len(found), len(texts))
-    rows = [found[number] for number in range(len(texts))]
+    encode = model.encoder.encode_text_tokens
+    for numbers, _, (tokens, mask) in encode_batches(model, take(texts, own), encode, options):
+        unit = F.normalize(tokens.float(), dim=-1).cpu()  # (B, L, Q)
+        for number, row, is_token in zip(numbers.tolist(), unit, mask.cpu(), strict=True):
+            found[number] = row[is_token]  # (L', Q)
+    rows = [found[number] for number in range(len(own))]
     lengths = torch.tensor([len(row) for row in rows])  # (M',)
     return Part(torch.cat(rows), torch.tensor(own).repeat_interleave(lengths))
 
@@ -119,17 +87,17 @@ def _encode_tokens(model: PretrainedModel, texts: Sequence[str], own: range, opt
 def token_wise_ranks(images: Tensor, texts: TokenTexts, owners: Tensor) -> Ranks:
     """Rank right answers by token-wise similarity, both ways.
 
-    A picture scores a caption by the best token for each patch, averaged over the patches; a caption scores a
-    picture by the best patch for each token, averaged over the tokens. Nothing is left out of either side: the
+    An image scores a caption by the best token for each patch, averaged over the patches; a caption scores an
+    image by the best patch for each token, averaged over the tokens. Nothing is omitted on either side: the
     restriction to 16 tokens belongs to training.
 
     Args:
         images: unit length, (N, P, Q).
-        texts: captions of these pictures, M.
-        owners: the picture of each text, int64, (M,).
+        texts: captions of these images, M.
+        owners: the image of each text, int64, (M,).
 
     Returns:
-        The ranks; see `paired_ranks` for ties and pictures without captions.
+        The ranks; see `paired_ranks` for ties and images without captions.
 
     Source: FILIP, arXiv 2111.07783, equations 3 to 5.
     """
@@ -150,13 +118,66 @@ def token_wise_ranks(images: Tensor, texts: TokenTexts, owners: Tensor) -> Ranks
 
 
 def _score_texts(images: Tensor, tokens: Tensor, is_padding: Tensor) -> Tensor:
-    """Let n pictures (n, P, Q) score m texts (m, L, Q), → (n, m)."""
-    similar = torch.einsum("npq,mlq->nmpl", images, tokens)  # (n, m, P, L)
-    return similar.masked_fill(is_padding[:, None], -torch.inf).amax(3).mean(2)
+    """Let n images (n, P, Q) score m texts (m, L, Q), → (n, m)."""
+    similar = torch.einsum("npq,mlq->npml", images, tokens)  # (n, P, m, L)
+    return similar.masked_fill(is_padding, -torch.inf).amax(3).mean(1)
 
 
 def _score_images(images: Tensor, tokens: Tensor, is_padding: Tensor) -> Tensor:
-    """Let m texts (m, L, Q) score n pictures (n, P, Q), → (m, n)."""
+    """Let m texts (m, L, Q) score n images (n, P, Q), → (m, n)."""
     similar = torch.einsum("mlq,npq->mnlp", tokens, images)  # (m, n, L, P)
     best = similar.amax(3).masked_fill(is_padding[:, None], 0.0)  # (m, n, L)
     return best.sum(2) / (~is_padding).sum(1)[:, None]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenClassifier:
+    """Token-wise features of each class."""
+
+    tokens: Tensor
+    """Of unit Frobenius norm per class, float32, (C, L, Q)."""
+    is_padding: Tensor
+    """True where a class has no token, bool, (C, L)."""
+
+    def to(self, device: torch.device) -> "TokenClassifier":
+        """Move both tensors to a device."""
+        return TokenClassifier(self.tokens.to(device), self.is_padding.to(device))
+
+    def score(self, image_tokens: Tensor, *, chunk_classes: int = 64) -> Tensor:
+        """Score images by their patches (B, P, Q), → (B, C): best token for each patch, averaged over patches.
+
+        Source: FILIP's zero-shot evaluation in the original (P/solver/filip_solver.py, get_logits).
+        """
+        patches = F.normalize(image_tokens.float(), dim=-1)  # (B, P, Q)
+        chunks = zip(self.tokens.split(chunk_classes), self.is_padding.split(chunk_classes), strict=True)
+        return torch.cat([_score_texts(patches, *chunk) for chunk in chunks], dim=1)
+
+
+def build_token_classifier(
+    model: PretrainedModel, prompts: Prompts, *, options: FeatureOptions = DEFAULTS
+) -> TokenClassifier:
+    """Encode the prompts of C classes token by token and average them by class and position, on the CPU.
+
+    Source: protocol of FILIP in the original (P/solver/filip_solver.py, evaluate); tokens are unit length
+        before the mean, the mean is divided by its Frobenius norm.
+    """
+    found = encode_shares(len(prompts.by_class), partial(_sum_tokens, model, prompts), options)
+    sums, counts = found.rows[..., :-1], found.rows[..., -1]  # (C, L, Q), (C, L)
+    means = sums / counts.clamp(min=1)[..., None]
+    norms = means.flatten(1).norm(dim=1)  # (C,)
+    longest = int((counts.sum(dim=0) > 0).sum())
+    return TokenClassifier((means / norms[:, None, None])[:, :longest], counts[:, :longest] == 0)
+
+
+def _sum_tokens(model: PretrainedModel, prompts: Prompts, own: range, options: FeatureOptions) -> Part:
+    """Add up the unit tokens of each class of a share by position; the last column counts them, (C, L, Q + 1)."""
+    prompts = Prompts(tuple(take(prompts.by_class, own)))
+    owners, sums = prompts.owners(), torch.zeros(0)
+    encode = model.encoder.encode_text_tokens
+    for numbers, ids, (tokens, mask) in encode_batches(model, prompts.flat(), encode, options):
+        if not len(sums):
+            sums = torch.zeros(len(own), model.context_length, tokens.shape[-1] + 1)
+        weights = mask.float().cpu()[..., None]  # (B, L, 1)
+        units = F.normalize(tokens.float(), dim=-1).cpu() * weights  # (B, L, Q)
+        sums[:, : ids.shape[1]].index_add_(0, owners[numbers], torch.cat([units, weights], dim=-1))
+    return Part(sums, torch.tensor(own))

@@ -1,14 +1,13 @@
 """The store of features: which image has which content, and which content has which row of vectors.
 
-`images.sqlite` holds both tables; the rows lie one after the other in `vectors-*.f32`, which is only appended to. A
-row counts once the database says so, so that an interruption leaves nothing wrong behind.
+`images.sqlite` holds both tables; the rows lie one after the other in `vectors.f32`, which is only appended to. A row
+counts once the database says so, so that an interruption leaves nothing wrong behind; its number never changes.
 """
 
-import itertools
 import os
-import secrets
 import sqlite3
 import threading
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,10 +25,9 @@ Rows: TypeAlias = NDArray[np.int64]
 T = TypeVar("T")
 
 DATABASE = "images.sqlite"
+VECTORS = "vectors.f32"
 _WAIT_S = 60.0
 """How long another process that writes to the same store is waited for."""
-_MAX_DEAD = 0.2
-"""Above this share of rows that belong to no image, the vectors are written anew without them."""
 _UNUSABLE = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR}
 _UNUSABLE |= {sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM}
 _SCHEMA = """
@@ -38,11 +36,9 @@ CREATE TABLE IF NOT EXISTS contents (digest BLOB PRIMARY KEY, number INTEGER UNI
 CREATE TABLE IF NOT EXISTS images (
     key BLOB PRIMARY KEY, stamp TEXT NOT NULL, digest BLOB NOT NULL, caption BLOB NOT NULL
 ) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS by_digest ON images (digest);
 CREATE TEMP TABLE asked (number INTEGER PRIMARY KEY, key BLOB NOT NULL, stamp TEXT NOT NULL, caption BLOB NOT NULL);
 CREATE INDEX asked_keys ON asked (key);
 """
-_UNUSED = "number IS NOT NULL AND NOT EXISTS (SELECT 1 FROM images WHERE images.digest = contents.digest)"
 
 
 class StoreError(EvaluateError):
@@ -89,10 +85,20 @@ class VectorStore:
             try:
                 self._database.executescript(f"BEGIN IMMEDIATE;{_SCHEMA}COMMIT;")  # others may be at it
                 with self._writing():
-                    self._check_model(model, model_name)
+                    self._begin(model, model_name)
             except BaseException:
                 self._database.close()
                 raise
+
+    def _begin(self, model: str, model_name: str) -> None:
+        facts = self.facts()
+        if facts.get("model", model) != model:
+            raise EvaluateError(
+                f"the index {self.folder} was made with the model {facts['model_name']}, not {model_name}, or by "
+                "another version of declip",
+                remedy=f"name another --index-dir, or delete {self.folder}",
+            )
+        self.set(model=model, model_name=facts.get("model_name", model_name))
 
     def __enter__(self) -> Self:
         return self
@@ -100,11 +106,11 @@ class VectorStore:
     def __exit__(self, *_: object) -> None:
         self._database.close()
 
-    def fact(self, name: str) -> str:
-        """Return a remembered word; empty if there is none."""
-        with self._border(), self._lock:
-            row = self._database.execute("SELECT value FROM facts WHERE name = ?", (name,)).fetchone()
-        return str(row[0]) if row else ""
+    def facts(self) -> dict[str, str]:
+        """Return what is remembered by name, as of one moment; `num_rows` is the number of vectors."""
+        query = "SELECT name, value FROM facts UNION ALL SELECT 'num_rows', COALESCE(MAX(number) + 1, 0) FROM contents"
+        with self._border():
+            return {str(name): str(value) for name, value in self._database.execute(query)}
 
     def set(self, **facts: str | int) -> None:
         """Remember words by name."""
@@ -112,153 +118,117 @@ class VectorStore:
             rows = [(name, str(value)) for name, value in facts.items()]
             self._database.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", rows)
 
-    def ask(self, images: Iterable[tuple[int, str, str, str]]) -> None:
-        """Say which images are wanted: number, key, stamp (empty if unknown), caption."""
-        with self._border():
-            self._database.execute("DELETE FROM asked")
-        rows = ((number, _bytes(key), stamp, _bytes(caption)) for number, key, stamp, caption in images)
-        while block := list(itertools.islice(rows, 4096)):
-            with self._border(), self._writing("BEGIN"):
-                self._database.executemany("INSERT INTO asked VALUES (?, ?, ?, ?)", block)
+    def ask(self, images: Iterable[tuple[int, str, str, str]]) -> list[tuple[int, int, str, bool]]:
+        """Say which images are wanted, and which of them are in the store.
 
-    def answers(self) -> list[tuple[int, int, str]]:
-        """Return number, row (-1 if none) and why it has none, of the wanted images that are as they were."""
+        Args:
+            images: number, key, stamp (empty if unknown), caption.
+
+        Returns:
+            Number, row (-1 if none), why it has none, and whether the stamp is the same, of those that are there.
+        """
+        rows = ((number, _bytes(key), stamp, _bytes(caption)) for number, key, stamp, caption in images)
         query = (
-            "SELECT a.number, COALESCE(c.number, -1), c.cause FROM asked a JOIN images i USING (key)"
-            " JOIN contents c USING (digest) WHERE a.stamp = i.stamp AND a.stamp != ''"
+            "SELECT a.number, COALESCE(c.number, -1), c.cause, a.stamp = i.stamp AND a.stamp != ''"
+            " FROM asked a JOIN images i USING (key) JOIN contents c USING (digest)"
         )
         with self._border():
-            return list(self._database.execute(query))
+            self._database.execute("DELETE FROM asked")
+            self._database.executemany("INSERT INTO asked VALUES (?, ?, ?, ?)", rows)
+            return [(number, row, cause, bool(same)) for number, row, cause, same in self._database.execute(query)]
 
-    def num_known(self) -> int:
-        """Count the wanted images that are in the store, perhaps with another content."""
-        with self._border():
-            return int(self._database.execute("SELECT COUNT(*) FROM asked JOIN images USING (key)").fetchone()[0])
-
-    def find(self, digests: Sequence[bytes]) -> list[tuple[int, str]]:
-        """Return the row of each content, -1 where there is none, and why it has none, where that is known."""
+    def find(self, digests: Sequence[bytes]) -> list[tuple[int, str] | None]:
+        """Return the row of each content, -1 if none, and why it has none; None where it is unknown; for any thread."""
         query = "SELECT COALESCE(number, -1), cause FROM contents WHERE digest = ?"
         with self._border(), self._lock:
-            return [self._database.execute(query, (digest,)).fetchone() or (-1, "") for digest in digests]
+            return [self._database.execute(query, (digest,)).fetchone() for digest in digests]
 
-    def has(self, digest: bytes) -> bool:
-        """Say whether a content is known, as an image or as none; for any thread."""
-        with self._border(), self._lock:
-            query = "SELECT 1 FROM contents WHERE digest = ?"
-            return self._database.execute(query, (digest,)).fetchone() is not None
-
-    def add(self, encoded: Sequence[Encoded], *, are_images: bool = True) -> int:
+    def add(self, encoded: Sequence[Encoded]) -> int:
         """Add contents, all or nothing, and which of the images that were asked for have them.
 
         Args:
-            encoded: their numbers are those of `ask`; those without a digest are not remembered.
-            are_images: else only the contents are remembered.
+            encoded: numbers as of `ask`; those without a digest are not remembered.
 
         Returns:
             How many contents are new.
         """
         known = [one for one in encoded if one.digest]
         with self._border(), self._writing():
+            there = self.find([one.digest for one in known])
             new = {
-                one.digest: one for one in known if (one.vector is not None or one.cause) and not self.has(one.digest)
+                one.digest: one
+                for one, found in zip(known, there, strict=True)
+                if found is None and (one.vector is not None or one.cause)
             }
             vectors = [one.vector for one in new.values() if one.vector is not None]
-            first = self._append(np.stack(vectors)) if vectors else 0
-            numbers = iter(range(first, first + len(vectors)))
+            numbers = iter(self._append(np.stack(vectors)) if vectors else ())
             rows = [(d, next(numbers) if one.vector is not None else None, one.cause) for d, one in new.items()]
             self._database.executemany("INSERT INTO contents VALUES (?, ?, ?)", rows)
-            if are_images:
-                query = "INSERT OR REPLACE INTO images SELECT key, stamp, ?, caption FROM asked WHERE number = ?"
-                self._database.executemany(query, [(one.digest, one.number) for one in known])
+            query = "INSERT OR REPLACE INTO images SELECT key, stamp, ?, caption FROM asked WHERE number = ?"
+            self._database.executemany(query, [(one.digest, one.number) for one in known])
         return len(new)
+
+    def _append(self, vectors: Vectors) -> range:
+        """Write rows behind those that count, and return their numbers."""
+        facts, path = self.facts(), self.folder / VECTORS
+        first = int(facts["num_rows"])
+        if not first:
+            path.unlink(missing_ok=True)  # others may still look into what lies there
+        with path.open("ab") as file:
+            file.truncate(first * vectors.shape[1] * 4)
+            file.write(np.ascontiguousarray(vectors, dtype=np.float32).data)
+            file.flush()
+            os.fsync(file.fileno())
+        crc = _crc(vectors, int(facts.get("crc", 0)) if first else 0)
+        self.set(dim=vectors.shape[1], crc=crc, stamp=_stamp(path))
+        return range(first, first + len(vectors))
 
     def vectors(self) -> Vectors:
         """Map all rows, (V, D); valid for as long as it is held."""
+        facts, path = self.facts(), self.folder / VECTORS
         with self._border():
-            num, dim = self._num_rows(), int(self.fact("dim") or 0)
-        if not num:
-            return np.empty((0, dim), dtype=np.float32)
-        path = self.folder / self.fact("vectors_file")
+            shape = int(facts["num_rows"]), int(facts.get("dim", 0))
+        if not shape[0]:
+            return np.empty(shape, dtype=np.float32)
         try:
-            return np.memmap(path, dtype=np.float32, mode="r", shape=(num, dim))
+            found: Vectors = np.memmap(path, dtype=np.float32, mode="r", shape=shape)
+            # Other sizes and times are those of a copy, a broken-off write or a change.
+            if _stamp(path) != facts.get("stamp") and str(_crc(found)) != facts.get("crc"):
+                raise ValueError("not what was written")
         except (OSError, ValueError) as error:
-            raise self._damaged(f"{path.name} is missing or too short") from error
+            raise self._damaged(f"{VECTORS} is missing, too short or not what was written") from error
+        return found
 
     def listed(self) -> list[tuple[str, str, int]]:
         """Return key, caption and row of every image that has one, by key."""
+        query = "SELECT key, caption, number FROM images JOIN contents USING (digest) WHERE number IS NOT NULL"
         with self._border():
-            query = "SELECT key, caption, number FROM images JOIN contents USING (digest) WHERE number IS NOT NULL"
-            found = self._database.execute(query + " ORDER BY key")
+            found = self._database.execute(f"{query} ORDER BY key")
             return [(_text(key), _text(caption), row) for key, caption, row in found]
-
-    def snapshot(self) -> tuple[list[tuple[str, str, int]], Vectors]:
-        """Return `listed` and `vectors` as of one moment, whatever other processes write."""
-        with self._border(), self._writing("BEGIN"):
-            return self.listed(), self.vectors()
 
     def skipped(self) -> Skips:
         """Return the images that have no vector."""
         query = "SELECT cause, COUNT(*), MIN(key) FROM images JOIN contents USING (digest) WHERE number IS NULL"
         with self._border():
-            found = self._database.execute(query + " GROUP BY cause")
+            found = self._database.execute(f"{query} GROUP BY cause")
             return Skips({cause: (count, _text(key)) for cause, count, key in found})
 
     def keep_asked(self) -> int:
-        """Forget all images but those that were asked for, take over captions, and return how many were forgotten."""
-        obsolete: list[str] = []
+        """Forget all images but those that were asked for, take over captions, and return how many were forgotten.
+
+        The contents stay known, so that an image that comes back is not encoded again.
+        """
         with self._border(), self._writing():
             query = "DELETE FROM images WHERE key NOT IN (SELECT key FROM asked)"
             num_gone = self._database.execute(query).rowcount
             query = "UPDATE images SET caption = asked.caption FROM asked"
-            self._database.execute(query + " WHERE asked.key = images.key AND asked.caption != images.caption")
-            dead = [row[0] for row in self._database.execute(f"SELECT number FROM contents WHERE {_UNUSED}")]
-            if len(dead) > _MAX_DEAD * self._num_rows():
-                obsolete = [name for name in (self.fact("vectors_file"), self.fact("index_file")) if name]
-                self._compact(np.setdiff1d(np.arange(self._num_rows()), dead))
-        for name in obsolete:
-            with suppress(OSError):
-                (self.folder / name).unlink()
+            self._database.execute(f"{query} WHERE asked.key = images.key AND asked.caption != images.caption")
         return num_gone
 
-    def _compact(self, keep: Rows) -> None:
-        vectors = self.vectors()  # (V, D)
-        self._database.execute(f"DELETE FROM contents WHERE {_UNUSED}")
-        moves = [(-1 - new, int(row)) for new, row in enumerate(keep)]
-        self._database.executemany("UPDATE contents SET number = ? WHERE number = ?", moves)
-        self._database.execute("UPDATE contents SET number = -1 - number WHERE number < 0")
-        self.set(vectors_file="", index_file="")
-        for first in range(0, len(keep), 65536):
-            self._append(vectors[keep[first : first + 65536]], first=first)
-
-    def _append(self, vectors: Vectors, *, first: int | None = None) -> int:
-        """Write rows behind those that count, and return the number of the first."""
-        first = self._num_rows() if first is None else first
-        name = self.fact("vectors_file") or f"vectors-{secrets.token_hex(6)}.f32"
-        with (self.folder / name).open("ab") as file:
-            file.truncate(first * vectors.shape[1] * 4)
-            file.write(np.ascontiguousarray(vectors, dtype=np.float32).tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        self.set(vectors_file=name, dim=vectors.shape[1])
-        return first
-
-    def _num_rows(self) -> int:
-        with self._border():
-            return int(self._database.execute("SELECT COALESCE(MAX(number) + 1, 0) FROM contents").fetchone()[0])
-
-    def _check_model(self, model: str, model_name: str) -> None:
-        if self.fact("model") not in ("", model):
-            raise EvaluateError(
-                f"the index {self.folder} was made with the model {self.fact('model_name')}, not {model_name}, or by "
-                "another version of declip",
-                remedy=f"name another --index-dir, or delete {self.folder}",
-            )
-        self.set(model=model, model_name=self.fact("model_name") or model_name)
-
     @contextmanager
-    def _writing(self, begin: str = "BEGIN IMMEDIATE") -> Iterator[None]:
+    def _writing(self) -> Iterator[None]:
         with self._lock:  # a look-up of another thread would hold the lock for reading that other processes wait for
-            self._database.execute(begin)
+            self._database.execute("BEGIN IMMEDIATE")
         try:
             yield
             self._database.execute("COMMIT")  # waits for those who read
@@ -295,32 +265,31 @@ def _text(data: bytes) -> str:
     return data.decode("utf-8", "surrogatepass")
 
 
+def _stamp(path: Path) -> str:
+    status = path.stat()
+    return f"{status.st_size}:{status.st_mtime_ns}"
+
+
+def _crc(vectors: Vectors, crc: int = 0) -> int:
+    return zlib.crc32(np.ascontiguousarray(vectors, dtype=np.float32).data, crc)
+
+
 def is_store(folder: Path) -> bool:
     """Say whether a folder holds a store."""
     return (folder / DATABASE).is_file()
 
 
-def remove_store(folder: Path) -> None:
-    """Delete the files of a store; processes that still use it go on with what they have open."""
-    for pattern in (f"{DATABASE}-*", DATABASE, "vectors-*.f32", "index-*.faiss"):
-        for path in folder.glob(pattern):
-            path.unlink(missing_ok=True)
-
-
 def use_store(
     folder: Path, model: str, model_name: str, work: Callable[[VectorStore], T], say: Callable[[str], None]
 ) -> T:
-    """Do some work with a store; one that turns out to be damaged is made anew.
+    """Do some work with a store; one that turns out to be damaged is made anew, and the work begun again.
 
     Args:
-        folder: of the store; made if it does not exist.
-        model: as of `VectorStore`.
-        model_name: as of `VectorStore`.
-        work: begun a second time if the store is damaged.
+        folder: as of `VectorStore`, as `model` and `model_name` are.
+        model: its fingerprint.
+        model_name: for messages.
+        work: what is done.
         say: told of a damaged store.
-
-    Returns:
-        What the work returns.
 
     Raises:
         StoreError: the store cannot be used.
@@ -332,6 +301,8 @@ def use_store(
         if not error.is_damaged:
             raise
         say(f"{error.message}; it is made anew")
-    remove_store(folder)
+    for pattern in (f"{DATABASE}*", "vectors*.f32", "index-*.faiss"):
+        for path in folder.glob(pattern):  # processes that still use it go on with what they have open
+            path.unlink(missing_ok=True)
     with VectorStore(folder, model=model, model_name=model_name) as store:
         return work(store)

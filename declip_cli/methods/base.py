@@ -9,15 +9,14 @@ from torch import Tensor, nn
 
 from declip_cli.batch import Batch, Embeddings, LossTerms
 from declip_cli.config import MethodConfig, Views
-from declip_cli.config_checks import require
-from declip_cli.errors import ChoiceError
+from declip_cli.errors import ChoiceError, require
 from declip_cli.losses import masked_cross_entropy
 from declip_cli.methods.length_groups import encode_by_length
 from declip_cli.methods.terms import PAIRS, contrastive_pairs
 from declip_cli.model.clip import DualEncoder, unit
 from declip_cli.model.text_transformer import VOCABULARY_SIZE
 from declip_cli.model.vision_transformer import ImageStates, VisionTransformer
-from declip_cli.presets import settle_method
+from declip_cli.presets import settle_switches
 
 Term: TypeAlias = Callable[[Embeddings], Tensor]
 """Computes one loss term, (), from this rank's rows of the full batch."""
@@ -49,7 +48,7 @@ class Method(nn.Module, ABC):
 
     def __init__(self, encoder: DualEncoder, config: MethodConfig) -> None:
         super().__init__()
-        config = settle_method(config)
+        config = settle_switches("method", config, is_faithful=config.faithful)
         names = ", ".join(self.default_weights)
         unknown = sorted(set(config.weights) - set(self.default_weights))
         if unknown:

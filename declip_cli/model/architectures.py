@@ -5,8 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from declip_cli.config import ModelConfig
-from declip_cli.config_checks import require
-from declip_cli.errors import ChoiceError
+from declip_cli.errors import ChoiceError, require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

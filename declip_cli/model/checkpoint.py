@@ -57,6 +57,11 @@ class PretrainedModel:
         """Side of the square that the model sees."""
         return self.preprocessing.image_side_px
 
+    @property
+    def device(self) -> torch.device:
+        """Where the encoder lies."""
+        return next(self.encoder.parameters()).device
+
 
 def trained_preprocessing(encoder: DualEncoder, config: ModelConfig) -> Preprocessing:
     """Return how pictures are prepared for a model that is trained here.

@@ -5,20 +5,18 @@ import os
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from declip_cli.config import RunConfig, TrainConfig
-from declip_cli.config_checks import require
 from declip_cli.cores import own_cores
 from declip_cli.data.dataset import Dataset
 from declip_cli.data.loader import StreamConfig
 from declip_cli.data.stream import TrainStream
 from declip_cli.distributed import copy_from_main, rank, world_size
-from declip_cli.errors import TrainError
+from declip_cli.errors import TrainError, require
 from declip_cli.interop.read import load_model
 from declip_cli.methods.base import Method
 from declip_cli.methods.registry import build_method
@@ -27,8 +25,7 @@ from declip_cli.model.batch_norm import use_full_batch_norm
 from declip_cli.model.precision import has_native_bf16
 from declip_cli.process_group import from_all
 from declip_cli.resolve import Machine, ResolvedRun, settled
-from declip_cli.train.ema import WeightAverage
-from declip_cli.train.optim import Schedule, build_optimizers, schedule_of
+from declip_cli.train.optim import Schedule, WeightAverage, build_optimizers, schedule_of
 
 
 @dataclass(slots=True, kw_only=True)
@@ -78,14 +75,7 @@ class Training:
 
 
 def find_machine(config: RunConfig, *, num_processes: int | None = None) -> Machine:
-    """Settle device, number format and threads.
-
-    Args:
-        config: `train.device`, `train.precision`, `train.threads`, `data.workers`, `data.loader`.
-        num_processes: how many there will be; None: those there are.
-
-    Returns:
-        What the run has to work with; on several ranks, of this one.
+    """Settle device, number format and threads of this rank; `num_processes` None: those there are.
 
     Raises:
         TrainError: the device or the precision is not available.
@@ -114,28 +104,25 @@ def find_machine(config: RunConfig, *, num_processes: int | None = None) -> Mach
 
 
 def find_device(train: TrainConfig) -> torch.device:
-    """Find the kind of device that `train.device` means here.
-
-    Raises:
-        TrainError: there is none.
-    """
-    if train.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    is_there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.get(train.device, True)
-    if not is_there:
+    """Find the kind of device that `train.device` means here."""
+    kind = train.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if not {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.get(kind, True):
+        raise TrainError(f"train.device is {kind}, which this machine does not have", remedy="--set train.device=cpu")
+    if kind == "cuda" and world_size() > 1 and torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
         raise TrainError(
-            f"train.device is {train.device}, which this machine does not have", remedy="--set train.device=cpu"
+            "LOCAL_RANK is not set, so all processes of a machine would take the same GPU",
+            remedy="start them with torchrun or accelerate launch, or set LOCAL_RANK for each",
         )
-    return torch.device(train.device)
+    return torch.device(kind)
 
 
 def count_cores(num_local: int = 1) -> int:
     """Count the cores that are this process's own.
 
-    `srun` may already have bound each rank to its share; ranks that share the same cores share them evenly.
-
-    Args:
-        num_local: processes that will be started here; ignored where ranks can be asked.
+    `srun` may already have bound each rank to its share; ranks that share the same cores share them evenly: those
+    there are, or else the `num_local` that will be started here.
     """
     mine = own_cores()
     if world_size() > 1:
@@ -144,16 +131,13 @@ def count_cores(num_local: int = 1) -> int:
 
 
 def build_training(run: ResolvedRun, samples: Dataset, *, path: Path, is_resumed: bool = False) -> Training:
-    """Make everything a run needs.
+    """Make everything a run needs, on its device, with the same random weights on every rank.
 
     Args:
         run: resolved.
         samples: its pairs.
         path: the run folder, for trackers.
         is_resumed: a saved state follows, so `train.init` is not read again.
-
-    Returns:
-        The parts, on their device, with the same random weights on every rank.
 
     Raises:
         DeclipError: data, model or options cannot be used.
@@ -237,17 +221,14 @@ def _build_stream(run: ResolvedRun, samples: Dataset, method: Method, accelerato
 def _start_from(method: Method, config: RunConfig) -> None:
     start = load_model(Path(str(config.train.init)), option="--init")
     theirs, ours = start.encoder.state_dict(), method.encoder.state_dict()
-    wrong = [name for name, value in ours.items() if name in theirs and theirs[name].shape != value.shape]
-    missing = [name for name in ours if name not in theirs and not name.startswith("token_wise.")]
+    own = [name for name in ours if not name.startswith("token_wise.")]
+    differing = [name for name in ours if name in theirs and theirs[name].shape != ours[name].shape]
+    differing += [name for name in own if name not in theirs]
     mine, other = method.encoder.architecture, start.encoder.architecture
-    kinds: dict[str, tuple[Any, Any]] = {
-        "the activation (model.quick_gelu)": (_activations(mine), _activations(other)),
-        "the number of attention heads": (
-            (mine.vision.num_heads, mine.text.num_heads),
-            (other.vision.num_heads, other.text.num_heads),
-        ),
-    }
-    differing = wrong + missing + [kind for kind, (one, another) in kinds.items() if one != another]
+    if _activations(mine) != _activations(other):
+        differing.append("the activation (model.quick_gelu)")
+    if (mine.vision.num_heads, mine.text.num_heads) != (other.vision.num_heads, other.text.num_heads):
+        differing.append("the number of attention heads")
     if differing:
         raise TrainError(
             f"--init {config.train.init} does not fit --arch {config.model.arch}: {differing[0]} differs",

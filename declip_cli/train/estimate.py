@@ -24,9 +24,6 @@ def estimate_memory(run: ResolvedRun) -> dict[str, float]:
     What backward keeps is counted, not guessed: two and four pairs are encoded here and every tensor saved for backward
     is added up. It grows in a line with the pairs of a forward pass; weights in another number format come on top.
 
-    Args:
-        run: resolved.
-
     Returns:
         `weights` (with gradients, moments and running average), `activations` of one forward pass, `logits` of the
         objective, `embeddings` cached for micro-batches, and their `total`.

@@ -15,6 +15,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from declip_cli.config import TrainConfig
 from declip_cli.errors import TrainError
+from declip_cli.process_group import signals_handled
 
 _GRACE_S = 15.0
 """How long the other ranks may take to end by themselves when one has failed."""
@@ -23,12 +24,7 @@ T = TypeVar("T")
 
 
 class RankFailed(Exception):
-    """A rank has ended with an error, which it has told itself.
-
-    Args:
-        message: what torch says of it.
-        exit_code: of that rank.
-    """
+    """A rank has ended with an error, which it has told itself, and an exit code."""
 
     def __init__(self, message: str, *, exit_code: int) -> None:
         super().__init__(message)
@@ -62,8 +58,8 @@ def start_processes(work: Callable[..., T], arguments: tuple[Any, ...], *, num_p
     them after 30 s.
 
     Args:
-        work: called as `work(*arguments)` in each process; importable by name; it tells its own errors.
-        arguments: can be pickled.
+        work: importable by name; it tells its own errors.
+        arguments: of `work`; can be pickled.
         num_processes: ranks.
 
     Returns:
@@ -115,12 +111,10 @@ def _signals_passed_on() -> Iterator[tuple[list[BaseProcess], list[int]]]:
         for process in processes:
             process.terminate()
 
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
-        yield processes, asked
+        with signals_handled(pass_on):
+            yield processes, asked
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
         for process in processes:
             process.kill()  # does nothing to one that has ended
 

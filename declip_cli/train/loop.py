@@ -1,16 +1,17 @@
 """The one loop: a batch, the objective, a step; it yields a report now and then and prints nothing."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
 from declip_cli.distributed import average_gradients, world_size
 from declip_cli.train.build import Training
+from declip_cli.train.checkpoint import Evaluate, Keeper, set_training_mode
 from declip_cli.train.grad_cache import forward_backward
-from declip_cli.train.keeper import Evaluate, FindScore, Keeper, set_training_mode
-from declip_cli.train.meter import Meter, StepOutcome, StepReport
+from declip_cli.train.health import StepReport
+from declip_cli.train.meter import Meter, StepOutcome
 from declip_cli.train.optim import clamp_logit_scales, clip_gradients, set_learning_rates, step_where
 from declip_cli.train.run_dir import RunDir
 
@@ -84,12 +85,7 @@ def take_step(training: Training, rate: float) -> StepOutcome:
 
 
 def train(
-    training: Training,
-    run_dir: RunDir,
-    *,
-    evaluate: Evaluate | None,
-    find_score: FindScore | None = None,
-    should_stop: Callable[[], bool],
+    training: Training, run_dir: RunDir, *, evaluate: Evaluate | None, should_stop: Callable[[], bool]
 ) -> Iterator[StepReport]:
     """Train until all pairs are seen, the time is up or somebody asks to stop.
 
@@ -97,7 +93,6 @@ def train(
         training: the parts; changed step by step.
         run_dir: where model and state go; only rank 0 writes.
         evaluate: scores the model in between and at the end; None leaves it out.
-        find_score: finds the score of `train.keep_best`.
         should_stop: asked after every step.
 
     Yields:
@@ -108,7 +103,7 @@ def train(
         DataError: too many samples are unreadable.
     """
     meter = Meter(training)
-    keeper = Keeper(training, run_dir, meter, evaluate, find_score)
+    keeper = Keeper(training, run_dir, meter, evaluate)
     set_training_mode(training)
     clamp_logit_scales(training.method, training.logit_scale_bounds)
     decision, rate = _decide(training, meter, keeper, wants_stop=False), 0.0
@@ -132,7 +127,8 @@ def train(
     keeper.save()
     scores = keeper.scores() if decision.is_done else {}
     share = max(decision.share, 1e-9)
-    yield meter.report(rate=rate, share=share, evaluations=scores, is_last=True, was_stopped=not decision.is_done)
+    report = meter.report(rate=rate, share=share, evaluations=scores)
+    yield replace(report, is_last=True, was_stopped=not decision.is_done)
 
 
 def _is_due(training: Training, key: str) -> bool:

@@ -1,12 +1,11 @@
 """Count and time steps; sums stay on the device until somebody asks."""
 
-import math
 import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,50 +16,7 @@ from torch import Tensor
 from declip_cli.batch import Embeddings, LossTerms
 from declip_cli.distributed import world_size
 from declip_cli.train.build import Training
-from declip_cli.train.health import Vitals, advice, chance_loss, spread
-
-_CONTRASTIVE = ("clip", "filip")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepReport:
-    """How a run stands after some step."""
-
-    step: int
-    total_steps: int
-    samples_seen: int
-    seconds: float
-    """Since the run began, interruptions left out."""
-    seconds_left: float
-    step_seconds: float
-    """Of `seconds`, those spent in steps."""
-    samples_per_second: float
-    """Since the last report, evaluations and savings left out."""
-    wait_share: float
-    """Share of that time spent waiting for data, in [0, 1]."""
-    learning_rate: float
-    logit_scale: float
-    """Of the loss that is trained, exponentiated."""
-    gradient_norm: float
-    """Largest L2 norm before clipping since the last report; of broken batches none."""
-    loss_scale: float | None
-    """Of float16; None otherwise."""
-    peak_memory_mib: float
-    """Of this rank: of its GPU, or of the process."""
-    num_bad_steps: int
-    """Batches skipped since the run began because their gradient was no number."""
-    spread: dict[str, float]
-    """Kind of feature → mean squared distance from the mean of this rank's last batch, in [0, 1]."""
-    losses: dict[str, float]
-    """Mean over ranks and over the good steps since the last report; `total` is the weighted sum."""
-    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
-    skipped: dict[str, tuple[int, str]] = field(default_factory=dict)
-    """Unreadable samples on this rank: cause → (number, first key)."""
-    advice: tuple[str, ...] = ()
-    """What looks wrong and what to do, each said once in a session."""
-    is_last: bool = False
-    was_stopped: bool = False
-    """Whether somebody asked to stop before the end."""
+from declip_cli.train.health import StepReport, advice, spread
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,11 +34,7 @@ class StepOutcome:
 
 
 class Meter:
-    """Collect losses and times between two reports.
-
-    Args:
-        training: whose steps are counted.
-    """
+    """Collect losses and times between two reports."""
 
     def __init__(self, training: Training) -> None:
         self._training = training
@@ -144,16 +96,13 @@ class Meter:
             return ""
         return f"{in_a_row} batches in a row had a broken gradient, up to step {self._training.step}"
 
-    def report(
-        self, *, rate: float, share: float, evaluations: Mapping[str, dict[str, Any]], **flags: bool
-    ) -> StepReport:
+    def report(self, *, rate: float, share: float, evaluations: Mapping[str, dict[str, Any]]) -> StepReport:
         """Sum up what happened since the last report and start over.
 
         Args:
             rate: the learning rate in use.
             share: how much of the run is done, in (0, 1].
             evaluations: scores taken at this step.
-            flags: `is_last`, `was_stopped`.
 
         Returns:
             The report, the same on every rank but for its times.
@@ -163,12 +112,7 @@ class Meter:
         elapsed = max(1e-9, time.monotonic() - self._last_time - self._paused)
         training.seconds, scaler = self.seconds(), training.accelerator.scaler
         training.step_seconds += elapsed
-        spreads = {}
-        if self._last is not None:
-            spreads = {"image": float(spread(self._last.images[:, 0])), "text": float(spread(self._last.texts[:, 0]))}
-        wait_share = min(1.0, (training.stream.wait_seconds - self._last_wait) / elapsed)
-        losses = self._losses()
-        logit_scale, num_bad = float(training.method.logit_scale_in_use().detach().exp()), int(training.bad_steps[0])
+        last = {} if self._last is None else {"image": self._last.images[:, 0], "text": self._last.texts[:, 0]}
         report = StepReport(
             step=training.step,
             total_steps=training.total_steps,
@@ -177,20 +121,19 @@ class Meter:
             seconds_left=training.seconds / share - training.seconds,
             step_seconds=training.step_seconds,
             samples_per_second=(training.samples_seen - self._last_samples) / elapsed,
-            wait_share=wait_share,
+            wait_share=min(1.0, (training.stream.wait_seconds - self._last_wait) / elapsed),
             learning_rate=rate,
-            logit_scale=logit_scale,
+            logit_scale=float(training.method.logit_scale_in_use().detach().exp()),
             gradient_norm=0.0 if self._max_norm is None else float(self._max_norm),
             loss_scale=scaler.get_scale() if scaler is not None else None,
             peak_memory_mib=_peak_memory_mib(training.accelerator.device),
-            num_bad_steps=num_bad,
-            spread=spreads,
-            losses=losses,
+            num_bad_steps=int(training.bad_steps[0]),
+            spread={name: float(spread(embeds)) for name, embeds in last.items()},
+            losses=self._losses(),
             evaluations=dict(evaluations),
             skipped=training.stream.skipped,
-            advice=self._advice(losses, spreads, wait_share, logit_scale, num_bad),
-            **flags,
         )
+        report = replace(report, advice=self._advice(report))
         self._restart()
         return report
 
@@ -211,35 +154,15 @@ class Meter:
         num_steps = sums.pop("(steps)")
         return {name: value / num_steps for name, value in sums.items()} if num_steps else {}
 
-    def _advice(
-        self,
-        losses: Mapping[str, float],
-        spreads: dict[str, float],
-        wait_share: float,
-        logit_scale: float,
-        num_bad: int,
-    ) -> tuple[str, ...]:
-        training = self._training
-        config, schedule = training.config, training.schedule
-        contrastive = next((losses[name] for name in _CONTRASTIVE if name in losses), None)
-        vitals = Vitals(
-            step=training.step,
-            is_warm=training.samples_seen > max(schedule.warmup, 3 * config.train.log_every_steps * schedule.first),
-            wait_share=wait_share if training.step >= 3 * config.train.log_every_steps else 0.0,
-            contrastive_loss=contrastive if config.method.label_smoothing == 0 else None,
-            chance_loss=chance_loss(training.run.global_batch),
-            spread=spreads,
-            logit_scale=logit_scale,
-            logit_scale_max=math.exp(training.logit_scale_bounds[1]),
-            num_bad_steps=num_bad - self._num_bad_before,
-            context_length=config.model.context_length or 0,
-            num_cut_captions=training.stream.num_cut_captions,
-            num_texts=training.samples_seen // world_size() * len(training.method.views.texts),
+    def _advice(self, report: StepReport) -> tuple[str, ...]:
+        num_texts = report.samples_seen // world_size() * len(self._training.method.views.texts)
+        told = advice(
+            report,
+            self._training.run,
+            num_skipped=report.num_bad_steps - self._num_bad_before,
+            cut_share=self._training.stream.num_cut_captions / max(1, num_texts),
         )
-        self._num_bad_before = num_bad
-        side_px = config.model.image_side_px or 0
-        machine = training.run.machine
-        told = advice(vitals, workers=machine.workers, cores=machine.cores, side_px=side_px)
+        self._num_bad_before = report.num_bad_steps
         new = {kind: sentence for kind, sentence in told if kind not in self._said}
         self._said |= new.keys()
         return tuple(new.values())

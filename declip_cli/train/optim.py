@@ -1,15 +1,18 @@
-"""Which parameters learn how fast: groups, schedule, bounds of the logit scales."""
+"""Which parameters learn how fast: groups, schedule, bounds of the logit scales; and their running average."""
 
+import copy
 import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from declip_cli.config import OptimConfig, RunConfig
 from declip_cli.model.batch_norm import FullBatchNorm
+from declip_cli.model.clip import DualEncoder
 from declip_cli.resolve import ResolvedRun, settled
 
 _WARMUP_SHARE_OF_TIME = 0.1
@@ -83,8 +86,7 @@ def schedule_of(run: ResolvedRun) -> Schedule:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Group:
+class _Group(NamedTuple):
     """What distinguishes one parameter group from another."""
 
     optimizer: str
@@ -94,13 +96,9 @@ class _Group:
 
 
 def build_optimizers(method: nn.Module, config: RunConfig) -> list[torch.optim.Optimizer]:
-    """Make the optimizers: one, or one for each tower.
+    """Make the optimizers: one, or one for each tower; frozen parameters are left out.
 
     Each group carries `factor`, what the schedule is multiplied by.
-
-    Args:
-        method: the module to train; frozen parameters are left out.
-        config: the run, resolved.
 
     Returns:
         AdamW and SGD with Nesterov momentum, as far as parameters use them; both fused, which lets a step be skipped
@@ -118,13 +116,8 @@ def build_optimizers(method: nn.Module, config: RunConfig) -> list[torch.optim.O
     built: list[torch.optim.Optimizer] = []
     for kind in sorted({group.optimizer for group in groups}):
         options = [
-            {
-                "params": parameters,
-                "weight_decay": group.weight_decay,
-                "factor": group.peak / peak,
-                "lr": group.peak,
-            }
-            for group, parameters in groups.items()
+            {"params": members, "weight_decay": group.weight_decay, "factor": group.peak / peak, "lr": group.peak}
+            for group, members in groups.items()
             if group.optimizer == kind
         ]
         if kind == "adamw":
@@ -170,13 +163,7 @@ def _undecayed(method: nn.Module, *, decayed: str | None) -> set[str]:
 def layer_factor(name: str, method: nn.Module, optim: OptimConfig) -> float:
     """Compute the factor that layer-wise decay puts on a parameter's learning rate.
 
-    Args:
-        name: such as `encoder.visual.transformer.resblocks.3.ln_1.weight`.
-        method: to count the layers of its towers.
-        optim: `layer_decay`.
-
-    Returns:
-        1 for heads and the last layers, `layer_decay` per layer below.
+    It is 1 for heads and the last layers, and times `layer_decay` for each layer below.
     """
     tower = re.match(r"encoder\.(visual|text)\.", name)
     if tower is None or optim.layer_decay == 1.0:
@@ -192,12 +179,7 @@ def layer_factor(name: str, method: nn.Module, optim: OptimConfig) -> float:
 
 
 def set_learning_rates(optimizers: Iterable[torch.optim.Optimizer], rate: float) -> None:
-    """Give every group its share of the schedule's rate.
-
-    Args:
-        optimizers: changed in place.
-        rate: the schedule's.
-    """
+    """Give every group its share of the schedule's rate."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate * group["factor"]
@@ -205,26 +187,16 @@ def set_learning_rates(optimizers: Iterable[torch.optim.Optimizer], rate: float)
 
 @torch.no_grad()
 def clamp_logit_scales(method: nn.Module, bounds: tuple[float, float]) -> None:
-    """Push every logit scale back into its bounds.
-
-    Args:
-        method: changed in place.
-        bounds: lowest and highest logarithm.
-    """
+    """Push every logit scale back into its bounds, the lowest and highest logarithm."""
     for name, parameter in method.named_parameters():
         if "logit_scale" in name:
             parameter.clamp_(*bounds)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale all gradients so that their joint norm stays below a bound.
+    """Scale all gradients so that their joint L2 norm stays below a bound; return the norm before, ().
 
-    Args:
-        parameters: those with gradients are counted.
-        max_norm: inf only measures.
-
-    Returns:
-        The norm before clipping, ().
+    A bound of inf only measures.
     """
     if math.isinf(max_norm):
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -233,14 +205,47 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
 
 def step_where(optimizers: Iterable[torch.optim.Optimizer], is_good: Tensor) -> None:
-    """Take the optimizers' step, or leave weights and moments as they are, without asking the device which.
-
-    Args:
-        optimizers: fused ones.
-        is_good: bool, ().
-    """
+    """Take the step of fused optimizers where `is_good`, bool, (), without asking the device whether."""
     skip = (~is_good).float()
     for optimizer in optimizers:
         optimizer.found_inf = skip  # type: ignore[attr-defined]  # read by fused optimizers, for float16's scaler
         optimizer.step()
         del optimizer.found_inf  # type: ignore[attr-defined]
+
+
+class WeightAverage:
+    """Exponential moving average of an encoder's parameters and buffers.
+
+    `decay` is the share of the average kept per step; early steps use (1 + n) / (10 + n) where that is less.
+    """
+
+    def __init__(self, encoder: DualEncoder, *, decay: float) -> None:
+        self._decay = decay
+        self.num_updates = 0
+        self.state = {name: value.detach().clone() for name, value in encoder.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, encoder: DualEncoder) -> None:
+        """Take in the weights after a step."""
+        self.num_updates += 1
+        decay = min(self._decay, (1 + self.num_updates) / (10 + self.num_updates))
+        averages, values = [], []
+        for name, value in encoder.state_dict().items():
+            if value.is_floating_point():
+                averages.append(self.state[name])
+                values.append(value)
+            else:
+                self.state[name].copy_(value)
+        torch._foreach_lerp_(averages, values, 1 - decay)  # one launch on a GPU instead of hundreds
+
+    def restore(self, state: dict[str, Tensor], num_updates: int) -> None:
+        """Go on from a saved average."""
+        self.num_updates = num_updates
+        for name, value in self.state.items():
+            value.copy_(state[name])
+
+    def averaged(self, encoder: DualEncoder) -> DualEncoder:
+        """Make a copy of the encoder that has the average for weights."""
+        other = copy.deepcopy(encoder)
+        other.load_state_dict(self.state)
+        return other

@@ -1,18 +1,16 @@
 """Open the pairs that a run learns from, and say what about them decides how they are read."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from declip_cli.config import DataConfig
-from declip_cli.config_checks import require
-from declip_cli.data import storage
-from declip_cli.data.benchmarks.known import known_sets
-from declip_cli.data.catalogue import has_shards, open_dataset
-from declip_cli.data.dataset import Dataset
-from declip_cli.data.shards.dataset import BLOCK_MIB, Shards
-from declip_cli.data.shards.lazy import LazyShardDataset, lack_indexes, open_lazy_shards
-from declip_cli.data.shards.store import find_shards
-from declip_cli.errors import DataError
+from declip_cli.data.catalogue import open_dataset
+from declip_cli.data.dataset import BlockDataset, Dataset
+from declip_cli.data.shards.dataset import BLOCK_BYTES, LazyShardDataset
+from declip_cli.data.shards.files import Shard
+from declip_cli.data.shards.indexing import lacks_index
+from declip_cli.data.shards.store import default_cache_dir
+from declip_cli.errors import DataError, require
 from declip_cli.process_group import from_first
 from declip_cli.resolve import DataFacts
 
@@ -37,17 +35,22 @@ def open_pairs(config: DataConfig, before: DataFacts | None, say: Callable[[str]
         DataError: they cannot be read, or are no pairs.
     """
     require(bool(config.path), "no data to train on", remedy="--data shards/ (made by declip prepare), or --data demo")
-    is_counted = before.is_counted if before is not None else from_first(lambda: _shall_be_counted(config))
-    if not is_counted:
-        lazy = open_lazy_shards(config.path, cache_dir=config.cache_dir, cache_gb=config.cache_gb)
-        num_shards, guess = lazy.num_shards, len(lazy)
-        say(f"{num_shards} archives without an index are read as they come: about {guess} pairs, an estimate")
-        return lazy
-    split = config.split or "train"
+
+    def shall_count(shards: Sequence[Shard]) -> bool:
+        return before.is_counted if before is not None else from_first(lambda: _shall_be_counted(config, shards))
+
     dataset = open_dataset(
-        config.path, split, cache_dir=config.cache_dir, cache_gb=config.cache_gb, say=say, together=True
+        config.path,
+        config.split or "train",
+        cache_dir=config.cache_dir,
+        cache_gb=config.cache_gb,
+        say=say,
+        shall_count=shall_count,
     )
-    if not isinstance(dataset, Shards):
+    if isinstance(dataset, LazyShardDataset):
+        num, guess = dataset.num_blocks, len(dataset)
+        say(f"{num} archives without an index are read as they come: about {guess} pairs, an estimate")
+    if not isinstance(dataset, BlockDataset):
         raise DataError(
             f"{dataset.name} holds images, a model is trained on shards",
             remedy=f"declip prepare {dataset.name} --out SHARDS, then --data SHARDS",
@@ -57,26 +60,27 @@ def open_pairs(config: DataConfig, before: DataFacts | None, say: Callable[[str]
 
 def facts_of(samples: Dataset) -> DataFacts:
     """Say what the pairs add to a configuration."""
-    num_blocks = len(getattr(samples, "block_firsts", (0,))) - 1
     is_lazy = isinstance(samples, LazyShardDataset)
+    num_blocks = samples.num_blocks if isinstance(samples, BlockDataset) and not is_lazy else 0
+    is_remote = isinstance(samples, BlockDataset) and samples.is_remote
     return DataFacts(
         num_pairs=len(samples),
         fingerprint=samples.fingerprint,
         num_blocks=num_blocks,
-        suits_blocks=is_lazy or getattr(samples, "is_remote", False) or _is_large(num_blocks * BLOCK_MIB * 2**20),
+        suits_blocks=is_lazy or is_remote or _is_large(num_blocks * BLOCK_BYTES),
         is_counted=not is_lazy,
     )
 
 
-def _shall_be_counted(config: DataConfig) -> bool:
-    paths = config.path
-    if config.order == "exact" or config.split not in (None, "train") or any(path in known_sets() for path in paths):
+def _shall_be_counted(config: DataConfig, shards: Sequence[Shard]) -> bool:
+    cache_dir = config.cache_dir or default_cache_dir()
+    if config.order == "exact" or config.split not in (None, "train"):
         return True
-    if not all(has_shards(path) for path in paths) or not lack_indexes(paths, cache_dir=config.cache_dir):
+    if not any(lacks_index(shard, cache_dir=cache_dir) for shard in shards):
         return True
-    if config.order == "blocks" or any(storage.is_remote(path) for path in paths):
+    if config.order == "blocks" or any(shard.is_remote for shard in shards):
         return False
-    return not _is_large(sum(shard.num_bytes for path in paths for shard in find_shards(path)))
+    return not _is_large(sum(shard.num_bytes for shard in shards))
 
 
 def _is_large(num_bytes: float) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -12,18 +13,18 @@ from typing import Any
 import torch
 
 from declip_cli.config import RunConfig
-from declip_cli.config_files import to_plain
-from declip_cli.data.shards.dataset import BLOCK_MIB
+from declip_cli.config_files import flatten, to_plain
+from declip_cli.data.dataset import Dataset
+from declip_cli.data.shards.dataset import BLOCK_BYTES
 from declip_cli.distributed import rank
 from declip_cli.errors import TrainError
 from declip_cli.model.resnet import ModifiedResNet
-from declip_cli.process_group import from_first
+from declip_cli.process_group import from_first, signals_handled
 from declip_cli.resolve import ResolvedRun, kept_settings, resolve
 from declip_cli.train.build import Training, build_training, find_machine
-from declip_cli.train.checkpoint import restore_state
-from declip_cli.train.keeper import Evaluate, FindScore, load_same_state
+from declip_cli.train.checkpoint import Evaluate, load_same_state, restore_state
+from declip_cli.train.health import StepReport
 from declip_cli.train.loop import train
-from declip_cli.train.meter import StepReport
 from declip_cli.train.pairs import facts_of, open_pairs
 from declip_cli.train.run_dir import RunDir, SavedState
 from declip_cli.train.tracker import Tracker
@@ -46,15 +47,7 @@ class Request:
 
 
 def plan(request: Request, *, num_processes: int, say: Say) -> tuple[ResolvedRun, int]:
-    """Resolve a run that is not to be started.
-
-    Args:
-        request: what was asked.
-        num_processes: how many there would be.
-        say: for notes.
-
-    Returns:
-        The run and its steps, those taken already included.
+    """Resolve a run that is not to be started; return it and its steps, those taken already included.
 
     Raises:
         DeclipError: the run could not be started.
@@ -62,25 +55,16 @@ def plan(request: Request, *, num_processes: int, say: Say) -> tuple[ResolvedRun
     run_dir = RunDir(request.path, say)
     before = run_dir.read_run() if request.is_resumed else None
     state = run_dir.load_state() if request.is_resumed and run_dir.has_state() else None
-    config = kept_settings(request.asked, before) if before else request.asked
-    samples = open_pairs(config.data, before.data if before else None, say)
-    machine = find_machine(config, num_processes=num_processes)
-    step, samples_seen = (state.step, state.values["samples_seen"]) if state else (0, 0)
-    run = resolve(
-        request.asked, data=facts_of(samples), machine=machine, before=before, step=step, samples_seen=samples_seen
-    )
-    return run, run.total_steps(step=step, samples_seen=samples_seen)
+    run, _ = _resolve(request, before, state, say, num_processes=num_processes)
+    return run, run.total_steps(step=state.step, samples_seen=state.samples_seen) if state else run.total_steps()
 
 
-def pretrain(
-    request: Request, *, evaluate: Evaluate | None, find_score: FindScore | None = None, say: Say
-) -> Iterator[StepReport]:
+def pretrain(request: Request, *, evaluate: Evaluate | None, say: Say) -> Iterator[StepReport]:
     """Train in a run folder, recording every report; on several ranks, call it on each.
 
     Args:
         request: what to do and where.
         evaluate: scores the model; None leaves evaluations out.
-        find_score: finds the score of `train.keep_best` in what `evaluate` returned.
         say: for notes.
 
     Yields:
@@ -89,58 +73,69 @@ def pretrain(
     Raises:
         DeclipError: data, model, options or disk cannot be used.
     """
-    say_here: Say = say if rank() == 0 else lambda message: None
-    run_dir = RunDir(request.path, say_here)
+    is_main = rank() == 0
+    say = say if is_main else lambda message: None
+    run_dir = RunDir(request.path, say)
     with ExitStack() as held:  # the lock, until the run is over
-        yield from _pretrain(request, run_dir, held, evaluate=evaluate, find_score=find_score, say=say_here)
+        training, tracker, lines = _begin(request, run_dir, held)
+        held.callback(training.stream.close)
+        for line in lines if is_main else ():
+            say(line)
+            run_dir.append_log(line)
+        with _stop_on_signals(say) as should_stop, _memory_explained(training.run):
+            for report in train(training, run_dir, evaluate=evaluate, should_stop=should_stop):
+                if is_main:
+                    _record(report, run_dir, tracker)
+                if report.is_last and training.stream.num_cut_captions:
+                    length = training.config.model.context_length
+                    say(f"{training.stream.num_cut_captions} texts were longer than {length} tokens and were cut")
+                yield report
 
 
-def _pretrain(
+def _resolve(
     request: Request,
-    run_dir: RunDir,
-    held: ExitStack,
-    *,
-    evaluate: Evaluate | None,
-    find_score: FindScore | None,
+    before: ResolvedRun | None,
+    state: SavedState | None,
     say: Say,
-) -> Iterator[StepReport]:
-    before, state = _before(request, run_dir, held)
+    *,
+    num_processes: int | None = None,
+) -> tuple[ResolvedRun, Dataset]:
     config = kept_settings(request.asked, before) if before else request.asked
     samples = open_pairs(config.data, before.data if before else None, say)
     run = resolve(
         request.asked,
         data=facts_of(samples),
-        machine=find_machine(config),
+        machine=find_machine(config, num_processes=num_processes),
         before=before,
         step=state.step if state else 0,
-        samples_seen=state.values["samples_seen"] if state else 0,
+        samples_seen=state.samples_seen if state else 0,
     )
+    return run, samples
+
+
+def _begin(request: Request, run_dir: RunDir, held: ExitStack) -> tuple[Training, Tracker | None, list[str]]:
+    """Put the run together, or together again, and open its folder; return it and what there is to say of it."""
+    before, state = _before(request, run_dir, held)
+    run, samples = _resolve(request, before, state, run_dir.say)
     with _memory_explained(run):
         training = build_training(run, samples, path=request.path, is_resumed=state is not None)
-    lines = restore_state(training, state) if state else []
+    notes = restore_state(training, state) if state else []
     tracker = None
     if rank() == 0:
         if before is None:
             run_dir.check_free(force=request.force)
-        if config.train.tracker:
-            tracker = Tracker(training, request.path, _flat(to_plain(run.config)))
+        if run.config.train.tracker:
+            tracker = Tracker(training, request.path, flatten(to_plain(run.config)))
             held.callback(tracker.close)
         if before is None:
             held.enter_context(run_dir.locked())
-        lines = _open_folder(request, run_dir, run, before, training.step) + [f"note: {line}" for line in lines]
-        for line in [f"run folder: {request.path}", *_describe(training), *lines]:
-            say(line)
-            run_dir.append_log(line)
-    try:
-        with _stop_on_signals(say) as should_stop, _memory_explained(run):
-            for report in train(training, run_dir, evaluate=evaluate, find_score=find_score, should_stop=should_stop):
-                _record(report, run_dir, tracker)
-                if report.is_last and rank() == 0 and training.stream.num_cut_captions:
-                    length = run.config.model.context_length
-                    say(f"{training.stream.num_cut_captions} texts were longer than {length} tokens and were cut")
-                yield report
-    finally:
-        training.stream.close()
+            run_dir.claim(force=request.force)
+        else:
+            run_dir.forget_metrics_after(training.step)
+            notes = _changes(before, run) + notes
+        run_dir.write_run(run)
+    notes = [f"run folder: {request.path}", *_describe(training), *(f"note: {note}" for note in notes)]
+    return training, tracker, notes
 
 
 def _before(request: Request, run_dir: RunDir, held: ExitStack) -> tuple[ResolvedRun | None, SavedState | None]:
@@ -161,23 +156,11 @@ def _before(request: Request, run_dir: RunDir, held: ExitStack) -> tuple[Resolve
     return before, load_same_state(run_dir) if has_state else None
 
 
-def _open_folder(
-    request: Request, run_dir: RunDir, run: ResolvedRun, before: ResolvedRun | None, step: int
-) -> list[str]:
-    """Make the folder of a new run, or write down what differs in one that goes on, once it has proved to fit."""
-    if before is None:
-        run_dir.claim(force=request.force)
-        run_dir.write_run(run)
-        return []
-    run_dir.forget_metrics_after(step)
-    run_dir.write_run(run)
-    old, new = _flat(to_plain(before.config)), _flat(to_plain(run.config))
-    old |= {"processes": before.machine.world_size}
-    new |= {"processes": run.machine.world_size}
+def _changes(before: ResolvedRun, run: ResolvedRun) -> list[str]:
+    """Say what differs in a run that goes on."""
+    old, new = (flatten(to_plain(one.config)) | {"processes": one.machine.world_size} for one in (before, run))
     changes = [f"{key} {old.get(key)} → {new.get(key)}" for key in old | new if old.get(key) != new.get(key)]
-    if not changes:
-        return []
-    return [f"note: these settings differ from those the run was started with: {', '.join(changes)}"]
+    return [f"these settings differ from those the run was started with: {', '.join(changes)}"] if changes else []
 
 
 def _describe(training: Training) -> Iterator[str]:
@@ -193,7 +176,7 @@ def _describe(training: Training) -> Iterator[str]:
     if config.data.order == "blocks" and training.run.data.is_counted:
         # A window that is read and the next one, each of up to twice as many blocks as asked for.
         num_open = config.data.open_blocks
-        need_gb = min(4 * num_open, training.run.data.num_blocks) * BLOCK_MIB * 2**20 / 1e9
+        need_gb = min(4 * num_open, training.run.data.num_blocks) * BLOCK_BYTES / 1e9
         yield (
             f"pairs are read in blocks, {config.data.streams} streams, shuffled among at least {num_open} blocks; "
             f"of remote shards up to {need_gb:.1f} GB are kept at a time"
@@ -212,51 +195,31 @@ def _describe(training: Training) -> Iterator[str]:
 
 
 def _record(report: StepReport, run_dir: RunDir, tracker: Tracker | None) -> None:
-    if rank() != 0:
-        return
     record = asdict(report)
     for name in ("is_last", "was_stopped", "seconds_left", "step_seconds", "advice"):
         del record[name]
     run_dir.append_metrics(_finite(record))
-    run_dir.append_log(f"step {report.step}/{report.total_steps} {_flat(report.losses)}")
+    run_dir.append_log(f"step {report.step}/{report.total_steps} {report.losses}")
     for sentence in report.advice:
         run_dir.append_log(sentence)
     if tracker is not None:
         values = {f"loss/{name}": value for name, value in report.losses.items()}
         names = ("learning_rate", "logit_scale", "gradient_norm", "samples_per_second", "wait_share", "num_bad_steps")
         values |= {name: record[name] for name in names}
-        numbers = {f"eval/{key}": v for key, v in _flat(report.evaluations).items() if isinstance(v, int | float)}
+        numbers = {f"eval/{key}": v for key, v in flatten(report.evaluations).items() if isinstance(v, int | float)}
         tracker.log(values | numbers, step=report.step)
 
 
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
+def _finite(value: Any) -> Any:  # noqa: ANN401
     """Put None in the place of what JSON has no number for."""
-
-    def finite(value: Any) -> Any:  # noqa: ANN401
-        if isinstance(value, dict):
-            return _finite(value)
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return {key: finite(value) for key, value in values.items()}
-
-
-def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, int | float | str | bool) else str(value)
-    return flat
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager
 def _memory_explained(run: ResolvedRun) -> Iterator[None]:
-    """Turn memory that ran out into an error with a way out.
-
-    Raises:
-        TrainError: there is not enough memory.
-    """
+    """Turn memory that ran out into an error with a way out."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -283,14 +246,8 @@ def _stop_on_signals(say: Say) -> Iterator[Callable[[], bool]]:
         elif asked.count(signal.SIGINT) > 2:
             raise KeyboardInterrupt
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    try:
-        previous = {number: signal.signal(number, handle) for number in numbers}
-    except ValueError:  # not in the main thread: whoever runs us there handles signals
+    if threading.current_thread() is not threading.main_thread():  # whoever runs us there handles signals
         yield lambda: False
         return
-    try:
+    with signals_handled(handle):
         yield lambda: bool(asked)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import platform
@@ -46,9 +47,9 @@ class SavedState:
     """Plain values, fit for JSON."""
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(value.nbytes for group in self.tensors.values() for value in group.values())
+    def samples_seen(self) -> int:
+        """Pairs the run has seen."""
+        return int(self.values["samples_seen"])
 
 
 def default_run_dir(root: Path, *, method: str, arch: str) -> Path:
@@ -57,12 +58,7 @@ def default_run_dir(root: Path, *, method: str, arch: str) -> Path:
 
 
 class RunDir:
-    """The files of one run.
-
-    Args:
-        path: the folder.
-        say: told when something damaged was passed over.
-    """
+    """The files of one run; `say` is told when something damaged was passed over."""
 
     def __init__(self, path: Path, say: Callable[[str], None] = lambda message: None) -> None:
         self.path = path
@@ -71,16 +67,13 @@ class RunDir:
         self.say = say
 
     def claim(self, *, force: bool) -> None:
-        """Make the folder of a new run empty; call it with the folder locked.
-
-        Args:
-            force: replace a run that is already there.
+        """Make the folder of a new run empty, `force` one that holds a run, too; call it with the folder locked.
 
         Raises:
             TrainError: the folder holds files.
         """
         self.check_free(force=force)
-        for path in () if self._is_empty() else self.path.iterdir():
+        for path in self.path.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
             elif path.name != _LOCK_FILE:  # it is held
@@ -88,8 +81,9 @@ class RunDir:
 
     def check_free(self, *, force: bool) -> None:
         """Raise TrainError where `claim` would."""
-        if not self.path.exists() or self._is_empty():
-            return
+        names = {path.name for path in self.path.iterdir()} if self.path.exists() else set()
+        if names <= {CONFIG_FILE, _LOCK_FILE}:
+            return  # nothing is lost: no files, or only those of a run that could not start
         if not force:
             raise TrainError(
                 f"the run folder {self.path} already holds files",
@@ -100,10 +94,6 @@ class RunDir:
                 f"{self.path} holds files but is no run folder, so --force does not delete it",
                 remedy="choose another --out",
             )
-
-    def _is_empty(self) -> bool:
-        """Tell whether nothing is lost by starting here: no files, or only those of a run that could not start."""
-        return self.path.is_dir() and all(path.name in (CONFIG_FILE, _LOCK_FILE) for path in self.path.iterdir())
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -186,18 +176,13 @@ class RunDir:
             write_text(path, b"".join(kept).decode())
 
     def save_state(self, state: SavedState, run: ResolvedRun, *, keep: int) -> None:
-        """Write a state to go on from; the oldest go when the new one is whole.
-
-        Args:
-            state: of this step.
-            run: its settings lie beside it.
-            keep: states to keep, the new one included.
+        """Write a state to go on from, the run's settings beside it; all but the newest `keep` go when it is whole.
 
         Raises:
             TrainError: the disk is full; the states before are untouched.
         """
-        self._make_room(state.num_bytes)
-        folder = self._state_path(state.step)
+        self._make_room(sum(value.nbytes for group in state.tensors.values() for value in group.values()))
+        folder = self.path / "state" / f"step-{state.step:09d}"
         with full_disk_explained(self.path), new_folder(folder) as new:
             for name, tensors in state.tensors.items():
                 on_cpu = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
@@ -220,9 +205,8 @@ class RunDir:
             raise self._full_disk(f"a state takes {num_bytes / 2**20:,.0f} MiB")
 
     def _full_disk(self, why: str) -> TrainError:
-        kept = (
-            f"the last whole state is kept ({self._states()[-1].name})" if self._states() else "no state is saved yet"
-        )
+        states = self._states()
+        kept = f"the last whole state is kept ({states[-1].name})" if states else "no state is saved yet"
         return TrainError(
             f"the disk of {self.path} is full: {why}; {kept}",
             remedy=f"free some space, then: declip pretrain --resume {self.path}",
@@ -233,10 +217,7 @@ class RunDir:
         return bool(self._states())
 
     def load_state(self, *, before: int | None = None) -> SavedState:
-        """Read the newest whole state; a damaged one is passed over with a word.
-
-        Args:
-            before: only states of earlier steps.
+        """Read the newest whole state, `before` some step; a damaged one is passed over with a word.
 
         Raises:
             TrainError: there is none, or none can be read.
@@ -256,9 +237,6 @@ class RunDir:
             "; ".join(damage) or f"{self.path} has no saved state to resume from",
             remedy=f"start again in another folder: declip pretrain --config {self.path / CONFIG_FILE} --out …",
         )
-
-    def _state_path(self, step: int) -> Path:
-        return self.path / "state" / f"step-{step:09d}"
 
     def _states(self) -> list[Path]:
         """List the states, oldest first; one that was being replaced when the run was killed counts."""
@@ -280,10 +258,14 @@ class RunDir:
             write_text(self.path / _BEST_FILE, json.dumps({"key": key, "score": score, "step": step}) + "\n")
 
 
-def _run_to_text(run: ResolvedRun) -> str:
+@functools.cache
+def _versions() -> dict[str, str]:
     versions = {name: metadata.version(name) for name in _LIBRARIES}
-    versions |= {"declip": __version__, "python": platform.python_version()}
-    content = {"format": _FORMAT} | run.to_json() | {"versions": versions}
+    return versions | {"declip": __version__, "python": platform.python_version()}
+
+
+def _run_to_text(run: ResolvedRun) -> str:
+    content = {"format": _FORMAT} | run.to_json() | {"versions": _versions()}
     return json.dumps(content | {"sha256": _digest_of_run(content)}, indent=2, allow_nan=False) + "\n"
 
 
@@ -306,14 +288,7 @@ def _read_state(folder: Path) -> SavedState:
 
 @contextmanager
 def full_disk_explained(path: Path) -> Iterator[None]:
-    """Turn a full disk, or a folder that cannot be written, into an error with a way out.
-
-    Args:
-        path: the run folder that is being written.
-
-    Raises:
-        TrainError: the disk is full or the folder is not writable.
-    """
+    """Turn a full disk, or a run folder that cannot be written, into an error with a way out."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -15,8 +15,8 @@ from evaluate_retrieval import retrieval, search
 from lines import compare, report
 
 from declip_cli.config import ModelConfig
-from declip_cli.data.benchmarks.known import names_from_assets
-from declip_cli.evaluate.features import FeatureOptions
+from declip_cli.data.benchmarks.known import asset_lists
+from declip_cli.evaluate.encoding import FeatureOptions
 from declip_cli.evaluate.prompts import build_classifier, load_templates, make_prompts
 from declip_cli.interop.read import load_model
 from declip_cli.model.architectures import find_architecture
@@ -37,7 +37,7 @@ def zeroshot(*, num_classes: int, runs: int, arch: str) -> None:
         name = f"local-dir:{folder}/model"
         peer = open_clip.create_model(name).eval()
         tokenizer = open_clip.get_tokenizer(name)
-    every = names_from_assets()["imagenet"]
+    every = asset_lists("class_names.json")["imagenet"]
     names = every[:: len(every) // num_classes][:num_classes]
     templates = load_templates("80")
     fills = [template.format for template in templates]

@@ -13,9 +13,8 @@ from clip_benchmark.metrics.zeroshot_retrieval import batchify, recall_at_k
 from lines import report, seconds_of
 from torch.nn import functional as F
 
-from declip_cli.evaluate.metrics import recall_at
+from declip_cli.evaluate.metrics import paired_ranks, recall_at
 from declip_cli.evaluate.nearest import ApproximateIndex, search_exact
-from declip_cli.evaluate.ranking import paired_ranks
 
 RECALLS = (1, 5, 10)
 PAGE_BYTES = 4096

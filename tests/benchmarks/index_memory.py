@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from declip_cli.data.shards.dataset import ShardDataset
-from declip_cli.data.shards.files import Shard
+from declip_cli.data.shards.files import Shard, ShardFiles
 from declip_cli.data.shards.index import IndexBuilder, ShardIndex, write_indexes
 
 SHARD_SAMPLES = 10_000
@@ -28,7 +28,7 @@ def memory():
 before, began = memory(), time.perf_counter()
 if sys.argv[2] == "check":
     read_indexes(sys.argv[3], check=True)
-data = pickle.loads(Path(sys.argv[1]).read_bytes())()
+data = pickle.loads(Path(sys.argv[1]).read_bytes())
 data.block_firsts
 opened, seconds = memory(), time.perf_counter() - began
 rng = random.Random(0)
@@ -66,9 +66,9 @@ def main():
         facts = {"name": "index", "pairs": num_shards * SHARD_SAMPLES, "mb": round(Path(path).stat().st_size / 1e6, 1)}
         print(json.dumps(facts | {"seconds": round(time.perf_counter() - began, 1)}), flush=True)
         shards = [Shard(f"s3://far/{n:05d}.tar", SHARD_SAMPLES * 25_600 + 1024, str(n)) for n in range(num_shards)]
-        data = ShardDataset(shards, [path], cache_dir=folder, cache_bytes=1)
+        data = ShardDataset(shards, ShardFiles(folder, 1), [path])
         assert int(np.diff(data.block_firsts).sum()) == len(data)
-        (Path(folder) / "reopen").write_bytes(pickle.dumps(data.reopen()))
+        (Path(folder) / "reopen").write_bytes(pickle.dumps(data))
         for how in ("check", "reopen"):
             program = [sys.executable, "-c", _OPEN, f"{folder}/reopen", how, path, str(options.lookups)]
             subprocess.run(program, check=True)

@@ -1,11 +1,13 @@
 """Pictures a second of one core, against img2dataset's resizer: python tests/benchmarks/prepare.py.
 
 Both make the shorter side 256 px and write JPEG of quality 95. `picture` is the resizer alone; `whole` is all of
-`declip prepare` (reading files, decoding, resizing, encoding, hashing, writing shards) against that resizer. The
+`declip prepare` (reading files, decoding, resizing, encoding, hashing, writing shards) against that resizer; `shards`
+is the same against what img2dataset does once it has the bytes: its resizer, a SHA-256 of each image, its writer. The
 last line is the peak memory of a million records in the table reader and the cleaning.
 """
 
 import argparse
+import hashlib
 import importlib.metadata
 import io
 import json
@@ -17,16 +19,20 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lines import compare, report
 
-from declip_cli.data.prepare.clean import caption_problem
 from declip_cli.data.prepare.config import CleanConfig, PrepareConfig
 from declip_cli.data.prepare.find_source import open_source
+from declip_cli.data.prepare.hashes import Looks
 from declip_cli.data.prepare.pictures import shrink_picture
 from declip_cli.data.prepare.pipeline import prepare
-from declip_cli.data.prepare.seen import Looks, Seen
-from declip_cli.data.prepare.stages import Pair
+from declip_cli.data.prepare.seen import Seen
+from declip_cli.data.prepare.stages import Pair, caption_problem
+
+if TYPE_CHECKING:
+    from img2dataset.resizer import Resizer
 
 SIDE_PX, QUALITY = 256, 95
 SIZES = ((500, 375), (1024, 768), (1600, 1200))
@@ -46,6 +52,26 @@ def prepare_folder(source: Path) -> None:
     with tempfile.TemporaryDirectory() as out:
         for _ in prepare(PrepareConfig(source=str(source), out=f"{out}/shards", workers=1)):
             pass
+
+
+def write_shard(resizer: "Resizer", source: Path) -> None:
+    """Read, resize, hash and write images as img2dataset's downloader does with its defaults, EXIF left out."""
+    import pyarrow
+    from img2dataset.writer import WebDatasetSampleWriter
+
+    text, number = pyarrow.string(), pyarrow.int32()
+    names = ("width", "height", "original_width", "original_height")
+    fields = [("key", text), ("caption", text), *((name, number) for name in names), ("sha256", text)]
+    with tempfile.TemporaryDirectory() as out:
+        writer = WebDatasetSampleWriter(0, out, True, 5, pyarrow.schema(fields), "jpg")
+        for place, line in enumerate((source / "captions.jsonl").read_text().splitlines()):
+            row, key = json.loads(line), f"{place:09d}"
+            data = (source / row["file"]).read_bytes()
+            image, *sizes, error = resizer(io.BytesIO(data))
+            assert error is None
+            meta = {"key": key, "caption": row["caption"], "sha256": hashlib.sha256(data).hexdigest()}
+            writer.write(image, key, row["caption"], meta | dict(zip(names, sizes, strict=True)))
+        writer.close()
 
 
 def measure_speed(num: int, runs: int) -> None:
@@ -71,7 +97,11 @@ def measure_speed(num: int, runs: int) -> None:
         compare(f"prepare_picture_{name}", ours, peer, amount=num, **clock)
         with tempfile.TemporaryDirectory() as folder:
             write_folder(Path(folder), pictures)
-            compare(f"prepare_whole_{name}", partial(prepare_folder, Path(folder)), peer, amount=num, **clock)
+            whole = partial(prepare_folder, Path(folder))
+            compare(f"prepare_whole_{name}", whole, peer, amount=num, **clock)
+            clock_of_shards = clock | {"peer_name": clock["peer_name"].replace("resizer", "resizer and writer")}
+            theirs = partial(write_shard, resizer, Path(folder))
+            compare(f"prepare_shards_{name}", whole, theirs, amount=num, **clock_of_shards)
 
 
 def clean_records(num: int) -> None:
@@ -87,8 +117,7 @@ def clean_records(num: int) -> None:
         for number, record in enumerate(source.records):
             captions = tuple(text for text in record.captions if not caption_problem(text, clean))
             hashes = {"picture_hash": rng.getrandbits(63) + 1, "looks_hash": rng.getrandbits(64) | 1}
-            sizes = dict.fromkeys(("width", "height", "original_width", "original_height"), 256)
-            pair = Pair(key=record.key, part="", captions=captions, jpeg=b"", **sizes, **hashes)
+            pair = Pair(record.key, captions, b"", (256, 256), (256, 256), **hashes)
             num_left += isinstance(seen.check(pair), Pair)
             if number % 10_000 == 0:
                 seen.new_bytes()

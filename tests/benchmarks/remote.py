@@ -15,6 +15,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from lines import report
 
 from declip_cli.data import storage
+from declip_cli.data.loader import ROWS_PER_TASK
 from declip_cli.data.order import BlockOrder
 from declip_cli.data.prepare.shard_writer import PartWriter
 from declip_cli.data.prepare.stages import Pair
@@ -40,7 +41,7 @@ def write(folder, *, num, image_bytes, shard_samples):
         writer = PartWriter(folder, spool, shard_samples=shard_samples, state={})
         for number in range(num):
             caption = f"number {number} " + "of many words " * 4
-            writer.add(Pair(f"{number}", "", (caption,), os.urandom(image_bytes), 1, 1, 1, 1, 0, 0))
+            writer.add(Pair(f"{number}", (caption,), os.urandom(image_bytes), (1, 1), (1, 1)))
         writer.finish_shard()
         manifest = {"shards": writer.shards, "index_sha256": writer.join_indexes()}
     storage.write_whole(f"{folder}/manifest.json", json.dumps(manifest).encode())
@@ -69,6 +70,11 @@ def rate_one_by_one(data, threads, num):
 
 def rate_in_order(data, threads, *, num_streams=8, open_blocks=32, batch_size=256):
     """Read as training does: shuffled among open blocks, fetched ahead by the order, released behind."""
+
+    def read(numbers):
+        for number in numbers:
+            data.read(number)
+
     order = BlockOrder(data.block_firsts, 0, num_streams=num_streams, open_blocks=open_blocks)
     began = time.perf_counter()
     with ThreadPoolExecutor(threads) as fetchers, ThreadPoolExecutor(threads) as readers:
@@ -76,7 +82,9 @@ def rate_in_order(data, threads, *, num_streams=8, open_blocks=32, batch_size=25
         for first in range(0, len(data) - batch_size + 1, batch_size):
             positions = np.arange(first, first + batch_size)
             used_up = ahead.move_to(0, positions)
-            list(readers.map(data.read, order.numbers(0, positions).tolist()))
+            numbers = order.numbers(0, positions).tolist()
+            tasks = [numbers[row : row + ROWS_PER_TASK] for row in range(0, batch_size, ROWS_PER_TASK)]
+            list(readers.map(read, tasks))
             list(map(data.release, used_up))
         seconds = time.perf_counter() - began
         fetchers.shutdown(cancel_futures=True)

@@ -34,7 +34,8 @@ ESCAPED += [r"\u2066", r"\udce9"]
 def errors(monkeypatch: pytest.MonkeyPatch):
     written = io.StringIO()
     options = {"soft_wrap": True, "highlight": False, "emoji": False}
-    monkeypatch.setattr(console, "stderr", Console(file=written, **options))
+    made = Console(file=written, **options)
+    monkeypatch.setattr(console, "terminal", lambda: made)
     return written
 
 

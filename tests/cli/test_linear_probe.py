@@ -1,21 +1,15 @@
 """`declip linear-probe` as a user types it."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
-import typer
 from PIL import Image
-from typer.testing import CliRunner
 
-from declip_cli.cli.linear_probe import linear_probe
+from tests.command_line import declip
 
-app = typer.Typer(pretty_exceptions_enable=False)
-app.command(no_args_is_help=True)(linear_probe)
-
-
-def run(*words: str | Path):
-    return CliRunner().invoke(app, [str(word) for word in words])
+run = partial(declip, "linear-probe")
 
 
 @pytest.fixture

@@ -4,22 +4,16 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
-from declip_cli.cli.prepare import prepare
 from declip_cli.data.catalogue import open_dataset
 from declip_cli.data.prepare.config import PrepareConfig
-from declip_cli.data.prepare.pipeline import prepare as prepare_shards
+from declip_cli.data.prepare.pipeline import prepare
+from tests.command_line import declip
 
-app = typer.Typer()
-app.command()(prepare)
-
-
-def declip_prepare(*words):
-    return CliRunner().invoke(app, [str(word) for word in words])
+declip_prepare = partial(declip, "prepare")
 
 
 @pytest.fixture
@@ -107,14 +101,13 @@ def test_ctrl_c_leaves_a_state_from_which_the_command_goes_on(tmp_path, make_pic
     source = tmp_path / "photos"
     source.mkdir()
     picture = make_picture(1, width=700, height=600)
-    lines = [json.dumps({"file": f"{number}.jpg", "caption": f"picture {number}"}) for number in range(500)]
+    lines = [json.dumps({"file": f"{number}.jpg", "caption": f"picture {number}"}) for number in range(240)]
     (source / "captions.jsonl").write_text("\n".join(lines))
-    for number in range(500):
+    for number in range(240):
         (source / f"{number}.jpg").write_bytes(picture)
-    program = "import typer; from declip_cli.cli.prepare import prepare; typer.run(prepare)"
-    command = [sys.executable, "-c", program, str(source), "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "declip_cli", "prepare", str(source), "--out", str(tmp_path / "out")]
     with subprocess.Popen(
-        [*command, "--shard-samples", "20"],
+        [*command, "--shard-samples", "20", "--workers", "1"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -132,8 +125,8 @@ def test_ctrl_c_leaves_a_state_from_which_the_command_goes_on(tmp_path, make_pic
     assert partial % 20 == 0
     assert partial >= 20
     result = declip_prepare(source, "--out", tmp_path / "out", "--shard-samples", "20", "--json")
-    assert json.loads(result.stdout)["num_pairs"] == 500
-    assert len(open_dataset(str(tmp_path / "out"))) == 500
+    assert json.loads(result.stdout)["num_pairs"] == 240
+    assert len(open_dataset(str(tmp_path / "out"))) == 240
 
 
 def test_filters_and_parts_are_options(photos, tmp_path):
@@ -149,7 +142,7 @@ def test_filters_and_parts_are_options(photos, tmp_path):
 
 def test_defaults_of_the_options_are_those_of_the_configuration(photos, tmp_path):
     assert declip_prepare(photos, "--out", tmp_path / "out").exit_code == 0
-    *_, report = prepare_shards(PrepareConfig(source=str(photos), out=str(tmp_path / "out")))
+    *_, report = prepare(PrepareConfig(source=str(photos), out=str(tmp_path / "out")))
     assert report.was_there  # would be refused as another command if an option had another default
 
 

@@ -11,7 +11,8 @@ from declip_cli.cli import console
 def test_a_log_gets_a_line_every_ten_seconds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     clock = iter([0.0, 3.0, 11.0, 12.0, 25.0])
     written = io.StringIO()
-    monkeypatch.setattr(console, "stderr", Console(file=written, soft_wrap=True, highlight=False))
+    made = Console(file=written, soft_wrap=True, highlight=False)
+    monkeypatch.setattr(console, "terminal", lambda: made)
     monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
     with console.progress_of("cifar10") as tell:
         for done in (128, 256, 384):
@@ -23,7 +24,8 @@ def test_a_log_gets_a_line_every_ten_seconds(monkeypatch: pytest.MonkeyPatch, ca
 
 def test_a_terminal_gets_a_bar_that_goes_away(monkeypatch: pytest.MonkeyPatch):
     written = io.StringIO()
-    monkeypatch.setattr(console, "stderr", Console(file=written, force_terminal=True, width=80))
+    made = Console(file=written, force_terminal=True, width=80)
+    monkeypatch.setattr(console, "terminal", lambda: made)
     with console.progress_of("cifar10") as tell:
         tell(5, 10)
     assert "cifar10" in written.getvalue()

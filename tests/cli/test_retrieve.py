@@ -1,21 +1,15 @@
 """`declip retrieve` as a user types it."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import fsspec
 import pytest
-import typer
-from typer.testing import CliRunner
 
-from declip_cli.cli.retrieve import retrieve
+from tests.command_line import declip
 
-app = typer.Typer(pretty_exceptions_enable=False)
-app.command(no_args_is_help=True)(retrieve)
-
-
-def run(*words: str | Path, stdin: str = ""):
-    return CliRunner().invoke(app, [str(word) for word in words], input=stdin)
+run = partial(declip, "retrieve")
 
 
 @pytest.fixture
@@ -62,7 +56,7 @@ def test_search_prints_a_line_per_hit_best_first(photos: Path, tiny_run: Path):
 
 def test_more_hits_than_pictures_are_told(photos: Path, tiny_run: Path):
     result = run(photos, "--model", tiny_run, "--query", "a bus", "-k", "9")
-    assert "6 hits, as many as there are pictures (asked for 9)" in result.stderr
+    assert "6 hits, as many as there are images (asked for 9)" in result.stderr
 
 
 def test_paths_come_from_stdin(photos: Path, tiny_run: Path):

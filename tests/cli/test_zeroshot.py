@@ -1,21 +1,15 @@
 """`declip zeroshot` as a user types it."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
-from declip_cli.cli.zeroshot import zeroshot
 from tests import set_layouts
+from tests.command_line import declip
 
-app = typer.Typer(pretty_exceptions_enable=False)
-app.command(no_args_is_help=True)(zeroshot)
-
-
-def run(*words: str | Path):
-    return CliRunner().invoke(app, [str(word) for word in words])
+run = partial(declip, "zeroshot")
 
 
 @pytest.fixture
@@ -65,7 +59,7 @@ def test_unreadable_pictures_are_told_on_stderr(photos: Path, tiny_run: Path):
     (photos / "cat" / "broken.png").write_bytes(b"broken")
     result = run(photos, "--model", tiny_run, "--json")
     assert json.loads(result.stdout)["num_skipped"] == 1
-    assert "skipped 1 pictures" in result.stderr
+    assert "skipped 1 images" in result.stderr
     assert "broken.png" in result.stderr
 
 

@@ -1,11 +1,9 @@
 """Made-up pairs for loader processes, which import no more than this module."""
 
-from functools import partial
-
 import numpy as np
 
 from declip_cli.config import AugmentConfig, Views
-from declip_cli.data.dataset import Dataset, Example, Skips
+from declip_cli.data.dataset import BlockDataset, Example, Skips
 from declip_cli.data.loader import StreamConfig, Task
 from declip_cli.data.loader_processes import ProcessLoader
 from declip_cli.errors import DataError
@@ -19,7 +17,7 @@ CONFIG = StreamConfig(
     context_length=10,
     batch_size=40,
     seed=1,
-    workers=4,
+    workers=2,
     loader="processes",
     order="blocks",
     num_streams=2,
@@ -28,12 +26,12 @@ CONFIG = StreamConfig(
 )
 
 
-class Noise(Dataset):
+class Noise(BlockDataset):
     """Made-up pairs, told apart by their pixels; some are unusable, and what is asked of a few goes wrong."""
 
     fingerprint = "aa"
     is_remote = True
-    block_firsts = np.arange(0, 201, 10)
+    num_blocks, block_firsts = 20, np.arange(0, 201, 10)
 
     def __init__(self):
         self.skipped = Skips()
@@ -41,11 +39,11 @@ class Noise(Dataset):
     def __len__(self):
         return 200
 
-    def reopen(self):
-        return Noise
-
     def key(self, number):
         return f"key{number}"
+
+    def count(self, block):
+        return 10
 
     def fetch(self, block):
         pass
@@ -67,8 +65,8 @@ class Trap(Noise):
         super().__init__()
         self.kind = kind
 
-    def reopen(self):
-        return partial(reopen_trap, self.kind)
+    def __reduce__(self):
+        return reopen_trap, (self.kind,)
 
     def read(self, number):
         return 1 // 0

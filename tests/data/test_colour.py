@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -6,17 +7,9 @@ import torch
 import torchvision.transforms.functional as peer
 from PIL import Image, ImageFilter
 
-from declip_cli.data import colour
-from declip_cli.data.colour import ColourStep, Scratch, colour_matrix
+from declip_cli.data.colour import Colours, blur, colour_matrix, jitter
 
 LUMA = np.array([0.299, 0.587, 0.114])
-STEPS = [
-    ColourStep("contrast", 0.8),
-    ColourStep("hue", 0.07),
-    ColourStep("saturation", 1.2),
-    ColourStep("brightness", 0.9),
-    ColourStep("contrast", 1.1),
-]
 
 
 def image(low=0, high=256, size=48, seed=0):
@@ -25,18 +18,6 @@ def image(low=0, high=256, size=48, seed=0):
     coarse = Image.fromarray(rng.integers(low, high, (6, 7, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((size, size), Image.Resampling.BILINEAR)).astype(int)
     return (smooth + rng.integers(-9, 10, smooth.shape)).clip(low, high - 1).astype(np.uint8)
-
-
-def jittered(pixels, steps, *, is_gray=False):
-    pixels = pixels.copy()
-    colour.jitter(pixels, steps, Scratch(len(pixels)), is_gray=is_gray)
-    return pixels
-
-
-def blurred(pixels, sigma_px):
-    pixels = pixels.copy()
-    colour.blur(pixels, sigma_px, Scratch(len(pixels)))
-    return pixels
 
 
 def difference(ours, theirs):
@@ -50,14 +31,17 @@ def test_an_operation_equals_torchvision_on_numbers_where_nothing_is_clipped(nam
     pixels[:] = pixels[:1]  # rows alike, so that a part of them has the mean of all
     numbers = torch.from_numpy(pixels).permute(2, 0, 1) / 255
     theirs = getattr(peer, f"adjust_{name}")(numbers, factor).permute(1, 2, 0).numpy() * 255
-    assert difference(jittered(pixels, [ColourStep(name, factor)]), theirs).max() < 0.75  # rounding, and luma's digits
+    assert difference(jitter(pixels, Colours(**{name: factor})), theirs).max() < 0.75  # rounding, and luma's digits
 
 
-def test_operations_follow_each_other_in_their_order_without_rounding():
+@pytest.mark.parametrize("order", list(itertools.permutations(("brightness", "contrast", "saturation", "hue_turns"))))
+def test_operations_may_follow_each_other_in_any_order(order):
+    amounts = {"brightness": 0.9, "contrast": 0.8, "saturation": 1.2, "hue_turns": 0.07}
     pixels = image(80, 170)
     numbers, some = pixels.astype(float), pixels[::8].reshape(-1, 3).astype(float)
-    for name, amount in STEPS:
-        if name == "hue":  # turned in the plane of equal luma, with luma kept
+    for name in order:
+        amount = amounts[name]
+        if name == "hue_turns":  # turned in the plane of equal luma, with luma kept
             before, matrix = some, hue_matrix(amount)
             numbers, some = numbers @ matrix.T, some @ matrix.T
             assert some @ LUMA == pytest.approx(before @ LUMA)
@@ -69,11 +53,12 @@ def test_operations_follow_each_other_in_their_order_without_rounding():
         numbers, some = (amount * v + (1 - amount) * part for v, part in zip((numbers, some), parts, strict=True))
     assert numbers.min() > 0
     assert numbers.max() < 255
-    assert difference(jittered(pixels, STEPS), numbers).max() < 0.6  # half a level of rounding, and ten-bit factors
+    # Half a level of rounding, and three factors of ten bits times 170.
+    assert difference(jitter(pixels, Colours(**amounts)), numbers).max() < 0.75
 
 
 def hue_matrix(turns):
-    return colour_matrix([ColourStep("hue", turns)], np.zeros(3), is_gray=False)[:, :3]
+    return colour_matrix(Colours(hue_turns=turns), 0.0)[:, :3]
 
 
 def test_half_a_turn_of_hue_gives_the_opposite_colour_of_equal_luma():
@@ -88,32 +73,35 @@ def test_turns_of_hue_add_up_and_go_from_red_over_green_to_blue():
 
 def test_hue_of_a_grey_image_changes_nothing():
     pixels = np.repeat(image()[..., :1], 3, axis=2)
-    assert difference(jittered(pixels, [ColourStep("hue", 0.1)]), pixels).max() <= 1
+    assert difference(jitter(pixels, Colours(hue_turns=0.1)), pixels).max() <= 1
 
 
 def test_what_leaves_eight_bits_is_clipped():
     pixels = np.zeros((8, 8, 3), dtype=np.uint8)
     pixels[:4] = 200
-    found = jittered(pixels, [ColourStep("contrast", 1.4), ColourStep("brightness", 1.3)])
+    found = jitter(pixels, Colours(contrast=1.4, brightness=1.3))
     assert found[:4].min() == 255
     assert found[4:].max() == 0
 
 
-def test_grey_equals_torchvision_up_to_rounding():
+def test_no_saturation_equals_torchvisions_grey_up_to_rounding():
     pixels = image()
-    assert difference(jittered(pixels, [], is_gray=True), peer.rgb_to_grayscale(Image.fromarray(pixels), 3)).max() <= 1
+    assert (
+        difference(jitter(pixels, Colours(saturation=0.0)), peer.rgb_to_grayscale(Image.fromarray(pixels), 3)).max()
+        <= 1
+    )
 
 
 def test_nothing_to_do_changes_nothing():
     pixels = image()
-    assert np.array_equal(jittered(pixels, []), pixels)
+    assert np.array_equal(jitter(pixels, Colours()), pixels)
 
 
 @pytest.mark.parametrize("sigma_px", [0.8, 1.3, 2.0])
 def test_blur_is_nearer_to_pillows_than_the_sharp_image_is(sigma_px):
     pixels = image()
     theirs = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(sigma_px))
-    assert difference(blurred(pixels, sigma_px), theirs).mean() < 0.2 * difference(pixels, theirs).mean()
+    assert difference(blur(pixels, sigma_px), theirs).mean() < 0.2 * difference(pixels, theirs).mean()
 
 
 @pytest.mark.parametrize("sigma_px", [0.28, 0.7, 2.0])
@@ -124,9 +112,4 @@ def test_blur_spreads_a_point_as_a_gaussian(sigma_px):
     weights = [math.exp(-0.5 * (i / sigma_px) ** 2) for i in range(-reach, reach + 1)]
     line = np.zeros(31)
     line[15 - reach : 16 + reach] = np.array(weights) / sum(weights)
-    assert difference(blurred(pixels, sigma_px)[..., 1], 255 * np.outer(line, line)).max() <= 1
-
-
-def test_tiny_blur_leaves_the_image_alone():
-    pixels = image()
-    assert np.array_equal(blurred(pixels, 0.2), pixels)
+    assert difference(blur(pixels, sigma_px)[..., 1], 255 * np.outer(line, line)).max() <= 1

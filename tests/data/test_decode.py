@@ -108,6 +108,13 @@ def test_a_jpeg_can_be_decoded_smaller(reduction, orientation):
     assert mean_difference(pixels, upright.resize(pixels.shape[1::-1], Image.Resampling.BOX)) < 2
 
 
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"comment": b"\xff\xc0" * 9}, {"exif": b"Exif\0\0"}])
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_the_header_of_a_jpeg_tells_its_size_and_kind(mode, options):
+    assert read_header(encode(photograph().convert(mode), **options)) == (53, 37, mode != "CMYK", True)
+
+
 def test_sides_of_a_smaller_jpeg_are_rounded_up():
     data = encode(photograph(37, 53))
     assert decode_jpeg(data, read_header(data), reduction=4).shape == (10, 14, 3)

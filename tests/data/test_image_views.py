@@ -31,7 +31,8 @@ def encode(image, format="PNG", **options):
 
 def drawn(config, data, kinds=("augmented",), side_px=32, seed=0):
     out = np.zeros((len(kinds), side_px, side_px, 3), dtype=np.uint8)
-    ImageViews(config, side_px).draw(data, kinds, random.Random(seed), out)
+    views = ImageViews(config, side_px)
+    views.draw(views.open(data), kinds, random.Random(seed), out)
     return out
 
 
@@ -113,8 +114,8 @@ def test_a_large_jpeg_waits_for_its_crops_with_the_sides_it_shows():
     exif[0x0112] = 6
     data = encode(photograph(64, 80), "JPEG", exif=exif.tobytes())
     waiting, decoded = ImageViews(STILL, 32).open(data), ImageViews(STILL, 33).open(data)
-    assert not waiting.is_decoded
-    assert decoded.is_decoded
+    assert waiting.content == data
+    assert decoded.content.shape == (80, 64, 3)
     assert waiting.header[:2] == decoded.header[:2] == (64, 80)
 
 
@@ -251,14 +252,7 @@ def test_an_unreadable_picture_says_why():
         drawn(AugmentConfig(), b"")
 
 
-@pytest.mark.parametrize(
-    "out",
-    [
-        np.zeros((1, 32, 32, 3), dtype=np.uint8),
-        np.zeros((2, 32, 32, 3), dtype=np.float32),
-        np.zeros((2, 32, 64, 3), dtype=np.uint8)[:, :, ::2],
-    ],
-)
-def test_views_are_not_drawn_into_memory_of_another_layout(out):
-    with pytest.raises(ValueError, match="views need contiguous uint8"):
-        ImageViews(STILL, 32).draw(encode(photograph()), ("plain", "plain"), random.Random(0), out)
+def test_as_many_views_are_drawn_as_there_is_room_for():
+    views = ImageViews(STILL, 32)
+    with pytest.raises(ValueError, match="longer"):
+        views.draw(views.open(encode(photograph())), ("plain",), random.Random(0), np.zeros((2, 32, 32, 3), np.uint8))

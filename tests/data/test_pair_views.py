@@ -9,7 +9,7 @@ from PIL import Image
 from declip_cli.config import AugmentConfig, Views
 from declip_cli.data.dataset import Dataset, Example, Skips
 from declip_cli.data.image_views import ImageViews
-from declip_cli.data.pair_views import PairTexts, PairViews, UnreadablePair, lay_texts
+from declip_cli.data.pair_views import PairViews, UnreadablePair
 from declip_cli.data.text_views import TextViews
 from declip_cli.data.tokenizer import Tokenizer
 from declip_cli.errors import DataError
@@ -60,17 +60,29 @@ def pair_views(samples, texts=("plain",), cache_bytes=0):
     )
 
 
-def draw(pairs, number=0, epoch=0):
+def draw(pairs, number=0, epoch=0, num_texts=1):
     images = np.zeros((2, SIDE, SIDE, 3), dtype=np.uint8)
-    return images, pairs.draw(number, epoch, images)
+    tokens, mask_labels = np.full((num_texts, 16), 7), np.full(16, 7)
+    return images, tokens, mask_labels, pairs.draw(number, epoch, images, tokens, mask_labels)
 
 
 def test_a_pair_comes_with_all_its_views():
-    images, texts = draw(pair_views(OneSample(jpeg(20)), texts=("plain", "augmented", "masked")))
-    assert all(view.std() > 0 for view in images)
-    assert len(texts.views) == 3
-    assert texts.views[0] == [49406, 320, 1929, 49407]
-    assert len(texts.mask_labels) == len(texts.views[2])
+    pairs = pair_views(OneSample(jpeg(20)), texts=("plain", "masked"))
+    for number in range(20):
+        images, tokens, mask_labels, longest = draw(pairs, number, num_texts=2)
+        assert all(view.std() > 0 for view in images)
+        assert longest == 4
+        assert tokens[0].tolist() == [49406, 320, 1929, 49407] + 12 * [0]
+        assert tokens[1, [0, 3]].tolist() == [49406, 49407]
+        assert not tokens[1, 4:].any()
+        hidden = np.flatnonzero(mask_labels != -100)
+        assert set(hidden) <= {1, 2}
+        assert mask_labels[hidden].tolist() == tokens[0, hidden].tolist()
+
+
+def test_without_a_masked_view_nothing_is_to_be_predicted():
+    _, _, mask_labels, _ = draw(pair_views(OneSample(jpeg(20))))
+    assert set(mask_labels.tolist()) == {-100}
 
 
 def test_numbers_and_epochs_are_drawn_differently():
@@ -82,8 +94,9 @@ def test_numbers_and_epochs_are_drawn_differently():
 
 
 def test_text_settings_do_not_change_the_pictures():
-    plain, _ = draw(pair_views(OneSample(jpeg(40))))
-    masked, _ = draw(pair_views(OneSample(jpeg(40), captions=("one", "two")), texts=("masked", "augmented")))
+    plain = draw(pair_views(OneSample(jpeg(40))))[0]
+    pairs = pair_views(OneSample(jpeg(40), captions=("one", "two")), texts=("masked", "augmented"))
+    masked = draw(pairs, num_texts=2)[0]
     assert np.array_equal(plain, masked)
 
 
@@ -115,14 +128,6 @@ def test_pictures_are_kept_only_if_all_of_the_data_set_would_fit(cache_bytes, nu
     assert samples.num_reads == num_reads
 
 
-def test_texts_are_laid_side_by_side():
-    pairs = [PairTexts(([1, 2], [3, 4, 5]), [-100, 9, -100]), PairTexts(([6], [7, 8]), [8, -100])]
-    tokens, labels = np.full((2, 2, 4), 7), np.full((2, 4), 7)
-    assert lay_texts(pairs, tokens, labels) == 3
-    assert tokens.tolist() == [[[1, 2, 0, 0], [3, 4, 5, 0]], [[6, 0, 0, 0], [7, 8, 0, 0]]]
-    assert labels.tolist() == [[-100, 9, -100, -100], [8, -100, -100, -100]]
-
-
 def test_a_pair_without_a_caption_is_told():
     with pytest.raises(UnreadablePair, match="sample first cannot be used: no caption"):
         draw(pair_views(OneSample(jpeg(40), captions=())))
@@ -142,5 +147,5 @@ def test_views_are_the_same_from_many_threads():
     random.Random(0).shuffle(numbers)
     alone = {number: draw(pairs, number)[0] for number in range(10)}
     with ThreadPoolExecutor(4) as pool:
-        for number, (images, _) in zip(numbers, pool.map(lambda n: draw(pairs, n), numbers), strict=True):
+        for number, (images, *_) in zip(numbers, pool.map(lambda n: draw(pairs, n), numbers), strict=True):
             assert np.array_equal(images, alone[number])

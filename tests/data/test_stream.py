@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from declip_cli.config import AugmentConfig, Views
-from declip_cli.data.dataset import UNREAD, Dataset, Example, Skips
+from declip_cli.data.dataset import UNREAD, BlockDataset, Dataset, Example, Skips
 from declip_cli.data.loader import StreamConfig
 from declip_cli.data.order import BlockOrder
 from declip_cli.data.stream import ReadAhead, TrainStream
@@ -57,7 +57,7 @@ class MemoryStore(Dataset):
         return Example(self.key(number), picture, captions)
 
 
-class BlockStore(MemoryStore):
+class BlockStore(MemoryStore, BlockDataset):
     """Pairs in blocks, which remembers what was fetched, read and released."""
 
     is_remote = True
@@ -65,7 +65,10 @@ class BlockStore(MemoryStore):
     def __init__(self, num=NUM, *, block_size=3, **options):
         super().__init__(num, **options)
         self.block_firsts = np.append(np.arange(0, num, block_size), num)
-        self.block_size, self.events = block_size, []
+        self.num_blocks, self.block_size, self.events = len(self.block_firsts) - 1, block_size, []
+
+    def count(self, block):
+        return self.block_firsts[block + 1] - self.block_firsts[block]
 
     def fetch(self, block):
         self.events.append(("fetch", block))
@@ -82,10 +85,10 @@ class UncountedStore(BlockStore):
     """Pairs in shards whose sizes are found when they are read."""
 
     sizes = [5, 0, 7, 4, 3, 6]
-    num_shards = 6
 
     def __init__(self, **options):
         super().__init__(sum(self.sizes), **options)
+        self.num_blocks, self.block_firsts = len(self.sizes), None
         self.num_counts = 0
 
     def count(self, shard):

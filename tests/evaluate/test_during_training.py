@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 from declip_cli.assets import asset_path
+from declip_cli.config_files import flatten
 from declip_cli.data.benchmarks.known import known_sets
 from declip_cli.data.catalogue import open_dataset
 from declip_cli.data.files_dataset import Subset
 from declip_cli.data.shards.dataset import Shards
-from declip_cli.errors import DataError, EvaluateError
-from declip_cli.evaluate.during_training import Evaluator, _Retrieval, find_score, make_evaluator
-from declip_cli.evaluate.features import FeatureOptions
+from declip_cli.errors import DataError
+from declip_cli.evaluate.during_training import Evaluation, Evaluator, make_evaluator
+from declip_cli.evaluate.encoding import FeatureOptions
 from declip_cli.evaluate.retrieve import read_pairs
 from declip_cli.model.checkpoint import PretrainedModel
 from tests import set_layouts
@@ -28,14 +29,6 @@ def test_every_name_gets_its_scores(tmp_path: Path, tiny_model: PretrainedModel)
     assert 0 <= scores["mnist"]["top1"] <= scores["mnist"]["top5"] <= 1
     assert scores[str(tmp_path / "photos")]["chance_top1"] == pytest.approx(1 / 3)
     assert all(isinstance(value, int | float) for entry in scores.values() for value in entry.values())
-
-
-def test_the_demo_is_scored_both_ways(tiny_model: PretrainedModel):
-    scores = make_evaluator(["demo"])(dataclasses.replace(tiny_model, fingerprint=""))["demo"]
-    assert scores["num_classes"] == 1217
-    assert 0 <= scores["top1"] <= scores["top5"] <= 1
-    assert set(scores["text_to_image"]) == set(scores["image_to_text"])
-    assert 0 <= scores["text_to_image"]["recall_at_10"] <= 1
 
 
 def test_a_folder_with_captions_is_scored_by_retrieval(tmp_path: Path, tiny_model: PretrainedModel):
@@ -76,44 +69,13 @@ def test_names_and_scores_are_known_before_training(tmp_path: Path, tiny_model: 
     assert not any("rank" in path for path in evaluate.score_paths)  # less is better there
     evaluations = evaluate(dataclasses.replace(tiny_model, fingerprint=""))
     for path in evaluate.score_paths:
-        assert 0 <= find_score(evaluations, path) <= 6
+        assert 0 <= flatten(evaluations)[path] <= 6
 
 
 def test_scores_of_folds_are_known_before_training(tiny_model: PretrainedModel):
-    demo = make_evaluator(["demo"])
-    (retrieval,) = (part for _, part in demo._parts if isinstance(part, _Retrieval))
-    few = Subset(retrieval.dataset, range(6))
+    few = Subset(open_dataset("demo"), range(6))
     few.fold_size = 3
-    evaluate = Evaluator([("few", _Retrieval(few))], FeatureOptions(threads=1))
+    evaluate = Evaluator([Evaluation("few", few, is_retrieval=True)], FeatureOptions(threads=1))
     assert "few.mean_of_2_folds.image_to_text.recall_at_1" in evaluate.score_paths
     scores = evaluate(tiny_model)
-    assert all(find_score(scores, path) >= 0 for path in evaluate.score_paths)
-
-
-EVALUATIONS = {
-    "imagenet": {"top1": 0.5, "num_images": 7},
-    "a/b": {"v2": {"top1": 0.1}, "x": 1},
-    "a/b.v2": {"top1": 0.2},
-    "coco": {"text_to_image": {"recall_at_1": 0.25}},
-}
-
-
-@pytest.mark.parametrize(
-    ("path", "score"),
-    [("imagenet.top1", 0.5), ("a/b.v2.top1", 0.2), ("a/b.x", 1.0), ("coco.text_to_image.recall_at_1", 0.25)],
-)
-def test_a_score_is_found_by_its_path(path: str, score: float):
-    assert find_score(EVALUATIONS, path) == score
-
-
-@pytest.mark.parametrize("path", ["imagenet", "imagenet.", "imagenet.top5", "coco.text_to_image", "top1", ""])
-def test_a_wrong_path_is_answered_with_those_there_are(path: str):
-    with pytest.raises(EvaluateError, match="there is no score") as caught:
-        find_score(EVALUATIONS, path)
-    assert "imagenet.top1, imagenet.num_images" in caught.value.remedy
-    assert "coco.text_to_image.recall_at_1" in caught.value.remedy
-
-
-def test_without_evaluations_there_is_no_score():
-    with pytest.raises(EvaluateError, match="there is no score 'imagenet.top1'"):
-        find_score({}, "imagenet.top1")
+    assert all(flatten(scores)[path] >= 0 for path in evaluate.score_paths)

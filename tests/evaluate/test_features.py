@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from declip_cli.data.image_views import evaluation_view
 from declip_cli.data.tokenizer import Tokenizer
 from declip_cli.errors import DataError, EvaluateError
-from declip_cli.evaluate.features import FeatureOptions, image_features
+from declip_cli.evaluate.encoding import FeatureOptions
+from declip_cli.evaluate.features import image_features
 from declip_cli.evaluate.texts import count_cut, length_sorted_batches, text_features
 from declip_cli.model.checkpoint import PretrainedModel
 from tests.data_sets import MemoryDataset

@@ -65,7 +65,7 @@ def test_page_shows_rank_score_path_and_caption_in_order():
     assert page.tags.count("li") == page.tags.count("img") == 3
     places = [page.words.index(word) for word in ("0.5000", "a bus/1.png", "0.2500", "a bus/2.png", "0.1667")]
     assert places == sorted(places)
-    assert "3 of 9 pictures" in page.words
+    assert "3 of 9 images" in page.words
 
 
 def test_page_loads_nothing_from_anywhere():
@@ -100,7 +100,7 @@ def fields(report):
 def test_query_picture_is_shown():
     page = Page(render_gallery(make_report(words="dir/like.png"), query_image=one_colour(COLOURS[1])))
     assert page.tags.count("img") == 4
-    assert "Pictures like like.png" in page.words
+    assert "Images like like.png" in page.words
 
 
 def test_picture_that_is_gone_does_not_break_the_page():

@@ -8,7 +8,8 @@ import torch
 
 from declip_cli.data.catalogue import open_dataset
 from declip_cli.data.files_dataset import Subset
-from declip_cli.evaluate.features import FeatureOptions, image_features
+from declip_cli.evaluate.encoding import FeatureOptions
+from declip_cli.evaluate.features import image_features
 from declip_cli.evaluate.texts import text_features
 from declip_cli.evaluate.zeroshot import zeroshot
 from declip_cli.model.checkpoint import PretrainedModel

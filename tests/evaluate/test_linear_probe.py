@@ -9,7 +9,8 @@ from sklearn.linear_model import LogisticRegression
 
 from declip_cli.errors import EvaluateError
 from declip_cli.evaluate import linear_probe as module
-from declip_cli.evaluate.features import FeatureOptions, image_features
+from declip_cli.evaluate.encoding import FeatureOptions
+from declip_cli.evaluate.features import image_features
 from declip_cli.evaluate.linear_probe import L2_GRID, Labelled, linear_probe, search_l2
 from declip_cli.evaluate.logistic import LogisticProblem
 from declip_cli.evaluate.probe_split import choose_shots, hold_out, open_probe_sets
@@ -186,7 +187,7 @@ def test_hold_out_takes_a_fifth_of_each_class_by_seed():
 
 
 def test_nothing_to_hold_out_is_an_error():
-    with pytest.raises(EvaluateError, match="no class has two training pictures"):
+    with pytest.raises(EvaluateError, match="no class has two training images"):
         hold_out([0, 1, 2], seed=0)
 
 

@@ -9,13 +9,13 @@ from torch.nn import functional as F
 
 from declip_cli.data.tokenizer import Tokenizer
 from declip_cli.errors import EvaluateError
-from declip_cli.evaluate.features import FeatureOptions
+from declip_cli.evaluate.encoding import FeatureOptions
 from declip_cli.evaluate.prompts import (
     build_classifier,
-    build_token_classifier,
     load_templates,
     make_prompts,
 )
+from declip_cli.evaluate.token_wise import build_token_classifier
 from declip_cli.model.checkpoint import PretrainedModel
 
 FP32 = FeatureOptions(precision="fp32", batch_size=2, use_cache=False)
@@ -105,7 +105,7 @@ def test_classifier_is_kept_for_the_same_prompts_only(tiny_model: PretrainedMode
 def test_token_wise_classifier_and_score_equal_the_loop_of_the_original(tiny_token_model: PretrainedModel):
     prompts = make_prompts(NAMES, TEMPLATES)
     classes = build_token_classifier(tiny_token_model, prompts, options=FP32)
-    assert classes.tokens.shape == (3, classes.mask.shape[1], 6)
+    assert classes.tokens.shape == (3, classes.is_padding.shape[1], 6)
     images = torch.randint(0, 256, (4, 16, 16, 3), dtype=torch.uint8)
     with torch.no_grad():
         patches = tiny_token_model.encoder.encode_image_tokens(images)  # (4, 4, 6)

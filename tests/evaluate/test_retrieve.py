@@ -4,8 +4,9 @@ import torch
 
 from declip_cli.data.catalogue import open_dataset
 from declip_cli.data.files_dataset import Subset
-from declip_cli.evaluate.features import FeatureOptions, image_features
-from declip_cli.evaluate.ranking import paired_ranks
+from declip_cli.evaluate.encoding import FeatureOptions
+from declip_cli.evaluate.features import image_features
+from declip_cli.evaluate.metrics import paired_ranks
 from declip_cli.evaluate.retrieve import read_pairs, retrieve
 from declip_cli.evaluate.texts import text_features
 from tests.data_sets import MemoryDataset
@@ -40,8 +41,8 @@ def test_scores_are_those_of_the_features(tiny_model, make_picture):
     images = image_features(tiny_model, made, options=FRESH).features
     texts = text_features(tiny_model, [text for captions in made.texts for text in captions], options=FRESH)
     ranks = paired_ranks(images, texts, torch.arange(30) // 2)
-    assert report.scores.text_to_image.mean_rank == float(ranks.text_to_image.double().mean())
-    assert report.scores.image_to_text.recall[5] == float((ranks.image_to_text <= 5).double().mean())
+    assert report.scores["text_to_image"]["mean_rank"] == float(ranks.text_to_image.double().mean())
+    assert report.scores["image_to_text"]["recall_at_5"] == float((ranks.image_to_text <= 5).double().mean())
 
 
 def test_captions_of_unreadable_pictures_are_left_out(tiny_model, make_picture):
@@ -59,7 +60,7 @@ def test_folds_are_scored_among_themselves_and_averaged(tiny_model, make_picture
     ranks = []
     for fold in range(3):
         part = Subset(made, range(4 * fold, 4 * fold + 4))
-        ranks.append(retrieve(tiny_model, part, options=FRESH).scores.text_to_image.mean_rank)
+        ranks.append(retrieve(tiny_model, part, options=FRESH).scores["text_to_image"]["mean_rank"])
     assert abs(folds["text_to_image"]["mean_rank"] - sum(ranks) / 3) < 1e-9
 
 

@@ -7,8 +7,9 @@ import pytest
 
 from declip_cli.data.catalogue import open_dataset
 from declip_cli.errors import EvaluateError
-from declip_cli.evaluate.features import FeatureOptions, image_features
-from declip_cli.evaluate.search import Query, search, search_saved
+from declip_cli.evaluate.encoding import FeatureOptions
+from declip_cli.evaluate.features import image_features
+from declip_cli.evaluate.search import Query, search
 from declip_cli.evaluate.texts import text_features
 
 FRESH = FeatureOptions(use_cache=False, threads=1, precision="fp32")
@@ -56,19 +57,19 @@ def test_token_wise_model_takes_no_index(photos, tiny_token_model, tmp_path):
     with pytest.raises(EvaluateError, match="--index HNSW8 needs one vector per image"):
         search(tiny_token_model, listed, Query(text="x"), index="HNSW8", options=FRESH)
     with pytest.raises(EvaluateError, match="--index-dir needs one vector per image"):
-        search_saved(tiny_token_model, listed, Query(text="x"), folder=tmp_path / "index", options=FRESH)
+        search(tiny_token_model, listed, Query(text="x"), folder=tmp_path / "index", options=FRESH)
 
 
 def test_saved_index_gives_the_same_hits_and_tells_what_changed(photos, tiny_model, tmp_path, make_picture):
     listed = open_dataset(str(photos))
     plain = search(tiny_model, listed, Query(text="a red bus"), k=4, options=FRESH)
     folder = tmp_path / "index"
-    saved = search_saved(tiny_model, listed, Query(text="a red bus"), folder=folder, k=4, options=FRESH)
+    saved = search(tiny_model, listed, Query(text="a red bus"), folder=folder, k=4, options=FRESH)
     assert [hit.path for hit in saved.hits] == [hit.path for hit in plain.hits]
     assert [hit.score for hit in saved.hits] == pytest.approx([hit.score for hit in plain.hits], abs=1e-5)
     assert saved.to_json()["num_added"] == 12
     (photos / "12.jpg").write_bytes(make_picture(12))
-    again = search_saved(
+    again = search(
         tiny_model, open_dataset(str(photos)), Query(image=photos / "12.jpg"), folder=folder, k=1, options=FRESH
     )
     assert again.hits[0].path.endswith("12.jpg")
@@ -77,8 +78,8 @@ def test_saved_index_gives_the_same_hits_and_tells_what_changed(photos, tiny_mod
 
 def test_saved_index_is_searched_without_its_pictures(photos, tiny_model, tmp_path):
     listed = open_dataset(str(photos))
-    first = search_saved(tiny_model, listed, Query(text="x"), folder=tmp_path / "index", options=FRESH)
-    alone = search_saved(tiny_model, None, Query(text="x"), folder=tmp_path / "index", options=FRESH)
+    first = search(tiny_model, listed, Query(text="x"), folder=tmp_path / "index", options=FRESH)
+    alone = search(tiny_model, None, Query(text="x"), folder=tmp_path / "index", options=FRESH)
     assert [hit.path for hit in alone.hits] == [hit.path for hit in first.hits]
     assert alone.changes == {}
     assert alone.hits[0].read() == Path(alone.hits[0].path).read_bytes()

@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 from declip_cli.data.tokenizer import Tokenizer
 from declip_cli.evaluate import token_wise
-from declip_cli.evaluate.features import FeatureOptions
-from declip_cli.evaluate.ranking import ranks_in_rows
+from declip_cli.evaluate.encoding import FeatureOptions
+from declip_cli.evaluate.metrics import ranks_in_rows
 from declip_cli.evaluate.token_wise import TokenTexts, encode_image_tokens, encode_text_tokens, token_wise_ranks
 from tests.data_sets import MemoryDataset
 

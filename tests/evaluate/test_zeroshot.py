@@ -18,9 +18,10 @@ from declip_cli.data.dataset import Classes, Metric
 from declip_cli.data.image_views import evaluation_view
 from declip_cli.data.tokenizer import Tokenizer
 from declip_cli.errors import EvaluateError
-from declip_cli.evaluate.features import FeatureOptions
-from declip_cli.evaluate.prompts import build_token_classifier, load_templates, make_prompts
+from declip_cli.evaluate.encoding import FeatureOptions
+from declip_cli.evaluate.prompts import load_templates, make_prompts
 from declip_cli.evaluate.report import class_report, write_predictions
+from declip_cli.evaluate.token_wise import build_token_classifier
 from declip_cli.evaluate.zeroshot import ZeroshotReport, zeroshot
 from declip_cli.interop.read import load_model
 from declip_cli.model.architectures import find_architecture

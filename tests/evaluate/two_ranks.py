@@ -1,4 +1,4 @@
-"""What one process does alone in test_shares.py, and each of two ranks."""
+"""What one process does alone in test_encoding.py, and each of two ranks."""
 
 import dataclasses
 import os
@@ -14,7 +14,8 @@ from declip_cli.data.catalogue import open_dataset
 from declip_cli.data.dataset import Classes, Dataset
 from declip_cli.errors import DataError, EvaluateError
 from declip_cli.evaluate.during_training import make_evaluator
-from declip_cli.evaluate.features import FeatureOptions, image_features
+from declip_cli.evaluate.encoding import FeatureOptions
+from declip_cli.evaluate.features import image_features
 from declip_cli.evaluate.retrieve import retrieve
 from declip_cli.evaluate.texts import text_features
 from declip_cli.evaluate.zeroshot import zeroshot

@@ -5,7 +5,7 @@ import signal
 
 from declip_cli.__main__ import main
 from declip_cli.errors import DataError
-from declip_cli.train import keeper, loop
+from declip_cli.train import checkpoint, loop
 
 _STEP = loop.take_step
 
@@ -27,9 +27,9 @@ def fail_to_evaluate(self):
     return _SCORES(self)
 
 
-_SCORES = keeper.Keeper.scores
+_SCORES = checkpoint.Keeper.scores
 if os.environ.get("DECLIP_FAULT") == "evaluation":
-    keeper.Keeper.scores = fail_to_evaluate
+    checkpoint.Keeper.scores = fail_to_evaluate
 elif os.environ.get("DECLIP_FAULT"):
     loop.take_step = fail_at_step_3
 

@@ -1,8 +1,6 @@
 """Runs that can be killed at any moment: forked from a process that has imported all, so that many can be tried."""
 
-import functools
 import os
-import random
 import signal
 import socket
 import sys
@@ -13,9 +11,8 @@ from pathlib import Path
 
 import torch._dynamo  # noqa: F401  (an optimizer imports it; here once, before anything is forked)
 
-from declip_cli.methods import declip, slip
-from declip_cli.model.heads import SimClrHead, SimSiamPredictor, SimSiamProjector
 from declip_cli.train.run_dir import RunDir
+from tests.damage import damaged
 from tests.train.small_runs import run, small_config
 
 METHODS = ("clip", "slip", "filip", "declip", "defilip")
@@ -70,7 +67,6 @@ def _be_a_rank(case, path, rank, port, *, is_resumed):
     try:
         log = os.open(f"{path}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         sys.stdout = sys.stderr = os.fdopen(log, "w", buffering=1)
-        _use_narrow_heads()
         if case.world_size > 1:
             values = {"RANK": rank, "WORLD_SIZE": case.world_size, "LOCAL_RANK": rank, "MASTER_PORT": port}
             os.environ.update({"MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": str(case.world_size)})
@@ -81,13 +77,6 @@ def _be_a_rank(case, path, rank, port, *, is_resumed):
         traceback.print_exc()
     finally:
         os._exit(code)
-
-
-def _use_narrow_heads():
-    """Most of a state would else be SLIP's head of 4,096 and DeCLIP's of 1,024; this process is a test's own."""
-    slip.SimClrHead = functools.partial(SimClrHead, width=32, out_dim=16)
-    declip.SimSiamProjector = functools.partial(SimSiamProjector, width=32)
-    declip.SimSiamPredictor = functools.partial(SimSiamPredictor, width=32, bottleneck=16)
 
 
 def wait(ids, *, timeout_s=PATIENCE_S):
@@ -153,24 +142,10 @@ def final_state(path):
 
 def damage(path, rng):
     """Change a file in one of several ways; tell whether its bytes really changed."""
-    before = path.read_bytes()
-    data = bytearray(before)
-    place = rng.randrange(len(data)) if data else 0
-    kind = rng.choice(("flip", "cut", "zero", "insert", "delete", "unlink", "random"))
-    if kind == "unlink":
+    if rng.random() < 0.1:
         path.unlink()
         return True
-    if kind == "flip" and data:
-        data[place] ^= 1 << rng.randrange(8)
-    elif kind == "cut":
-        data = data[:place]
-    elif kind == "zero":
-        data[place : place + 64] = bytes(len(data[place : place + 64]))
-    elif kind == "insert":
-        data[place:place] = random.Random(place).randbytes(rng.randrange(1, 40))
-    elif kind == "delete":
-        del data[place : place + rng.randrange(1, 40)]
-    else:
-        data[place : place + 32] = random.Random(place).randbytes(len(data[place : place + 32]))
-    path.write_bytes(bytes(data))
-    return bytes(data) != before
+    before = path.read_bytes()
+    after = damaged(before, rng)
+    path.write_bytes(after)
+    return after != before

@@ -12,29 +12,9 @@ import time
 from pathlib import Path
 
 SCRIPT = str(Path(__file__).parent / "failing_rank.py")
-WORDS = [
-    "pretrain",
-    "--data",
-    "demo",
-    "--steps",
-    "100000",
-    "--batch-size",
-    "8",
-    "--threads",
-    "1",
-    "--precision",
-    "fp32",
-]
-WORDS += [
-    "--method",
-    "clip",
-    "--set",
-    "train.eval=[]",
-    "--set",
-    "train.time_limit_s=none",
-    "--set",
-    "train.log_every_steps=1",
-]
+WORDS = ["pretrain", "--data", "demo", "--steps", "100000", "--batch-size", "8", "--threads", "1"]
+WORDS += ["--precision", "fp32", "--method", "clip", "--set", "train.eval=[]", "--set", "train.time_limit_s=none"]
+WORDS += ["--set", "train.log_every_steps=1"]
 LAUNCHERS = ("torchrun", "processes", "accelerate", "srun")
 FAULTS = ("error", "bug", "killed", "folder exists", "evaluation")
 
@@ -43,17 +23,8 @@ def commands(launcher, words, num_ranks):
     """Return the commands that start all ranks, each with what it adds to the environment."""
     python = sys.executable
     if launcher == "torchrun":
-        command = [
-            python,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(num_ranks),
-            SCRIPT,
-            *words,
-        ]
-        return [(command, {})]
+        command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+        return [([*command, SCRIPT, *words], {})]
     if launcher == "processes":
         return [([python, SCRIPT, *words, "--processes", str(num_ranks)], {})]
     if launcher == "accelerate":

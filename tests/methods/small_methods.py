@@ -1,6 +1,7 @@
 """Methods with very small heads, random embeddings for them, and what two processes do with both."""
 
 import os
+from contextlib import contextmanager
 from functools import partial
 from unittest import mock
 
@@ -8,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from declip_cli.batch import Embeddings
+from declip_cli.batch import Batch, Embeddings
 from declip_cli.config import MethodConfig
 from declip_cli.methods import declip, slip
 from declip_cli.methods.registry import METHODS
@@ -16,6 +17,7 @@ from declip_cli.model.architectures import Architecture, TextDims, VitDims
 from declip_cli.model.batch_norm import use_full_batch_norm
 from declip_cli.model.clip import DualEncoder
 from declip_cli.model.heads import SimClrHead, SimSiamPredictor, SimSiamProjector
+from declip_cli.model.text_transformer import END_ID
 
 ARCHITECTURE = Architecture(
     image_side_px=16,
@@ -39,16 +41,23 @@ def only(method, **weights):
     return dict.fromkeys(METHODS[method].default_weights, 0.0) | weights
 
 
-def build(name, *, seed=0, **options):
-    """Build a method whose parameters, norms and scales all have values of their own."""
-    torch.manual_seed(seed)
-    kind = METHODS[name]
-    encoder = DualEncoder(ARCHITECTURE, token_wise_dim=6 if kind.is_token_wise else 0)
+@contextmanager
+def narrow_heads():
+    """Let methods have narrow heads: SLIP's are 4,096 wide, DeCLIP's 1,024, and their weights most of a state."""
     with (
         mock.patch.object(slip, "SimClrHead", partial(SimClrHead, width=9, out_dim=7)),
         mock.patch.object(declip, "SimSiamProjector", partial(SimSiamProjector, width=9)),
         mock.patch.object(declip, "SimSiamPredictor", partial(SimSiamPredictor, width=9, bottleneck=5)),
     ):
+        yield
+
+
+def build(name, *, seed=0, **options):
+    """Build a method whose parameters, norms and scales all have values of their own."""
+    torch.manual_seed(seed)
+    kind = METHODS[name]
+    encoder = DualEncoder(ARCHITECTURE, token_wise_dim=6 if kind.is_token_wise else 0)
+    with narrow_heads():
         method = kind(encoder, MethodConfig(name=name, queue_size=QUEUE_SIZE, **options))
     with torch.no_grad():
         for key, parameter in method.named_parameters():
@@ -76,6 +85,22 @@ def draw(num=4, *, seed=0):
         "mask_counts": counts.float(),
         "numbers": torch.arange(num) * 3 + 100,
     }
+
+
+def batch_of(method, num=5):
+    """Draw pairs for a method; texts have a "!" (id 0) inside, an end, and padding behind it."""
+    generator = torch.Generator().manual_seed(3)
+    num_images, num_texts = len(method.views.images), len(method.views.texts)
+    tokens = torch.randint(1, 49406, (num, num_texts, 9), generator=generator)
+    for pair in range(num):
+        tokens[pair, :, 2] = 0
+        tokens[pair, :, 4 + pair % 4] = END_ID
+        tokens[pair, :, 5 + pair % 4 :] = 0
+    labels = torch.full((num, 9), -100)
+    for pair in range(num - 1):
+        labels[pair, 1 : 2 + pair % 3] = torch.arange(1 + pair % 3) + 17 * pair
+    images = torch.randint(0, 256, (num, num_images, 16, 16, 3), dtype=torch.uint8, generator=generator)
+    return Batch(images=images, tokens=tokens, mask_labels=labels, numbers=torch.arange(num) * 3 + 100)
 
 
 def earlier_texts(fields, *, seed=9):

@@ -18,6 +18,7 @@ from tests.methods.small_methods import (
     GOOD,
     QUEUE_SIZE,
     RANK_JOBS,
+    batch_of,
     build,
     draw,
     earlier_texts,
@@ -216,22 +217,6 @@ def test_the_logit_scale_is_capped_at_100_with_the_whole_gradient(name, is_cappe
     assert gradients["encoder.logit_scale"].item() == pytest.approx(150 * scale.grad.item(), rel=1e-4)
 
 
-def batch_of(method, num=5):
-    """Draw pairs for a method; texts have a "!" (id 0) inside, an end, and padding behind it."""
-    generator = torch.Generator().manual_seed(3)
-    num_images, num_texts = len(method.views.images), len(method.views.texts)
-    tokens = torch.randint(1, 49406, (num, num_texts, 9), generator=generator)
-    for pair in range(num):
-        tokens[pair, :, 2] = 0
-        tokens[pair, :, 4 + pair % 4] = END_ID
-        tokens[pair, :, 5 + pair % 4 :] = 0
-    labels = torch.full((num, 9), -100)
-    for pair in range(num - 1):
-        labels[pair, 1 : 2 + pair % 3] = torch.arange(1 + pair % 3) + 17 * pair
-    images = torch.randint(0, 256, (num, num_images, 16, 16, 3), dtype=torch.uint8, generator=generator)
-    return Batch(images=images, tokens=tokens, mask_labels=labels, numbers=torch.arange(num) * 3 + 100)
-
-
 def encoded(method, batch, *, score_padding):
     """Compute a method's embeddings one view at a time, with the encoder's own functions; in float64."""
     encoder, first = method.encoder, batch.tokens[:, 0]
@@ -339,7 +324,7 @@ def test_without_padding_scored_the_padding_has_no_influence():
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(tmp_path_factory, quick_ranks):
     folder = tmp_path_factory.mktemp("ranks")
     start_processes(run_ranks, (str(folder),), num_processes=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]

@@ -19,6 +19,7 @@ from declip_cli.interop.read import load_model
 from declip_cli.model.architectures import Architecture, ResNetDims, TextDims, VitDims, find_architecture
 from declip_cli.model.checkpoint import find_newest_run, save_model
 from declip_cli.model.clip import IMAGE_MEAN, DualEncoder
+from tests.damage import damaged
 from tests.golden_files import golden_batch, golden_cases, golden_state, load_golden
 
 VIT = ModelConfig(arch="vit-tiny32", embed_dim=10, context_length=9)
@@ -401,20 +402,6 @@ def test_pixels_are_normalised_as_the_saved_model_did(tmp_path):
     assert torch.equal(found.pixel_std, encoder.pixel_std)
 
 
-def damage(data, rng):
-    """Flip, cut, blank, insert or delete some bytes."""
-    start = rng.randrange(len(data))
-    end = min(len(data), start + rng.choice((1, 1, 4, 100)))
-    how = rng.choice(("flip", "truncate", "zero", "insert", "delete"))
-    if how == "flip":
-        return data[:start] + bytes([data[start] ^ (1 << rng.randrange(8))]) + data[start + 1 :]
-    if how == "truncate":
-        return data[:start]
-    if how == "zero":
-        return data[:start] + bytes(end - start) + data[end:]
-    return data[:start] + (rng.randbytes(end - start) + data[start:] if how == "insert" else data[end:])
-
-
 def facts_of(model):
     encoder = model.encoder
     state = {**encoder.state_dict(), "mean": encoder.pixel_mean, "std": encoder.pixel_std}
@@ -430,7 +417,7 @@ def test_a_damaged_folder_is_an_error_and_never_anything_else(tmp_path, is_seale
     expected = facts_of(load_model(tmp_path))
     for _ in range(8):
         name = rng.choice(names)
-        (tmp_path / name).write_bytes(damage(whole[name], rng))
+        (tmp_path / name).write_bytes(damaged(whole[name], rng))
         if is_sealed:
             seal(tmp_path)
         with contextlib.suppress(ModelError):

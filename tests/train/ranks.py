@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,19 +10,25 @@ import torch
 import torch.distributed as dist
 
 from declip_cli.distributed import average_gradients
+from declip_cli.errors import TrainError
+from declip_cli.methods.registry import METHODS
 from declip_cli.model.batch_norm import FullBatchNorm, use_full_batch_norm
 from declip_cli.process_group import joined
 from declip_cli.train.grad_cache import forward_backward
 from tests.golden_files import golden_batch, golden_method, load_golden
+from tests.methods.small_methods import batch_of, build
 
 
 def step(name, *, rank, num_ranks, micro_batch_size=0, **options):
-    """Take one forward and backward pass on this rank's share of a recording."""
-    golden = load_golden(name)
-    method = golden_method(golden, **options)
+    """Take one forward and backward pass on this rank's share of a recording, or of 8 pairs for a small method."""
+    if name in METHODS:
+        method = build(name, queue_start="random", **options)
+        batch = batch_of(method, 8).split(8 // num_ranks)[rank]
+    else:
+        golden = load_golden(name)
+        method, batch = golden_method(golden, **options), golden_batch(golden, rank, num_ranks)
     if num_ranks > 1 and method.config.batch_norm == "global":
         use_full_batch_norm(method, is_accelerator=False)
-    batch = golden_batch(golden, rank, num_ranks)
     result = forward_backward(method, batch, micro_batch_size=micro_batch_size, autocast=nullcontext)
     terms = torch.stack([*result.terms.terms.values(), result.terms.total])
     if num_ranks > 1:
@@ -45,6 +50,8 @@ def run(jobs, folder):
     for number, (name, options) in enumerate(jobs):
         found = step(name, rank=rank, num_ranks=num_ranks, **options)
         torch.save(found, f"{folder}/{number}-{rank}.pt")
+    found = batch_norm_step(FullBatchNorm(torch.nn.BatchNorm2d(3)), slice(3 * rank, 3 * rank + 3))
+    torch.save(found, f"{folder}/batch_norm-{rank}.pt")
 
 
 def batch_norm_step(norm, rows):
@@ -61,17 +68,12 @@ def batch_norm_step(norm, rows):
     }
 
 
-def run_batch_norm(folder):
-    rank = int(os.environ["RANK"])
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    found = batch_norm_step(FullBatchNorm(torch.nn.BatchNorm2d(3)), slice(3 * rank, 3 * rank + 3))
-    torch.save(found, f"{folder}/{rank}.pt")
+def fail_on_rank_one(log):
+    def tell(message):
+        with open(log, "a") as file:
+            file.write(f"{message}\n")
 
-
-def fail_on_rank_one():
-    from declip_cli.errors import TrainError
-
-    with joined(has_gpu=False, tell=lambda message: sys.stderr.write(f"{message}\n")):
+    with joined(has_gpu=False, tell=tell):
         if os.environ["RANK"] == "1":
             raise TrainError("the second process cannot go on", remedy="mend it")
         dist.barrier()

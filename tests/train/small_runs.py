@@ -8,6 +8,7 @@ from declip_cli.model.architectures import ARCHITECTURES, Architecture, TextDims
 from declip_cli.process_group import joined
 from declip_cli.resolve import DataFacts, Machine, resolve
 from declip_cli.train.run import Request, pretrain
+from tests.methods.small_methods import narrow_heads
 
 ARCHITECTURES["test"] = Architecture(
     image_side_px=32,
@@ -21,7 +22,7 @@ SMALL = {
     "data": {"path": ["demo"], "split": "fit", "workers": 0},
     "method": {"name": "clip", "queue_size": 100},
     "optim": {"warmup_steps": 2},
-    "train": {"steps": 10, "batch_size": 16, "precision": "fp32", "device": "cpu", "log_every_steps": 1, "threads": 1},
+    "train": {"steps": 10, "batch_size": 8, "precision": "fp32", "device": "cpu", "log_every_steps": 1, "threads": 1},
 }
 
 
@@ -39,12 +40,12 @@ def resolved(config=None, *, num_pairs=100_000, world_size=1):
     return resolve(config or small_config(), data=data, machine=machine)
 
 
-def run(config, path, *, is_resumed=False, evaluate=None, find_score=None, notes=None):
+def run(config, path, *, is_resumed=False, evaluate=None, notes=None):
     """Train to the end in a folder and return the reports."""
     say = (lambda message: None) if notes is None else notes.append
     request = Request(asked=config, path=path, is_resumed=is_resumed)
-    with joined(has_gpu=False, tell=say):
-        return list(pretrain(request, evaluate=evaluate, find_score=find_score, say=say))
+    with narrow_heads(), joined(has_gpu=False, tell=say):
+        return list(pretrain(request, evaluate=evaluate, say=say))
 
 
 def metrics(path):

@@ -38,6 +38,18 @@ def test_auto_takes_the_fastest_format_that_a_gpu_has(native_bf16, capability, e
     assert (machine.device, machine.precision) == ("cuda", expected)
 
 
+def test_processes_that_would_share_a_gpu_are_refused(gpu, monkeypatch):
+    gpu(native_bf16=True, capability=(9, 0))
+    monkeypatch.setattr(build, "world_size", lambda: 2)
+    monkeypatch.setattr(build, "from_all", lambda value: [value, value])
+    config = small_config(train={"device": "auto"})
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(TrainError, match="LOCAL_RANK is not set"):
+        find_machine(config)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert find_machine(config).device == "cuda"
+
+
 def test_float16_is_refused_on_a_cpu():
     with pytest.raises(TrainError, match=r"fp16 needs a GPU \(found cpu\)"):
         find_machine(small_config(train={"precision": "fp16"}))
@@ -96,9 +108,9 @@ def test_memory_that_runs_out_is_an_error_that_names_the_remedy(error, tmp_path,
         raise error
 
     monkeypatch.setattr(loop, "take_step", full)
-    with pytest.raises(TrainError, match="the memory of this cpu is not enough for 16 pairs at once") as caught:
+    with pytest.raises(TrainError, match="the memory of this cpu is not enough for 8 pairs at once") as caught:
         run(small_config(), tmp_path / "run")
-    assert caught.value.remedy.startswith("--micro-batch-size 8, which changes no result")
+    assert caught.value.remedy.startswith("--micro-batch-size 4, which changes no result")
 
 
 def test_other_errors_are_not_taken_for_memory(tmp_path, monkeypatch):

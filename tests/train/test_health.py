@@ -1,29 +1,35 @@
+import dataclasses
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from declip_cli.train.health import Vitals, advice, broken_weights, spread
+from declip_cli.train.health import StepReport, advice, broken_weights, spread
+from tests.train.small_runs import resolved, small_config
 
 WELL = {
     "step": 100,
-    "is_warm": True,
+    "total_steps": 1000,
+    "samples_seen": 100 * 256,
     "wait_share": 0.1,
-    "contrastive_loss": 3.0,
-    "chance_loss": math.log(256),
-    "spread": {"image": 0.4, "text": 0.4},
     "logit_scale": 20.0,
-    "logit_scale_max": 100.0,
-    "num_bad_steps": 0,
-    "context_length": 32,
-    "num_cut_captions": 5,
-    "num_texts": 1000,
+    "spread": {"image": 0.4, "text": 0.4},
+    "losses": {"clip": 3.0, "total": 3.0},
+    **dict.fromkeys(("seconds", "seconds_left", "step_seconds", "samples_per_second", "learning_rate"), 1.0),
+    **dict.fromkeys(("gradient_norm", "loss_scale", "peak_memory_mib", "num_bad_steps"), 1.0),
 }
 
 
-def told(*, workers=8, cores=8, side_px=224, **changes):
-    return dict(advice(Vitals(**(WELL | changes)), workers=workers, cores=cores, side_px=side_px))
+def told(*, workers=8, context_length=32, smoothing=0.0, num_skipped=0, cut_share=0.005, **changes):
+    config = small_config(
+        model={"context_length": context_length, "image_side_px": 224},
+        method={"label_smoothing": smoothing},
+        train={"batch_size": 256, "steps": 1000},
+    )
+    run = resolved(config)
+    run = dataclasses.replace(run, machine=dataclasses.replace(run.machine, workers=workers, cores=8))
+    return dict(advice(StepReport(**(WELL | changes)), run, num_skipped=num_skipped, cut_share=cut_share))
 
 
 def test_a_run_that_does_well_is_told_nothing():
@@ -35,13 +41,13 @@ def test_a_run_that_does_well_is_told_nothing():
     [
         ({"wait_share": 0.4, "workers": 2}, "starved", ["40%", "2 loader threads", "--set data.workers=8"]),
         ({"wait_share": 0.4}, "starved", ["8 loader threads", "prepare with --image-side-px 256"]),
-        ({"num_cut_captions": 300}, "cut", ["30% of the captions", "the 32 tokens", "--set model.context_length=77"]),
-        ({"num_cut_captions": 300, "context_length": 77}, "cut", ["the 77 tokens", "put what matters first"]),
+        ({"cut_share": 0.3}, "cut", ["30% of the captions", "the 32 tokens", "--set model.context_length=77"]),
+        ({"cut_share": 0.3, "context_length": 77}, "cut", ["the 77 tokens", "put what matters first"]),
         ({"spread": {"image": 0.001, "text": 0.4}}, "collapsed image", ["spread 0.001", "--learning-rate"]),
         ({"spread": {"image": 0.4, "text": 0.0}}, "collapsed text", ["text features", "--batch-size"]),
-        ({"contrastive_loss": 5.54}, "chance", ["5.540", "5.545", "--learning-rate"]),
+        ({"losses": {"clip": 5.54}}, "chance", ["5.540", "5.545", "--learning-rate"]),
         ({"logit_scale": 100.0}, "scale", ["at its bound (100.0)"]),
-        ({"num_bad_steps": 3}, "bad 100", ["3 batches before step 100", "skipped"]),
+        ({"num_skipped": 3}, "bad 100", ["3 batches before step 100", "skipped"]),
     ],
 )
 def test_what_is_wrong_is_one_line_with_what_to_do(changes, kind, words):
@@ -52,13 +58,14 @@ def test_what_is_wrong_is_one_line_with_what_to_do(changes, kind, words):
         assert word in found[kind]
 
 
-@pytest.mark.parametrize("changes", [{"spread": {"image": 0.0}}, {"contrastive_loss": 5.545}, {"logit_scale": 100.0}])
+@pytest.mark.parametrize("changes", [{"spread": {"image": 0.0}}, {"losses": {"clip": 5.545}}, {"logit_scale": 100.0}])
 def test_a_run_that_is_warming_up_is_given_time(changes):
-    assert told(is_warm=False, **changes) == {}
+    assert told(samples_seen=2 * 256, **changes) == {}
 
 
-def test_the_loss_is_not_compared_with_chance_where_there_is_none():
-    assert told(contrastive_loss=None) == {}
+@pytest.mark.parametrize("changes", [{"losses": {}}, {"losses": {"clip": 5.545}, "smoothing": 0.1}])
+def test_the_loss_is_not_compared_with_chance_where_that_says_nothing(changes):
+    assert told(**changes) == {}
 
 
 def test_the_spread_is_the_mean_squared_distance_of_unit_features_from_their_mean():

@@ -68,8 +68,8 @@ def take(training, meter, clock, *, seconds, loss=1.0, norm=1.0, backlog=0.0):
     )
 
 
-def report(meter, **options):
-    return meter.report(rate=0.1, share=0.5, evaluations={}, **options)
+def report(meter):
+    return meter.report(rate=0.1, share=0.5, evaluations={})
 
 
 def test_the_device_has_finished_before_the_clock_is_read(training, clock):

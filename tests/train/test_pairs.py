@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 
 from declip_cli.config import DataConfig
-from declip_cli.data.shards.dataset import ShardDataset
-from declip_cli.data.shards.lazy import LazyShardDataset
+from declip_cli.data.shards.dataset import LazyShardDataset, ShardDataset
 from declip_cli.errors import ConfigError
 from declip_cli.presets import settle_data
 from declip_cli.train import pairs

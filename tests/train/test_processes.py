@@ -13,28 +13,32 @@ from declip_cli.errors import TrainError
 from declip_cli.interop.original import rename_original
 from declip_cli.train.launch import RankFailed, start_processes, wanted_processes
 from tests.golden_files import golden_case, golden_cases, load_golden
-from tests.train.ranks import batch_norm_step, fail_on_rank_one, run, run_batch_norm, step, wait_for_the_end
+from tests.train.ranks import batch_norm_step, fail_on_rank_one, run, step, wait_for_the_end
+
+pytestmark = pytest.mark.usefixtures("quick_ranks")
 
 METHODS = ("clip", "slip", "filip", "declip", "defilip")
 RECORDED = golden_cases(world=2, methods=METHODS)
-DEFAULT = [golden_case(method) for method in METHODS] + [golden_case("clip", arch="rn")]
+RESNET = golden_case("clip", arch="rn")
 JOBS = [
     *(
         (name, {"faithful": True, **({"weights": {"clip": 1e-12}} if name.startswith("filip") else {})})
         for name in RECORDED
     ),
-    *((name, {"faithful": False}) for name in DEFAULT),
-    *((name, {"faithful": False, "micro_batch_size": 3}) for name in DEFAULT if "_vit_" in name),
+    (RESNET, {"faithful": False}),
+    *((name, {}) for name in METHODS),
+    *((name, {"micro_batch_size": 3}) for name in METHODS),
 ]
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
+def two_ranks(tmp_path_factory, quick_ranks):
     folder = tmp_path_factory.mktemp("ranks")
     start_processes(run, (JOBS, str(folder)), num_processes=2)
 
     def load(job, rank):
-        return torch.load(folder / f"{JOBS.index(job)}-{rank}.pt", weights_only=True)
+        name = job if isinstance(job, str) else JOBS.index(job)
+        return torch.load(folder / f"{name}-{rank}.pt", weights_only=True)
 
     return load
 
@@ -59,20 +63,21 @@ def test_two_ranks_of_half_a_batch_equal_one_of_the_whole(two_ranks, job):
     name, options = job
     # A deep ReLU network with BatchNorm over 8 images magnifies rounding: pixels changed by 1e-7 already change
     # its gradients by 2e-3. Its BatchNorm across ranks is checked tightly on its own below.
-    allowed = 1e-2 if "_rn_" in name else 1e-4
-    alone = step(name, rank=0, num_ranks=1, faithful=False)
+    allowed = 1e-2 if name == RESNET else 1e-4
+    alone = step(name, rank=0, num_ranks=1, **{key: options[key] for key in options if key == "faithful"})
     for rank in (0, 1):
         found = two_ranks(job, rank)
         assert set(found) == set(alone)
         for key, value in alone.items():
+            size = value.float().norm()
             # Biases before a BatchNorm have zero gradient; what is found there is rounding noise.
-            assert (found[key] - value).float().norm() < allowed * value.float().norm() + 1e-6, (key, rank)
+            noise = 1e-5 if size < 1e-5 else 1e-6
+            assert (found[key] - value).float().norm() < allowed * size + noise, (key, rank)
 
 
-def test_batch_norm_over_two_ranks_equals_the_library_on_the_whole_batch(two_ranks, tmp_path):
-    start_processes(run_batch_norm, (str(tmp_path),), num_processes=2)
+def test_batch_norm_over_two_ranks_equals_the_library_on_the_whole_batch(two_ranks):
     whole = batch_norm_step(torch.nn.BatchNorm2d(3), slice(None))
-    halves = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    halves = [two_ranks("batch_norm", rank) for rank in (0, 1)]
     torch.testing.assert_close(torch.cat([half["out"] for half in halves]), whole["out"])
     torch.testing.assert_close(torch.cat([half["input"] for half in halves]), whole["input"])
     torch.testing.assert_close(halves[0]["weight"] + halves[1]["weight"], whole["weight"])
@@ -80,14 +85,13 @@ def test_batch_norm_over_two_ranks_equals_the_library_on_the_whole_batch(two_ran
     torch.testing.assert_close(halves[1]["var"], whole["var"])
 
 
-def test_a_failing_rank_ends_all_of_them_and_rank_0_says_why(capfd):
+def test_a_failing_rank_ends_all_of_them_and_rank_0_says_why(tmp_path):
     began = time.monotonic()
     with pytest.raises(RankFailed):
-        start_processes(fail_on_rank_one, (), num_processes=2)
+        start_processes(fail_on_rank_one, (str(tmp_path / "told"),), num_processes=2)
     assert time.monotonic() - began < 60
-    told = capfd.readouterr().err.splitlines()
-    expected = ["error: process 1 of 2 has failed: the second process cannot go on", "  fix: mend it"]
-    assert [line for line in told if line in expected] == expected
+    told = (tmp_path / "told").read_text().splitlines()
+    assert told == ["error: process 1 of 2 has failed: the second process cannot go on", "  fix: mend it"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -160,7 +160,7 @@ def test_damaged_settings_are_taken_from_the_newest_state(run_dir, damage):
     save(run_dir, 5)
     path = run_dir.path / "config.json"
     text = path.read_text()
-    path.write_text(text.replace('"batch_size": 16', '"batch_size": 17')) if damage is flip else damage(path)
+    path.write_text(text.replace('"batch_size": 8', '"batch_size": 9')) if damage is flip else damage(path)
     assert run_dir.read_run() == RUN
     assert "config.json is damaged" in run_dir.said[0]
     assert run_dir.said[0].endswith("taken from step-000000005 instead")

@@ -11,7 +11,7 @@ from declip_cli.data.dataset import Classes, Dataset, Skips
 from declip_cli.data.files_dataset import FilesDataset, is_image
 from declip_cli.data.shards.tar_samples import clean_captions
 from declip_cli.data.sources.folder import CAPTIONS_FILE, group_by_stem, read_lists
-from declip_cli.data.sources.records import FileRecord, captions_beside
+from declip_cli.data.sources.records import LeftOut, captions_beside
 from declip_cli.errors import DataError
 
 _SPLIT_FOLDERS = {
@@ -82,16 +82,19 @@ def _from_lists(root: str, lists: list[str], paths: list[str]) -> FilesDataset:
     failed: dict[str, list[DataError]] = {}
     skipped = Skips()
     for record in read_lists(lists, root=root):
-        try:
-            found = clean_captions(list(record.captions), record.key) if isinstance(record, FileRecord) else ()
-        except DataError as error:
-            failed.setdefault(os.path.normpath(getattr(record, "path", "")), []).append(error)
+        if isinstance(record, LeftOut):
+            skipped.add(record.cause, record.key)
             continue
-        path = os.path.normpath(record.path) if isinstance(record, FileRecord) else ""
+        path = os.path.normpath(str(record.image))
+        try:
+            found = clean_captions(list(record.captions), record.key)
+        except DataError as error:
+            failed.setdefault(path, []).append(error)
+            continue
         if path in captions:
             captions[path] += found
         else:
-            skipped.add("missing file" if path else getattr(record, "cause", "unreadable"), record.key)
+            skipped.add("missing file", record.key)
     for path, errors in failed.items():
         for reason in errors[0 if captions.get(path, True) else 1 :]:  # the first of an image without others is raised
             skipped.add(reason.cause, path)
@@ -106,13 +109,9 @@ def _from_lists(root: str, lists: list[str], paths: list[str]) -> FilesDataset:
 
 
 def folder_splits(folder: str) -> dict[str, str]:
-    """Find the split folders of a user's folder.
+    """Find `train/`, `val/`, `test/` (or their longer names) in a user's folder: split → its folder.
 
-    Args:
-        folder: may hold `train/`, `val/`, `test/` (or their longer names).
-
-    Returns:
-        Split → its folder; empty where any other subfolder stands beside them, as these are then classes.
+    Empty where any other subfolder stands beside them, as these are then classes.
     """
     subfolders = class_folders(folder)
     found = {
@@ -145,17 +144,10 @@ def list_images(folder: Path) -> list[str]:
         raise missing_file(folder) from error
 
 
-def read_class_folders(known: Known, root: Path, split: str, classes: Classes) -> Dataset:
+def read_class_folders(known: Known, root: Path, split: str) -> Dataset:
     """Read one split of a set of class folders that was published without any: so many files per class.
 
-    Args:
-        known: its splits say `per_class`, -1 for the rest; one marker is the folder itself.
-        root: the folder that a marker lies in.
-        split: which one.
-        classes: of the set, in the order of the sorted folders.
-
-    Returns:
-        The images of the split.
+    The splits say `per_class`, -1 for the rest; one marker is the folder itself.
     """
     base = next((root / marker for marker in known.markers if (root / marker).is_dir()), root / known.markers[0])
     sizes = {name: int(facts["per_class"]) for name, facts in known.splits.items()}
@@ -166,7 +158,7 @@ def read_class_folders(known: Known, root: Path, split: str, classes: Classes) -
         chosen = hashed_split(list(files), sizes)[split]
         paths += [files[key] for key in chosen]
         labels += [label] * len(chosen)
-    return FilesDataset(paths, labels=labels, classes=classes)
+    return FilesDataset(paths, labels=labels, classes=known.classes)
 
 
 def hashed_split(names: list[str], sizes: Mapping[str, int]) -> dict[str, list[str]]:

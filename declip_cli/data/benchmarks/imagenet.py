@@ -1,7 +1,6 @@
 """ImageNet and its relatives (v2, A, R, Sketch, ObjectNet), and SUN397's official split."""
 
 import csv
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from declip_cli.assets import asset_path
 from declip_cli.data.benchmarks.folders import class_folders, list_classes, list_images
-from declip_cli.data.benchmarks.known import Known, missing_file, names_from_assets, need_package, read_lines
+from declip_cli.data.benchmarks.known import Known, asset_lists, missing_file, need_package, read_lines
 from declip_cli.data.dataset import Classes
 from declip_cli.data.files_dataset import FilesDataset
 from declip_cli.errors import DataError
@@ -22,27 +21,11 @@ def wordnet_ids() -> tuple[str, ...]:
     return tuple(asset_path("imagenet_wordnet_ids.txt").read_text(encoding="utf-8").split())
 
 
-@cache
-def subset_labels(name: str) -> tuple[int, ...]:
-    """Return the ImageNet labels that a relative uses, in order."""
-    return tuple(json.loads(asset_path("class_subsets.json").read_text(encoding="utf-8"))[name])
-
-
-def read_imagenet(known: Known, root: Path, split: str, classes: Classes) -> FilesDataset:
+def read_imagenet(known: Known, root: Path, split: str) -> FilesDataset:
     """Read ImageNet-1k; `test` is the validation set of 50,000, as in every paper.
 
-    Args:
-        known: the row of the table.
-        root: holds `imagenet/` (with `train/`, `val/` of one folder per WordNet identifier; or a flat `val/`
-            beside `ILSVRC2012_devkit_t12/`), or Kaggle's `ILSVRC/` with `LOC_val_solution.csv`.
-        split: `train` or `test`.
-        classes: of the set.
-
-    Returns:
-        The images.
-
-    Raises:
-        DataError: the layout is none of these.
+    There is `imagenet/` (with `train/`, `val/` of one folder per WordNet identifier; or a flat `val/` beside
+    `ILSVRC2012_devkit_t12/`), or Kaggle's `ILSVRC/` with `LOC_val_solution.csv`.
     """
     base = root / "imagenet" if (root / "imagenet").is_dir() else root
     folder = base / {"test": "val"}.get(split, split)
@@ -50,11 +33,11 @@ def read_imagenet(known: Known, root: Path, split: str, classes: Classes) -> Fil
     if not folder.is_dir() and kaggle.is_dir():
         folder = kaggle / folder.name
     if set(class_folders(folder)) & set(wordnet_ids()):
-        return _classes_in(folder, wordnet_ids(), classes)
+        return _classes_in(folder, wordnet_ids(), known.classes)
     files = list_images(folder)
     if not files:
         raise missing_file(folder)
-    return FilesDataset(files, labels=_flat_labels(base, [Path(file).stem for file in files]), classes=classes)
+    return FilesDataset(files, labels=_flat_labels(base, [Path(file).stem for file in files]), classes=known.classes)
 
 
 def _classes_in(folder: Path, expected: Sequence[str], classes: Classes) -> FilesDataset:
@@ -94,26 +77,26 @@ def _flat_labels(base: Path, stems: Sequence[str]) -> list[int]:
     return [labels[by_number[truth[int(stem.rpartition("_")[2]) - 1]]] for stem in stems]
 
 
-def read_imagenetv2(known: Known, root: Path, split: str, classes: Classes) -> FilesDataset:
-    """Read `imagenetv2-matched-frequency-format-val/`, one folder per label number; as of `read_imagenet`."""
-    return _classes_in(_marked(known, root), [str(label) for label in range(1000)], classes)
+def read_imagenetv2(known: Known, root: Path, split: str) -> FilesDataset:
+    """Read `imagenetv2-matched-frequency-format-val/`, one folder per label number."""
+    return _classes_in(_marked(known, root), [str(label) for label in range(1000)], known.classes)
 
 
-def read_sketch(known: Known, root: Path, split: str, classes: Classes) -> FilesDataset:
-    """Read `imagenet-sketch/` or `sketch/`, one folder per WordNet identifier; as of `read_imagenet`."""
-    return _classes_in(_marked(known, root), wordnet_ids(), classes)
+def read_sketch(known: Known, root: Path, split: str) -> FilesDataset:
+    """Read `imagenet-sketch/` or `sketch/`, one folder per WordNet identifier."""
+    return _classes_in(_marked(known, root), wordnet_ids(), known.classes)
 
 
-def read_subset(known: Known, root: Path, split: str, classes: Classes) -> FilesDataset:
+def read_subset(known: Known, root: Path, split: str) -> FilesDataset:
     """Read `imagenet-a/` or `imagenet-r/`: 200 of the 1,000 classes; only these are told apart."""
-    labels, names = subset_labels(known.name), names_from_assets()["imagenet"]
-    classes = replace(classes, names=tuple(names[label] for label in labels))
+    labels, names = asset_lists("class_subsets.json")[known.name], asset_lists("class_names.json")["imagenet"]
+    classes = replace(known.classes, names=tuple(names[label] for label in labels))
     found = _classes_in(root / known.name, [wordnet_ids()[label] for label in labels], classes)
     found.note = f"only the {len(labels)} classes of this set are told apart"
     return found
 
 
-def read_objectnet(known: Known, root: Path, split: str, classes: Classes) -> FilesDataset:
+def read_objectnet(known: Known, root: Path, split: str) -> FilesDataset:
     """Read `objectnet-1.0/`: the 113 classes that ImageNet has too, named as ObjectNet does.
 
     The tables in `mappings/` come in the same archive.
@@ -129,7 +112,7 @@ def read_objectnet(known: Known, root: Path, split: str, classes: Classes) -> Fi
     label_of_folder, imagenet_names = tables
     folders = sorted(folder for folder, label in label_of_folder.items() if label in imagenet_names)
     names = tuple(label_of_folder[folder].lower() for folder in folders)
-    found = _classes_in(base / "images", folders, replace(classes, names=names))
+    found = _classes_in(base / "images", folders, replace(known.classes, names=names))
     found.note = f"only the {len(folders)} classes that ImageNet has too are told apart"
     return found
 
@@ -138,7 +121,7 @@ def _marked(known: Known, root: Path) -> Path:
     return next(root / marker for marker in known.markers if (root / marker).is_dir())
 
 
-def read_sun397(known: Known, root: Path, split: str, classes: Classes) -> FilesDataset:
+def read_sun397(known: Known, root: Path, split: str) -> FilesDataset:
     """Read `SUN397/ClassName.txt` and the official `Training_01.txt` / `Testing_01.txt`.
 
     The lists come in `Partitions.zip` of the data set's page and may lie in `SUN397/`,
@@ -161,5 +144,5 @@ def read_sun397(known: Known, root: Path, split: str, classes: Classes) -> Files
     return FilesDataset(
         [base / file.lstrip("/") for file in files],
         labels=[numbers[file.rpartition("/")[0]] for file in files],
-        classes=replace(classes, names=names),
+        classes=replace(known.classes, names=names),
     )

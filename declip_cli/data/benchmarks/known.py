@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from declip_cli.assets import asset_path
+from declip_cli.data.dataset import Classes
 from declip_cli.errors import DataError
 
 
@@ -42,21 +43,21 @@ class Known:
         """Which commands score it, for people."""
         if not self.num_classes:
             return "retrieval"
-        has_captions = self.reader == "packed"
-        return ", ".join(
-            (
-                "zero-shot",
-                *(("linear-probe",) if "train" in self.splits else ()),
-                *(("retrieval",) if has_captions else ()),
-            )
+        found = ["zero-shot", *(["linear-probe"] if "train" in self.splits else [])]
+        return ", ".join([*found, "retrieval"] if self.reader == "packed" else found)
+
+    @property
+    def classes(self) -> Classes:
+        """The classes, as far as they are not in the files of the set."""
+        names = asset_lists("class_names.json")
+        return Classes(
+            names=names.get("imagenet" if self.num_classes == len(names["imagenet"]) else self.name, ()),
+            templates=self.templates or asset_lists("templates.json").get(self.name, ()),
+            metric="mean_per_class" if self.metric == "mean_per_class" else "accuracy",
         )
 
     def locate(self, root: Path) -> Path | None:
-        """Find the folder that a marker lies in: the data root, or the one of the set's name in it; None if neither.
-
-        Args:
-            root: the data root.
-        """
+        """Find the folder that a marker lies in: the data root, or the one of the set's name in it; None if neither."""
         places = (root, root / self.name)
         return next((place for marker in self.markers for place in places if (place / marker).exists()), None)
 
@@ -80,13 +81,7 @@ def known_sets() -> Mapping[str, Known]:
 
 
 def resolve_data_root(given: Path | None) -> Path:
-    """Return where evaluation sets are looked for.
-
-    Args:
-        given: the option `--data-root`, or None.
-
-    Returns:
-        That folder, else `$DECLIP_DATA`, else `data/`.
+    """Return where evaluation sets are looked for: the option `--data-root`, else `$DECLIP_DATA`, else `data/`.
 
     Raises:
         DataError: a folder was named that does not exist.
@@ -99,14 +94,31 @@ def resolve_data_root(given: Path | None) -> Path:
     return told or Path("data")
 
 
-def read_lines(path: Path) -> list[str]:
-    """Read the non-empty lines of a list that belongs to a data set.
-
-    Args:
-        path: a text file.
+def list_known(data_root: Path | None = None) -> list[dict[str, Any]]:
+    """List the known data sets in the order of the table, as `declip zeroshot --list --json` shows them.
 
     Returns:
-        Lines without surrounding white space.
+        `name`, `task`, `num_classes`, `metric`, `expected` (a path that shows that the set is there), `is_there`.
+    """
+    root = resolve_data_root(data_root)
+    listed = []
+    for known in known_sets().values():
+        folder = known.locate(root)
+        listed.append(
+            {
+                "name": known.name,
+                "task": known.tasks,
+                "num_classes": known.num_classes,
+                "metric": known.metric,
+                "expected": str((folder or root) / known.markers[0]) if known.markers else "built in",
+                "is_there": folder is not None or not known.markers,
+            }
+        )
+    return listed
+
+
+def read_lines(path: Path) -> list[str]:
+    """Read the non-empty lines of a list that belongs to a data set, without surrounding white space.
 
     Raises:
         DataError: the file is missing or is not text.
@@ -127,11 +139,7 @@ def missing_file(path: Path) -> DataError:
 
 
 def need_package(package: str, what: str) -> None:
-    """Raise where a package of the extra `eval` is not installed.
-
-    Args:
-        package: its name, such as `scipy`; empty needs none.
-        what: what is read with it, for the message.
+    """Make sure that a package of the extra `eval` is installed, if one is named; `what` is read with it.
 
     Raises:
         DataError: it is missing.
@@ -144,14 +152,6 @@ def need_package(package: str, what: str) -> None:
 
 
 @cache
-def names_from_assets() -> Mapping[str, tuple[str, ...]]:
-    """Return the class names of the known data sets, by set, in label order."""
-    table = json.loads(asset_path("class_names.json").read_text(encoding="utf-8"))
-    return {name: tuple(names) for name, names in table.items()}
-
-
-@cache
-def templates_from_assets() -> Mapping[str, tuple[str, ...]]:
-    """Return the prompt templates of the known data sets, by set."""
-    table = json.loads(asset_path("templates.json").read_text(encoding="utf-8"))
-    return {name: tuple(templates) for name, templates in table.items()}
+def asset_lists(file: str) -> Mapping[str, tuple[Any, ...]]:
+    """Read the lists of a JSON file in `assets/`, by the names of data sets."""
+    return {name: tuple(found) for name, found in json.loads(asset_path(file).read_text(encoding="utf-8")).items()}

@@ -8,27 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from declip_cli.data.benchmarks.known import Known, need_package
-from declip_cli.data.dataset import Classes, Dataset
+from declip_cli.data.benchmarks.known import Known, known_sets, need_package, resolve_data_root
+from declip_cli.data.dataset import Dataset
 from declip_cli.data.files_dataset import FilesDataset, PixelsDataset
 from declip_cli.errors import DataError
 
 
-def read_torchvision(known: Known, root: Path, split: str, classes: Classes) -> Dataset:
-    """Read one split of a set with the class of torchvision that the table names.
-
-    Args:
-        known: what stands under a split are the arguments of the class.
-        root: the folder that a marker lies in.
-        split: which one.
-        classes: of the set.
-
-    Returns:
-        The images, read when needed.
-
-    Raises:
-        DataError: files are missing or damaged, or a package is.
-    """
+def read_torchvision(known: Known, root: Path, split: str) -> Dataset:
+    """Read one split with the class of torchvision that the table names; its arguments stand under the split."""
     need_package(known.needs, known.name)
     try:
         data = _class_of(known)(str(root), **known.splits[split])
@@ -39,6 +26,7 @@ def read_torchvision(known: Known, root: Path, split: str, classes: Classes) -> 
         raise DataError(
             f"{known.name} in {root} is incomplete or damaged: {error}", remedy=known.how_to_get(root)
         ) from error
+    classes = known.classes
     if known.names_in_files:
         classes = replace(classes, names=tuple(name.replace("_", " ") for name in data.classes))
     if listed is not None:
@@ -52,22 +40,36 @@ def read_torchvision(known: Known, root: Path, split: str, classes: Classes) -> 
     )
 
 
-def download(known: Known, root: Path) -> None:
-    """Fetch all splits of a set into a folder.
+def download(name: str, *, data_root: Path | None = None) -> str:
+    """Fetch all splits of a known set over the network.
 
     Args:
-        known: one that can be downloaded.
-        root: an existing folder.
+        name: a known name.
+        data_root: as of `open_dataset`; made if it does not exist.
+
+    Returns:
+        Where it is, for people.
 
     Raises:
-        DataError: it failed.
+        DataError: unknown name, no download works for this set, or the download failed.
     """
-    arguments = known.splits.values() if known.reader == "torchvision" else [{}]
+    known, root = known_sets().get(name), data_root or resolve_data_root(data_root)
+    if known is None:
+        raise DataError(
+            f"{name!r} is not a known data set, so it cannot be downloaded",
+            remedy="`declip zeroshot --list` shows the known names",
+        )
+    if not known.markers:
+        return "built in"
+    if not known.torchvision or not known.can_download:
+        raise DataError(f"{name} has no download that works", remedy=known.how_to_get(root))
+    root.mkdir(parents=True, exist_ok=True)
     try:
-        for split in arguments:
+        for split in known.splits.values() if known.reader == "torchvision" else [{}]:
             _class_of(known)(str(root), download=True, **split)
     except (OSError, RuntimeError, ValueError, ImportError) as error:
-        raise DataError(f"the download of {known.name} failed: {error}", remedy=known.how_to_get(root)) from error
+        raise DataError(f"the download of {name} failed: {error}", remedy=known.how_to_get(root)) from error
+    return f"{root}/"
 
 
 def _class_of(known: Known) -> Any:  # noqa: ANN401  (one of torchvision's classes)

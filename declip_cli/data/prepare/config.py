@@ -3,11 +3,16 @@
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from declip_cli.config_checks import require, require_fractions
+from declip_cli.errors import require
 
 SourceKind: TypeAlias = Literal["captions", "folder", "table", "coco", "flickr30k", "tars", "declip", "yfcc15m", "urls"]
 Duplicates: TypeAlias = Literal["keep", "exact", "near"]
 Engine: TypeAlias = Literal["threads", "ray"]
+
+
+def _check_least(option: str, value: float | None, least: int) -> None:
+    message = f"--{option} must be at least {least} (got {value})"
+    require(value is None or value >= least, message, remedy=f"--{option} {least}, or omit it")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,28 +35,11 @@ class CleanConfig:
     """`exact`: a picture file seen before is left out; `near`: also one that looks the same."""
     exclude: tuple[str, ...] = ()
     """Folders, shards or known sets of evaluation images; whatever looks like one of them is left out."""
-    near_distance_bits: int = 4
-    """Bits of 64 in which the perceptual hashes of look-alikes may differ; 4 finds 98 % of photographs that
-    were encoded again at quality 50, and not those that were cropped."""
 
     def __post_init__(self) -> None:
-        require(
-            0 <= self.near_distance_bits <= 5,
-            f"near_distance_bits is in [0, 5] (got {self.near_distance_bits})",
-            remedy="leave it at 4",
-        )
-        limits = {"max-caption-chars": self.max_caption_chars, "max-caption-repeats": self.max_caption_repeats}
-        for name, limit in limits.items():
-            require(
-                limit is None or limit >= 1,
-                f"--{name} must be at least 1 (got {limit})",
-                remedy=f"omit --{name} for no limit",
-            )
-        require(
-            self.max_aspect is None or self.max_aspect >= 1,
-            f"--max-aspect is longer side / shorter side, at least 1 (got {self.max_aspect})",
-            remedy="--max-aspect 3",
-        )
+        _check_least("max-caption-chars", self.max_caption_chars, 1)
+        _check_least("max-caption-repeats", self.max_caption_repeats, 1)
+        _check_least("max-aspect", self.max_aspect, 1)
         require(
             self.max_caption_chars is None or self.min_caption_chars <= self.max_caption_chars,
             "--min-caption-chars must not exceed --max-caption-chars "
@@ -97,14 +85,13 @@ class PrepareConfig:
     clean: CleanConfig = CleanConfig()
 
     def __post_init__(self) -> None:
-        for name, value, least in (
-            ("image-side-px", self.image_side_px, 16),
-            ("shard-samples", self.shard_samples, 1),
-            ("workers", self.workers, 0),
-        ):
-            require(value >= least, f"--{name} must be at least {least} (got {value})", remedy=f"--{name} {least}")
+        _check_least("image-side-px", self.image_side_px, 16)
+        _check_least("shard-samples", self.shard_samples, 1)
+        _check_least("workers", self.workers, 0)
         require(1 <= self.quality <= 100, f"--quality is in [1, 100] (got {self.quality})", remedy="--quality 95")
-        require_fractions("prepare", {"max_bad": self.max_bad, **self.split})
+        shares = {"--max-bad ": self.max_bad} | {f"--split {part}=": share for part, share in self.split.items()}
+        for option, share in shares.items():
+            require(0 <= share <= 1, f"{option[:-1]} is a fraction in [0, 1] (got {share})", remedy=f"{option}0.05")
         require(
             sum(self.split.values()) < 1.0,
             f"--split leaves nothing for the training part (got {self.split})",

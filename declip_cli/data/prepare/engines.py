@@ -42,18 +42,10 @@ def run_in_threads(
 def run_on_ray(
     work: Callable[[Sequence[T]], list[R]], items: Iterable[T], *, workers: int = 0
 ) -> Generator[R, None, None]:
-    """Apply a function to items on a Ray cluster; arguments and results as of `run_in_threads`.
+    """Apply a function to items on a Ray cluster: the one that `RAY_ADDRESS` names, or one of this machine's cores.
 
-    The cluster is the one that `RAY_ADDRESS` names, or one of this machine's cores. Every node needs declip
-    and the same files; the results are written by the process that calls.
-
-    Args:
-        work: as of `run_in_threads`; a function that can be pickled.
-        items: as of `run_in_threads`; each can be pickled.
-        workers: tasks at a time; 0 takes the cluster's cores.
-
-    Yields:
-        One result per item, in order.
+    Every node needs declip and the same files; the results are written by the process that calls. The rest is as of
+    `run_in_threads`, where `work` and the items can be pickled and 0 workers are the cluster's cores.
 
     Raises:
         DataError: Ray is not installed.

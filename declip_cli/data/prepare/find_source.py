@@ -1,31 +1,31 @@
 """Recognise what a source is by looking at it, and open it."""
 
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from declip_cli.config_checks import require
 from declip_cli.data import storage
 from declip_cli.data.benchmarks.known import known_sets
 from declip_cli.data.catalogue import has_captions, open_dataset
 from declip_cli.data.prepare import urls
 from declip_cli.data.prepare.config import PrepareConfig, SourceKind
-from declip_cli.data.sources import coco, flickr30k, folder, table, tars, yfcc15m
-from declip_cli.data.sources.locate import locate_pictures
-from declip_cli.data.sources.records import BytesRecord, Record, Source
-from declip_cli.errors import DataError
+from declip_cli.data.sources import annotations, folder, table, yfcc15m
+from declip_cli.data.sources.records import Found, Record, Source, locate_pictures
+from declip_cli.errors import DataError, require
 from declip_cli.files import parse_json
 
 _HELP = "a folder, a table, a .tar pattern, a COCO or Flickr30k file, or a list of URLs; or say --kind"
+_IN_FOLDERS: dict[SourceKind, tuple[Callable[[str], list[str]], str]] = {
+    "tars": (folder.tars_in, ".tar"),
+    "coco": (annotations.find_coco, "captions_*.json"),
+    "flickr30k": (annotations.find_flickr, "dataset_*.json or .token"),
+    "captions": (folder.find_lists, folder.CAPTIONS_FILE),
+}
+"""What finds the files of a kind in a folder, and what they are called; the first kind that is there counts."""
 
 
 def open_source(config: PrepareConfig) -> Source:
-    """Open the source of a run.
-
-    Args:
-        config: source, kind, columns and picture folder count here.
-
-    Returns:
-        Its kind and records.
+    """Open the source of a run, of which source, kind, columns, image folder and output count here.
 
     Raises:
         DataError: it is missing, or cannot be read as any kind or as the kind asked for.
@@ -47,27 +47,20 @@ def open_source(config: PrepareConfig) -> Source:
 
 
 def _open(kind: SourceKind, path: str, paths: list[str], config: PrepareConfig, skip: str) -> Source:
-    images = config.images
+    image, captions, images = config.image_column, config.caption_columns, config.images
     match kind:
         case "captions":
-            lists = _need([path] if storage.is_file(path) else folder.find_lists(path), path, folder.CAPTIONS_FILE)
-            root = storage.parent(path) if storage.is_file(path) else path
+            lists, root = _files(kind, path), path if storage.is_folder(path) else storage.parent(path)
             return Source(kind, folder.read_lists(lists, root=root), sum(map(_num_lines, lists)))
         case "tars":
-            return Source(
-                kind, tars.read_tars(_need([tar for found in paths for tar in _tars_in(found)], path, ".tar"))
-            )
+            return Source(kind, folder.read_tars([tar for found in paths for tar in _files(kind, found)]))
         case "table":
-            image, captions = config.image_column, config.caption_columns
             return Source(kind, table.read_table(path, image_column=image, caption_columns=captions, images=images))
         case "declip":
             return Source(kind, _read_declip(path, images), _num_lines(path))
-        case "coco":
-            lists = coco.find_annotations(path) if storage.is_folder(path) else [path]
-            return Source(kind, _annotations(_need(lists, path, "captions_*.json"), images))
-        case "flickr30k":
-            lists = flickr30k.find_lists(path) if storage.is_folder(path) else [path]
-            return Source(kind, _annotations(_need(lists, path, "dataset_*.json or .token"), images))
+        case "coco" | "flickr30k":
+            parts = (annotations.read_annotations(found, images=images) for found in _files(kind, path))
+            return Source(kind, itertools.chain.from_iterable(parts))
         case "yfcc15m":
             return Source(kind, yfcc15m.read_yfcc15m(path, images=images))
         case "urls":
@@ -98,31 +91,23 @@ def _open_known(name: str) -> Source:
     if not has_captions(parts[""]):
         raise DataError(f"{name} has classes and no captions to prepare", remedy="declip zeroshot " + name)
 
-    def records() -> Iterator[Record]:
+    def records() -> Iterator[Found]:
         for part, dataset in parts.items():
             for number in range(len(dataset)):
                 found = dataset.read(number)
-                yield BytesRecord(found.key, found.encoded, found.captions, part)
+                yield Record(found.key, found.encoded, found.captions, part)
 
     return Source(name, records(), sum(map(len, parts.values())))
 
 
-def _read_declip(path: str, images: str) -> Iterator[Record]:
+def _read_declip(path: str, images: str) -> Iterator[Found]:
     rows = (row for row in table.read_rows(path) if isinstance(row.get("filename"), str))
-    names = [row["filename"] for row, _ in zip(rows, range(100), strict=False)]
+    names = [row["filename"] for row in itertools.islice(rows, 100)]
     try:
         images = locate_pictures(path, names, images=images)
     except DataError as error:
         raise DataError(error.message, remedy="--images FOLDER, or --kind urls to download the images") from error
     return table.read_table(path, image_column="filename", caption_columns=["caption"], images=images)
-
-
-def _annotations(lists: list[str], images: str) -> Iterator[Record]:
-    for path in lists:
-        if flickr30k.is_token_file(path):
-            yield from flickr30k.read_tokens(path, images=images)
-        else:
-            yield from coco.read_annotations(path, images=images)
 
 
 def _below(path: str, out: str) -> str:
@@ -135,17 +120,12 @@ def _below(path: str, out: str) -> str:
     return "" if relative.startswith("..") else relative.replace(os.sep, "/")
 
 
-def _need(found: list[str], path: str, what: str) -> list[str]:
+def _files(kind: SourceKind, path: str) -> list[str]:
+    find, what = _IN_FOLDERS[kind]
+    found = find(path) if storage.is_folder(path) else [path]
     if not found:
         raise DataError(f"no {what} file in {path}", remedy="check the path, or omit --kind")
     return found
-
-
-def _tars_in(path: str) -> list[str]:
-    if not storage.is_folder(path):
-        return [path]
-    names = [name for name in storage.names_in(path) if name.endswith(tars.TAR_EXTENSIONS)]
-    return [storage.join(path, name) for name in names]
 
 
 def _num_lines(path: str) -> int:
@@ -157,43 +137,31 @@ def _num_lines(path: str) -> int:
 
 
 def recognise(path: str) -> SourceKind:
-    """Tell what kind of source a path is.
-
-    Args:
-        path: of a file or folder that exists.
-
-    Returns:
-        The kind.
+    """Tell what kind of source a file or folder that exists is.
 
     Raises:
         DataError: it is like none.
     """
     name = path.rpartition("/")[2]
     if storage.is_folder(path):
-        return _recognise_folder(path)
-    if name.endswith(tars.TAR_EXTENSIONS):
+        return next((kind for kind, (find, _) in _IN_FOLDERS.items() if find(path)), "folder")
+    if name.endswith(folder.TAR_EXTENSIONS):
         return "tars"
     if name == folder.CAPTIONS_FILE:
         return "captions"
-    if flickr30k.is_token_file(name):
+    if annotations.is_token_file(name):
         return "flickr30k"
     if name.endswith(".json") and not _is_json_lines(path):
         return "coco"
     if name.endswith(".tsv") and yfcc15m.is_list(path):
         return "yfcc15m"
-    if name.endswith(table.TABLE_EXTENSIONS):
-        return _recognise_table(path)
-    raise DataError(f"cannot tell what {path} is", remedy=f"SOURCE is {_HELP}")
-
-
-def _recognise_folder(path: str) -> SourceKind:
-    if _tars_in(path):
-        return "tars"
-    if coco.find_annotations(path):
-        return "coco"
-    if flickr30k.find_lists(path):
-        return "flickr30k"
-    return "captions" if folder.find_lists(path) else "folder"
+    if not name.endswith(table.TABLE_EXTENSIONS):
+        raise DataError(f"cannot tell what {path} is", remedy=f"SOURCE is {_HELP}")
+    columns = table.columns_of(path)
+    lower = {column.lower() for column in columns}
+    if {"filename", "caption", "url"} <= set(columns):
+        return "declip"
+    return "urls" if lower & set(table.URL_COLUMNS) and not lower & set(table.IMAGE_COLUMNS) else "table"
 
 
 def _is_json_lines(path: str) -> bool:
@@ -203,12 +171,3 @@ def _is_json_lines(path: str) -> bool:
         return isinstance(parse_json(line), dict) and b'"images"' not in line
     except ValueError:
         return False
-
-
-def _recognise_table(path: str) -> SourceKind:
-    columns = table.columns_of(path)
-    if {"filename", "caption", "url"} <= set(columns):
-        return "declip"
-    lower = {column.lower() for column in columns}
-    has_pictures = bool(lower & set(table.IMAGE_COLUMNS))
-    return "urls" if lower & set(table.URL_COLUMNS) and not has_pictures else "table"

@@ -1,9 +1,14 @@
-"""Seen or not, for tens of millions of keys: 64-bit hashes in flat memory."""
+"""Seen or not, for tens of millions of keys and images: 64-bit hashes in flat memory."""
 
 import hashlib
 from array import array
 
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
 _MIN_SLOTS = 1 << 12
+_NUM_BANDS, _BAND_BITS, _NUM_FLIPS = 3, 21, 1  # finds every hash within 5 bits
 
 
 def hash64(data: bytes) -> int:
@@ -12,7 +17,7 @@ def hash64(data: bytes) -> int:
 
 
 class HashCounter:
-    """Count how often each hash came; 18 to 36 bytes a hash, whatever its key was.
+    """Count how often each hash, from 1 to 2⁶⁴ - 1, came; 18 to 36 bytes a hash, whatever its key was.
 
     Two different keys are taken for one with probability n²/2⁶⁵: one in ten thousand for 50 million keys.
     """
@@ -28,24 +33,21 @@ class HashCounter:
         """Return how often a hash has been added."""
         return self._counts[self._slot(hashed)]
 
-    def add(self, hashed: int) -> int:
-        """Add a hash.
-
-        Args:
-            hashed: from 1 to 2⁶⁴ - 1.
-
-        Returns:
-            How often it had been added before.
-        """
+    def add(self, hashed: int) -> None:
+        """Add a hash."""
         slot = self._slot(hashed)
-        before = self._counts[slot]
-        self._counts[slot] = before + 1
-        if not before:
-            self._hashes[slot] = hashed
-            self._num += 1
-            if self._num * 3 > len(self._hashes) * 2:
-                self._grow()
-        return before
+        self._counts[slot] += 1
+        if self._hashes[slot]:
+            return
+        self._hashes[slot] = hashed
+        self._num += 1
+        if self._num * 3 > len(self._hashes) * 2:
+            hashes, counts = self._hashes, self._counts
+            self._resize(2 * len(hashes))
+            for old, count in zip(hashes, counts, strict=True):
+                if old:
+                    slot = self._slot(old)
+                    self._hashes[slot], self._counts[slot] = old, count
 
     def _slot(self, hashed: int) -> int:
         mask = len(self._hashes) - 1
@@ -58,11 +60,32 @@ class HashCounter:
         self._hashes = array("Q", bytes(8 * num_slots))
         self._counts = array("I", bytes(4 * num_slots))
 
-    def _grow(self) -> None:
-        hashes, counts = self._hashes, self._counts
-        self._resize(2 * len(hashes))
-        for hashed, count in zip(hashes, counts, strict=True):
-            if hashed:
-                slot = self._slot(hashed)
-                self._hashes[slot] = hashed
-                self._counts[slot] = count
+
+class Looks:
+    """Perceptual hashes, asked for the ones near another; about 200 bytes a hash.
+
+    Two hashes of 64 bits that differ in at most 5 differ in at most one within one of three bands of 21.
+    """
+
+    def __init__(self) -> None:
+        self._index = faiss.IndexBinaryMultiHash(64, _NUM_BANDS, _BAND_BITS)
+        self._index.nflip = _NUM_FLIPS
+
+    def __len__(self) -> int:
+        return int(self._index.ntotal)
+
+    def add(self, looks_hash: int) -> None:
+        """Add a hash; 0, an image without structure, is left out."""
+        if looks_hash:
+            self._index.add(_as_row(looks_hash))
+
+    def has_near(self, looks_hash: int, distance_bits: int) -> bool:
+        """Say whether a hash within a distance, at most 5 bits, has been added; never for 0."""
+        if not looks_hash or not len(self):
+            return False
+        limits, _, _ = self._index.range_search(_as_row(looks_hash), distance_bits + 1)
+        return int(limits[-1]) > 0
+
+
+def _as_row(looks_hash: int) -> NDArray[np.uint8]:
+    return np.frombuffer(looks_hash.to_bytes(8, "big"), dtype=np.uint8)[None]

@@ -8,8 +8,8 @@ import threading
 import time
 
 if __name__ in ("__main__", "__mp_main__"):
-    # Its archive writer imports torch if it is there, without need: seconds in each of its processes.
-    sys.modules["torch"] = None  # type: ignore[assignment]
+    # It imports these if they are there, without need: seconds in each of its processes.
+    sys.modules |= {"torch": None, "ray": None}  # type: ignore[dict-item]
 
 
 def _end_with(parent: int) -> None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
@@ -13,14 +14,13 @@ import torch
 from declip_cli.data.dataset import Skips
 from declip_cli.data.prepare.config import PrepareConfig
 from declip_cli.data.prepare.engines import run_in_threads, run_on_ray
-from declip_cli.data.prepare.exclude import look_at
 from declip_cli.data.prepare.find_source import open_source
 from declip_cli.data.prepare.hashes import hash64
-from declip_cli.data.prepare.seen import Seen
+from declip_cli.data.prepare.seen import Seen, look_at
 from declip_cli.data.prepare.shard_writer import PartWriter
-from declip_cli.data.prepare.stages import LeftOut, Pair, finish_records
+from declip_cli.data.prepare.stages import Pair, finish_records
 from declip_cli.data.prepare.state import OutFolder
-from declip_cli.data.sources.records import Source
+from declip_cli.data.sources.records import LeftOut, Source
 from declip_cli.errors import DataError
 
 _REPORT_EVERY_S = 0.2
@@ -31,6 +31,7 @@ _REMEDIES = {
     "missing file": "--images FOLDER says where the file names of the list start from",
     "missing caption": "give images captions: NAME.txt beside NAME.jpg, a captions.jsonl, or a table",
 }
+_OTHER_REMEDY = "check the source; --kind says what it is if it was taken for something else"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -78,9 +79,6 @@ def prepare(config: PrepareConfig) -> Generator[PrepareReport, None, None]:
     generator was closed, where it last saved (every shard, every minute) if it was killed. The output does not
     depend on the number of workers.
 
-    Args:
-        config: what to do.
-
     Yields:
         The same report, brought up to date a few times a second and once at the end.
 
@@ -122,8 +120,8 @@ class _Run:
     def __init__(self, config: PrepareConfig, source: Source, folder: OutFolder, report: PrepareReport) -> None:
         self._config, self._source, self._folder, self._report = config, source, folder, report
         self._started = time.monotonic()
-        self._excluded = look_at(config.clean.exclude, workers=config.workers)
-        self._seen = Seen(config.clean, self._excluded.looks)
+        looks, self._excluded = look_at(config.clean.exclude, workers=config.workers)
+        self._seen = Seen(config.clean, looks)
         self._writers: dict[str, PartWriter] = {}
         self._offenders: list[str] = []
         self._saved = 0.0
@@ -166,28 +164,21 @@ class _Run:
             self._open_part(part, state)
 
     def _open_part(self, part: str, state: dict[str, Any]) -> PartWriter:
-        self._writers[part] = PartWriter(
-            self._folder.part_path(part),
-            self._folder.part_spool(part),
-            shard_samples=self._config.shard_samples,
-            state=state,
-        )
-        return self._writers[part]
+        writer = PartWriter(*self._folder.places(part), shard_samples=self._config.shard_samples, state=state)
+        self._writers[part] = writer
+        return writer
 
     def _outcomes(self) -> Iterator[bool]:
         """Take in record after record; yield True where that finished a shard."""
-        config = self._config
-        work = partial(finish_records, config=config)
+        config, report = self._config, self._report
         run = run_on_ray if config.engine == "ray" else run_in_threads
-        outcomes = run(work, islice(self._source.records, self._report.num_read, None), workers=config.workers)
-        try:
+        records = islice(self._source.records, report.num_read, None)
+        with closing(run(partial(finish_records, config=config), records, workers=config.workers)) as outcomes:
             for outcome in outcomes:
                 if not self._saved:
                     self._save()  # from here on a killed run can be taken up
-                self._report.num_read += 1
+                report.num_read += 1
                 yield self._take(outcome)
-        finally:
-            outcomes.close()
 
     def _take(self, outcome: Pair | LeftOut) -> bool:
         if isinstance(outcome, Pair):
@@ -223,9 +214,7 @@ class _Run:
             raise DataError(
                 f"no image-text pair found in {self._config.source} ({str(report.skipped) or 'it is empty'}), "
                 f"which was taken for: {report.kind}, after {report.num_read} records",
-                remedy=_REMEDIES.get(
-                    most, "check the source; --kind says what it is if it was taken for something else"
-                ),
+                remedy=_REMEDIES.get(most, _OTHER_REMEDY),
             )
         if is_bad:
             self._save()
@@ -250,37 +239,28 @@ class _Run:
         report = self._report
         report.parts = {part or "train": writer.num_pairs for part, writer in self._writers.items()}
         report.num_pairs = sum(report.parts.values())
-        report.num_shards = sum(writer.num_shards for writer in self._writers.values())
+        report.num_shards = sum(len(writer.shards) for writer in self._writers.values())
         report.seconds = time.monotonic() - self._started
         return report
 
     def _finish(self) -> None:
         for writer in self._writers.values():
             writer.finish_shard()
-        report = self._update()
-        totals: dict[str, Any] = {
-            "num_read": report.num_read,
-            "num_shards": report.num_shards,
-            "num_skipped": report.skipped.num,
-            "skipped": report.skipped.to_json(),
-            "parts": {part: writer.num_pairs for part, writer in self._writers.items() if part},
-        }
-        if self._config.clean.exclude:
-            excluded = self._excluded
-            totals["excluded"] = {"num_pictures": excluded.num_pictures, "num_unreadable": excluded.num_unreadable}
-        manifests = {part: self._manifest(part) for part in self._writers}
-        self._folder.finish(manifests | {"": manifests[""] | totals})
-
-    def _manifest(self, part: str) -> dict[str, Any]:
-        config, writer = self._config, self._writers[part]
-        facts = {
+        config, report = self._config, self._update()
+        shared = {
             "source": config.source,
-            "kind": self._report.kind,
+            "kind": report.kind,
             "image_side_px": config.image_side_px,
             "quality": config.quality,
             "clean": asdict(config.clean),
-            "num_pairs": writer.num_pairs,
-            "shards": writer.shards,
-            "index_sha256": writer.join_indexes(),
         }
-        return facts | ({"part": part} if part else {})
+        manifests: dict[str, dict[str, Any]] = {}
+        for part, writer in self._writers.items():
+            own = {"num_pairs": writer.num_pairs, "shards": writer.shards, "index_sha256": writer.join_indexes()}
+            manifests[part] = shared | own | ({"part": part} if part else {})
+        result = report.to_json()
+        manifests[""] |= {name: result[name] for name in ("num_read", "num_shards", "num_skipped", "skipped")}
+        manifests[""]["parts"] = {part: manifest["num_pairs"] for part, manifest in manifests.items() if part}
+        if config.clean.exclude:
+            manifests[""]["excluded"] = self._excluded
+        self._folder.finish(manifests)

@@ -1,41 +1,42 @@
 """Pairs into numbered tar shards with their indexes; an unfinished shard can be taken up again."""
 
+import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from declip_cli.data import storage
 from declip_cli.data.prepare.stages import Pair
-from declip_cli.data.prepare.state import UNFINISHED
+from declip_cli.data.prepare.state import START_ANEW, UNFINISHED
 from declip_cli.data.shards.index import IndexBuilder, ShardIndex, index_groups, parse_indexes, write_indexes
 from declip_cli.data.shards.indexing import index_path
 from declip_cli.data.shards.store import JOINED
 from declip_cli.errors import DataError
-from declip_cli.files import digest_of
 
 _THREADS = 16
 
 
-def append_file(tar: BinaryIO, name: str, data: bytes) -> tuple[int, int]:
-    """Append a file to an archive, whose bytes depend on names and contents only, never on time or user.
+def pack(files: Mapping[str, bytes], *, start: int) -> tuple[bytes, list[tuple[int, int]]]:
+    """Lay files out as they stand in an archive, whose bytes depend on names and contents only, never on time or user.
 
     Args:
-        tar: open for writing, at its end.
-        name: of the file, at most 100 ASCII characters.
-        data: its content.
+        files: name, at most 100 ASCII characters → content.
+        start: where they go in the archive, in bytes.
 
     Returns:
-        Offset and size of the content in the archive, in bytes.
+        The bytes; and offset and size of each content in the archive.
     """
-    start = tar.tell() + tar.write(_header(name, len(data)))
-    tar.write(data + bytes(-len(data) % tarfile.BLOCKSIZE))
-    return start, len(data)
+    pieces, spans = [], []
+    for name, data in files.items():
+        pieces += [_header(name, len(data)), data, bytes(-len(data) % tarfile.BLOCKSIZE)]
+        spans.append((start + tarfile.BLOCKSIZE, len(data)))
+        start += sum(map(len, pieces[-3:]))
+    return b"".join(pieces), spans
 
 
 @lru_cache(maxsize=1)
@@ -65,32 +66,21 @@ class PartWriter:
 
     def __init__(self, folder: str, spool: str, *, shard_samples: int, state: dict[str, Any]) -> None:
         self._folder, self._spool, self._shard_samples = folder, spool, shard_samples
+        self._temporary = os.path.join(spool, UNFINISHED)
         self.shards: list[dict[str, Any]] = list(state.get("shards", []))
-        self._index = IndexBuilder()
-        self._file: BinaryIO | None = None
         self._num_finished = sum(int(shard["num_pairs"]) for shard in self.shards)
-        unfinished = state.get("unfinished", {"num_pairs": 0, "num_bytes": 0})
-        if unfinished["num_pairs"]:
-            self._take_up(unfinished)
+        self._file: BinaryIO | None = None
+        self._index, self._num_bytes, self._digest = IndexBuilder(), 0, hashlib.sha256()
+        if state.get("unfinished", {}).get("num_pairs"):
+            self._take_up(state["unfinished"])
 
     @property
     def num_pairs(self) -> int:
         """Pairs written so far."""
         return self._num_finished + len(self._index)
 
-    @property
-    def num_shards(self) -> int:
-        """Shards finished so far."""
-        return len(self.shards)
-
     def add(self, pair: Pair) -> bool:
-        """Append a pair.
-
-        Args:
-            pair: what to write.
-
-        Returns:
-            True if that finished a shard.
+        """Append a pair; return whether that finished a shard.
 
         Raises:
             DataError: the disk is full or cannot be written.
@@ -101,31 +91,36 @@ class PartWriter:
                 storage.make_folder(self._spool)
                 self._file = open(self._temporary, "wb")  # noqa: SIM115  (stays open)
             key = f"{self.num_pairs:09d}"
-            image = append_file(self._file, f"{key}.jpg", pair.jpeg)
-            append_file(self._file, f"{key}.txt", pair.captions[0].encode())  # what loaders such as OpenCLIP's read
-            self._index.add(key, image, append_file(self._file, f"{key}.json", _metadata(pair)), is_json=True)
+            text = pair.captions[0].encode()  # what loaders such as OpenCLIP's read
+            files = {f"{key}.jpg": pair.jpeg, f"{key}.txt": text, f"{key}.json": _metadata(pair)}
+            data, (image, _, metadata) = pack(files, start=self._num_bytes)
+            self._write(self._file, data)
+            self._index.add(key, image, metadata, is_json=True)
         if len(self._index) < self._shard_samples:
             return False
         self.finish_shard()
         return True
 
+    def _write(self, file: BinaryIO, data: bytes) -> None:
+        file.write(data)
+        self._digest.update(data)
+        self._num_bytes += len(data)
+
     def finish_shard(self) -> None:
         """Turn the unfinished shard, if any, into a finished one; errors as of `add`."""
         if self._file is None:
             return
-        name = f"{len(self.shards):05d}.tar"
         with storage.disk_errors(self._temporary):
-            self._file.write(bytes(2 * tarfile.BLOCKSIZE))
-            num_bytes = self._file.tell()
+            self._write(self._file, bytes(2 * tarfile.BLOCKSIZE))
             self._file.close()
-            sha256 = digest_of(Path(self._temporary))
-        self._file = None
+        name, num_pairs, num_bytes = f"{len(self.shards):05d}.tar", len(self._index), self._num_bytes
         path = storage.join(self._folder, name)
         storage.move_into_place(self._temporary, path)
         write_indexes(index_path(path), [self._index.build(name, num_bytes)])
-        self.shards.append({"name": name, "num_pairs": len(self._index), "num_bytes": num_bytes, "sha256": sha256})
-        self._num_finished += len(self._index)
-        self._index = IndexBuilder()
+        facts = {"name": name, "num_pairs": num_pairs, "num_bytes": num_bytes, "sha256": self._digest.hexdigest()}
+        self.shards.append(facts)
+        self._num_finished += num_pairs
+        self._file, self._index, self._num_bytes, self._digest = None, IndexBuilder(), 0, hashlib.sha256()
 
     def join_indexes(self) -> str:
         """Write the indexes of all shards into one file, which costs a reader one request; errors as of `add`.
@@ -141,12 +136,10 @@ class PartWriter:
 
     def state(self) -> dict[str, Any]:
         """Flush to disk and return what is needed to go on from here; errors as of `add`."""
-        unfinished: dict[str, Any] = {"num_pairs": 0, "num_bytes": 0}
         if self._file is not None:
             with storage.disk_errors(self._temporary):
                 self._file.flush()
-                unfinished = {"num_pairs": len(self._index), "num_bytes": self._file.tell()}
-                unfinished["sha256"] = digest_of(Path(self._temporary))
+        unfinished = {"num_pairs": len(self._index), "num_bytes": self._num_bytes, "sha256": self._digest.hexdigest()}
         return {"shards": self.shards, "unfinished": unfinished}
 
     def close(self) -> None:
@@ -156,33 +149,25 @@ class PartWriter:
                 self._file.close()
             self._file = None
 
-    @property
-    def _temporary(self) -> str:
-        return os.path.join(self._spool, UNFINISHED)
-
     def _take_up(self, unfinished: dict[str, Any]) -> None:
-        remedy = "run the command again with --force to start anew"
+        finished = storage.join(self._folder, f"{len(self.shards):05d}.tar")
         try:
-            self._find_unfinished()
+            if not os.path.exists(self._temporary) and storage.is_file(finished):
+                # The run was killed after finishing this shard, before it could say so.
+                storage.make_folder(self._spool)
+                storage.write_whole(self._temporary, storage.read_bytes(finished))
             file = open(self._temporary, "r+b")  # noqa: SIM115  (stays open)
         except OSError as error:
-            raise DataError(f"the unfinished shard {self._temporary} is missing", remedy=remedy) from error
+            raise DataError(f"the unfinished shard {self._temporary} is missing", remedy=START_ANEW) from error
         file.truncate(unfinished["num_bytes"])
-        self._file = file
         self._index = index_groups(file, self._temporary)
         self._index.skipped.clear()  # that it ends without a mark
-        file.seek(0, os.SEEK_END)
-        digest = digest_of(Path(self._temporary))
-        if len(self._index) != unfinished["num_pairs"] or digest != unfinished["sha256"]:
-            file.close()
-            raise DataError(f"the unfinished shard {self._temporary} is damaged", remedy=remedy)
-
-    def _find_unfinished(self) -> None:
-        """Undo the last step of a run that was killed after finishing a shard, before it could say so."""
-        finished = storage.join(self._folder, f"{len(self.shards):05d}.tar")
-        if not os.path.exists(self._temporary) and storage.is_file(finished):
-            storage.make_folder(self._spool)
-            storage.write_whole(self._temporary, storage.read_bytes(finished))
+        file.seek(0)
+        self._digest = hashlib.file_digest(file, "sha256")
+        self._file, self._num_bytes = file, file.tell()
+        if len(self._index) != unfinished["num_pairs"] or self._digest.hexdigest() != unfinished["sha256"]:
+            self.close()
+            raise DataError(f"the unfinished shard {self._temporary} is damaged", remedy=START_ANEW)
 
 
 def _read_all(paths: list[str]) -> Iterator[ShardIndex]:
@@ -193,12 +178,7 @@ def _read_all(paths: list[str]) -> Iterator[ShardIndex]:
 
 
 def _metadata(pair: Pair) -> bytes:
-    facts = {
-        "key": pair.key,
-        "captions": pair.captions,
-        "width": pair.width,
-        "height": pair.height,
-        "original_width": pair.original_width,
-        "original_height": pair.original_height,
-    }
+    (width, height), (original_width, original_height) = pair.size, pair.original_size
+    facts = {"key": pair.key, "captions": pair.captions, "width": width, "height": height}
+    facts |= {"original_width": original_width, "original_height": original_height}
     return json.dumps(facts, ensure_ascii=False).encode()

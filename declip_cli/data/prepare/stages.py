@@ -1,13 +1,14 @@
 """The stage of `prepare` that works on one record alone, and so runs anywhere and in any order."""
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
-from declip_cli.data.prepare.clean import caption_problem, perceptual_hash, picture_problem
-from declip_cli.data.prepare.config import PrepareConfig
+from declip_cli.data.prepare.config import CleanConfig, PrepareConfig
 from declip_cli.data.prepare.hashes import hash64
-from declip_cli.data.prepare.pictures import shrink_picture
-from declip_cli.data.sources.records import BadRecord, Record
+from declip_cli.data.prepare.pictures import perceptual_hash, shrink_picture
+from declip_cli.data.sources.records import Found, LeftOut
 from declip_cli.errors import DataError
 
 
@@ -16,46 +17,27 @@ class Pair:
     """A pair ready to be written."""
 
     key: str
-    part: str
     captions: tuple[str, ...]
     jpeg: bytes
-    width: int
-    height: int
-    original_width: int
-    original_height: int
-    picture_hash: int
-    """Of the picture file as it came; 0 where it was not asked for."""
-    looks_hash: int
-    """Perceptual hash; 0 where it was not asked for or the picture has no structure."""
+    size: tuple[int, int]
+    """Width and height, in pixels."""
+    original_size: tuple[int, int]
+    part: str = ""
+    picture_hash: int = 0
+    """Of the image file as it came; 0 where it was not asked for."""
+    looks_hash: int = 0
+    """Perceptual hash; 0 where it was not asked for or the image has no structure."""
 
 
-@dataclass(frozen=True, slots=True)
-class LeftOut:
-    """A record that makes no pair."""
-
-    key: str
-    cause: str
-    is_bad: bool
-    """True if it could not be read; false if it was filtered out."""
-
-
-def finish_records(records: Sequence[Record], config: PrepareConfig) -> list[Pair | LeftOut]:
-    """Load, filter, shrink and encode records one by one.
-
-    Args:
-        records: any.
-        config: sizes, quality and filters.
-
-    Returns:
-        One outcome per record, in order.
-    """
+def finish_records(records: Sequence[Found], config: PrepareConfig) -> list[Pair | LeftOut]:
+    """Load, filter, shrink and encode records one by one; return one outcome per record, in order."""
     return [_finish(record, config) for record in records]
 
 
-def _finish(record: Record, config: PrepareConfig) -> Pair | LeftOut:
+def _finish(record: Found, config: PrepareConfig) -> Pair | LeftOut:
     clean, key = config.clean, record.key.encode("utf-8", "backslashreplace").decode()
-    if isinstance(record, BadRecord):
-        return LeftOut(key, record.cause, is_bad=record.is_bad)
+    if isinstance(record, LeftOut):
+        return LeftOut(key, record.cause, record.is_bad)
     try:
         sample = record.load()
         kept = [(text, caption_problem(text, clean)) for text in sample.captions]
@@ -64,19 +46,42 @@ def _finish(record: Record, config: PrepareConfig) -> Pair | LeftOut:
             return LeftOut(key, kept[0][1], is_bad=False)
         small = shrink_picture(sample.encoded, side_px=config.image_side_px, quality=config.quality)
     except DataError as error:
-        return LeftOut(key, error.cause, is_bad=True)
-    problem = picture_problem(small.original_width, small.original_height, clean)
+        return LeftOut(key, error.cause)
+    problem = picture_problem(*small.original_size, clean)
     if problem:
         return LeftOut(key, problem, is_bad=False)
     return Pair(
         key=key,
-        part=record.part,
         captions=captions,
         jpeg=small.jpeg,
-        width=small.width,
-        height=small.height,
-        original_width=small.original_width,
-        original_height=small.original_height,
+        size=small.size,
+        original_size=small.original_size,
+        part=record.part,
         picture_hash=hash64(sample.encoded) if clean.duplicates != "keep" else 0,
         looks_hash=perceptual_hash(small.pixels) if clean.needs_perceptual_hash else 0,
     )
+
+
+def caption_problem(caption: str, config: CleanConfig) -> str:
+    """Name the cause for which a stripped caption is filtered out; empty if it stays."""
+    if len(caption) < config.min_caption_chars:
+        return "caption too short"
+    if config.max_caption_chars is not None and len(caption) > config.max_caption_chars:
+        return "caption too long"
+    letters = [_script(character) for character in caption if character.isalpha()] if config.scripts else []
+    wanted = {script.upper() for script in config.scripts}
+    return "other script" if 2 * sum(letter in wanted for letter in letters) < len(letters) else ""
+
+
+@lru_cache(maxsize=1 << 14)
+def _script(letter: str) -> str:
+    """Return the first word of a letter's Unicode name: LATIN, CYRILLIC, CJK, HIRAGANA, …."""
+    return unicodedata.name(letter, "UNKNOWN").partition(" ")[0]
+
+
+def picture_problem(width: int, height: int, config: CleanConfig) -> str:
+    """Name the cause for which an image of this size, in pixels as it came, is filtered out; empty if it stays."""
+    if min(width, height) < config.min_side_px:
+        return "picture too small"
+    is_long = config.max_aspect is not None and max(width, height) > config.max_aspect * min(width, height)
+    return "aspect ratio" if is_long else ""

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -15,12 +14,14 @@ from typing import Any
 from declip_cli import __version__
 from declip_cli.data import storage
 from declip_cli.data.prepare.config import PrepareConfig
+from declip_cli.data.shards.files import lock_file
 from declip_cli.data.shards.store import MANIFEST, default_cache_dir
 from declip_cli.errors import DataError
 from declip_cli.files import parse_json
 
 UNFINISHED = "unfinished.tar.tmp"
 """The shard in the making of each part, in the spool."""
+START_ANEW = "run the command again with --force to start anew"
 _PROGRESS, _MEMORY, _LOCK, _DOWNLOAD = "progress.json", "progress.memory", "progress.lock", "download"
 _OURS = re.compile(
     r"(\d+\.tar|(\d+|shards)\.index|manifest\.json|progress\.(json|memory)|unfinished\.tar)(\.([0-9a-f]+\.)?tmp)?"
@@ -28,10 +29,14 @@ _OURS = re.compile(
 """What `prepare` writes, also while it writes it."""
 _DIGEST = "sha256"
 _NOT_THE_COMMAND = ("out", "workers", "max_bad", "engine", "force")
-_START_ANEW = "run the command again with --force to start anew"
 
 
-def spool_of(out: str) -> str:
+def download_folder(out: str) -> str:
+    """Name the local folder for what is downloaded on the way to an output folder."""
+    return os.path.join(_spool_of(out), _DOWNLOAD)
+
+
+def _spool_of(out: str) -> str:
     """Name the local folder for unfinished things: the output folder itself, or for a URL one in the cache."""
     if not storage.is_remote(out):
         return out.rstrip("/") or "/"
@@ -39,25 +44,16 @@ def spool_of(out: str) -> str:
     return os.path.join(default_cache_dir(), "prepare", name)
 
 
-def download_folder(out: str) -> str:
-    """Name the local folder for what is downloaded on the way to an output folder."""
-    return os.path.join(spool_of(out), _DOWNLOAD)
-
-
 class OutFolder:
     """Where a run's shards, manifest and resume state lie.
 
-    Args:
-        config: of the run.
-
     Raises:
-        DataError: the folder holds something else and `force` is not set.
+        DataError: the folder holds something else and `config.force` is not set.
     """
 
     def __init__(self, config: PrepareConfig) -> None:
-        self.path = config.out.rstrip("/") or "/"
+        self.path, self._spool = config.out.rstrip("/") or "/", _spool_of(config.out)
         self._command = _command_id(config)
-        self.spool = spool_of(self.path)
         self.progress: dict[str, Any] = {}
         """State of an interrupted run of the same command; empty for a new one."""
         self.manifest: dict[str, Any] = {}
@@ -79,12 +75,16 @@ class OutFolder:
             )
 
     def _at(self, name: str) -> str:
-        return os.path.join(self.spool, name)
+        return os.path.join(self._spool, name)
 
     def _has_files(self) -> bool:
         if storage.is_file(self.path):
             raise DataError(f"the output {self.path} is a file", remedy="name a folder with --out")
         return storage.is_folder(self.path) and any(name != _LOCK for name in storage.walk(self.path))
+
+    def places(self, part: str) -> tuple[str, str]:
+        """Name the folder of one part (empty: the training part), and the local one of its unfinished shard."""
+        return (storage.join(self.path, part), self._at(part)) if part else (self.path, self._spool)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -98,7 +98,7 @@ class OutFolder:
             self._clear()
             yield
         except DataError as error:
-            left = sorted(map(str, Path(self.spool).rglob(UNFINISHED)))
+            left = sorted(map(str, Path(self._spool).rglob(UNFINISHED)))
             if error.cause != storage.DISK_FULL or not left:
                 raise
             size_mb = sum(map(os.path.getsize, left)) / 1e6
@@ -111,37 +111,25 @@ class OutFolder:
             storage.remove_file(self._at(_LOCK))
             os.close(lock)
             with contextlib.suppress(OSError):
-                os.rmdir(self.spool)
+                os.rmdir(self._spool)
 
     def _lock(self) -> int:
         path = self._at(_LOCK)
-        while True:
-            storage.make_folder(self.spool)
-            with storage.disk_errors(path):
-                lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        with storage.disk_errors(path):
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # The run before may have deleted the file since it was opened; then others lock another one.
-                if os.path.samestat(os.fstat(lock), os.stat(path)):
-                    return lock
+                return lock_file(path, wait=False)
             except BlockingIOError as error:
-                os.close(lock)
                 raise DataError(
                     f"another declip prepare is writing to {self.path}", remedy="wait for it, or choose another --out"
                 ) from error
-            except FileNotFoundError:
-                pass
-            os.close(lock)
 
     def _clear(self) -> None:
         """Delete what `prepare` has written, and nothing else."""
         if self._parts_to_clear:
             shutil.rmtree(self._at(_DOWNLOAD), ignore_errors=True)
-        for part in self._parts_to_clear:
-            for folder in dict.fromkeys((self.part_path(part), self.part_spool(part))):
-                names = storage.names_in(folder) if storage.is_folder(folder) else []
-                for name in filter(_OURS.fullmatch, names):
-                    storage.remove_file(storage.join(folder, name))
+        for folder in {folder for part in self._parts_to_clear for folder in self.places(part)}:
+            for name in filter(_OURS.fullmatch, storage.names_in(folder)):
+                storage.remove_file(storage.join(folder, name))
 
     def save_progress(self, facts: dict[str, Any], memory: bytes) -> None:
         """Write down how far the run is.
@@ -153,7 +141,7 @@ class OutFolder:
         Raises:
             DataError: the disk is full or cannot be written.
         """
-        storage.make_folder(self.spool)
+        storage.make_folder(self._spool)
         with storage.disk_errors(self._at(_MEMORY)), open(self._at(_MEMORY), "ab") as file:
             file.write(memory)
             memory_bytes = file.tell()
@@ -176,20 +164,17 @@ class OutFolder:
                 data = file.read()
         self._memory_digest.update(data)
         if self._memory_digest.hexdigest() != self.progress.get("memory_sha256"):
-            raise DataError(f"{path} is damaged", remedy=_START_ANEW)
+            raise DataError(f"{path} is damaged", remedy=START_ANEW)
         return data
 
     def finish(self, manifests: dict[str, dict[str, Any]]) -> None:
-        """Write the manifests, then delete the resume state.
-
-        Args:
-            manifests: part → manifest; the empty part is the training part, whose manifest is written last.
+        """Write the manifests, part → manifest, that of the training part last; then delete the resume state.
 
         Raises:
             DataError: the disk is full or cannot be written.
         """
         for part in sorted(manifests, reverse=True):
-            folder = self.part_path(part)
+            folder, _ = self.places(part)
             storage.make_folder(folder)
             facts = {"declip_version": __version__, "command": self._command} | manifests[part]
             text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)
@@ -201,14 +186,6 @@ class OutFolder:
         for name in (_PROGRESS, _MEMORY):
             storage.remove_file(self._at(name))
         shutil.rmtree(self._at(_DOWNLOAD), ignore_errors=True)
-
-    def part_path(self, part: str) -> str:
-        """Name the folder of one part of the data; the training part lies in the output folder itself."""
-        return storage.join(self.path, part) if part else self.path
-
-    def part_spool(self, part: str) -> str:
-        """Name the local folder of the unfinished shard of one part."""
-        return os.path.join(self.spool, part) if part else self.spool
 
 
 def _read(path: str) -> dict[str, Any]:

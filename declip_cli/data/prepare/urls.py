@@ -6,22 +6,22 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from declip_cli.cores import own_cores
 from declip_cli.data import storage
 from declip_cli.data.prepare.config import PrepareConfig
 from declip_cli.data.prepare.state import download_folder
 from declip_cli.data.shards.tar_samples import is_unicode
-from declip_cli.data.sources import table, tars
-from declip_cli.data.sources.records import BadRecord, GroupRecord, Record
+from declip_cli.data.sources import table
+from declip_cli.data.sources.records import Found, LeftOut, Record
 from declip_cli.errors import DataError
 
 _URLS_PER_SHARD = 1_000
@@ -51,18 +51,18 @@ _FAILURES = {
 }
 
 
-def read_urls(path: str, config: PrepareConfig) -> Iterator[Record]:
+def read_urls(path: str, config: PrepareConfig) -> Iterator[Found]:
     """Read pairs from a table of URLs and captions, downloading the images.
 
     The originals stay in a folder beside the output until all are prepared (about 250 kB a photograph); a download
     that was interrupted goes on at the first shard that is not whole.
 
     Args:
-        path: CSV, TSV, JSON lines or Parquet, local or remote.
+        path: a table, local or remote.
         config: columns and output folder count here.
 
     Returns:
-        One record per row, shard by shard; a bad one says why an image could not be had.
+        One record per row, in order, or why an image could not be had.
 
     Raises:
         DataError: img2dataset is not installed, a column is missing, or, on the way, img2dataset has stopped early.
@@ -72,18 +72,14 @@ def read_urls(path: str, config: PrepareConfig) -> Iterator[Record]:
             "downloading images needs the package img2dataset (which runs on Python before 3.13)",
             remedy="pip install 'declip[download]'",
         )
-    columns, wanted = table.columns_of(path), [config.image_column] if config.image_column else []
-    url = table.choose_columns(path, columns, wanted=wanted, usual=table.URL_COLUMNS, option="--image-column")[0]
-    captions = table.choose_columns(
-        path, columns, wanted=config.caption_columns, usual=table.CAPTION_COLUMNS, option="--caption-column"
-    )
+    url, captions = table.choose_columns(path, config.image_column, config.caption_columns, usual=table.URL_COLUMNS)
     rows = (_row(row, number, url, captions) for number, row in enumerate(table.read_rows(path), start=1))
     return _read(rows, Path(download_folder(config.out)))
 
 
 def _row(row: table.Row, number: int, url: str, captions: list[str]) -> dict[str, object]:
     address, texts = row.get(url), [text for column in captions for text in table.as_list(row.get(column))]
-    problem = row.get("", "")
+    problem = row.get(table.PROBLEM, "")
     if not problem and not (isinstance(address, str) and address and address.isprintable()):
         problem = "missing URL"
     if not problem and not all(isinstance(text, str) for text in texts):
@@ -95,7 +91,7 @@ def _row(row: table.Row, number: int, url: str, captions: list[str]) -> dict[str
     return {"url": address, "captions": texts, "problem": ""}
 
 
-def _read(rows: Iterator[dict[str, object]], folder: Path) -> Iterator[Record]:
+def _read(rows: Iterator[dict[str, object]], folder: Path) -> Iterator[Found]:
     with storage.disk_errors(str(folder)):
         num_shards = -(-_write_list(rows, folder / "list.parquet") // _URLS_PER_SHARD)
         process = _start(folder, max(1, min(num_shards, len(own_cores()))))
@@ -153,17 +149,23 @@ def _wait_for(stats: Path, process: subprocess.Popen[bytes], log: Path) -> None:
         time.sleep(_POLL_S)
 
 
-def _records(shard: Path) -> Iterator[Record]:
+def _records(shard: Path) -> Iterator[Found]:
+    """Read a shard in the order of the list, whatever came first; its samples are named by their place in it."""
     import pyarrow.parquet
 
     rows: list[dict[str, Any]] = pyarrow.parquet.read_table(f"{shard}.parquet").to_pylist()
-    addresses = {row["key"]: row["url"] for row in rows}
-    for record in tars.read_tars([f"{shard}.tar"]):
-        assert isinstance(record, GroupRecord | BadRecord)
-        yield replace(record, key=addresses.get(record.key.rpartition("/")[2], record.key))
-    for row in rows:
-        if row["status"] != "success":
-            yield BadRecord(row["url"], row["problem"] or name_failure(row["error_message"] or ""))
+    try:
+        with tarfile.open(f"{shard}.tar") as tar:
+            members = {member.name: member for member in tar}
+            for row in sorted(rows, key=lambda row: str(row["key"])):
+                member = members.get(f"{row['key']}.jpg")  # as img2dataset names whatever came
+                if row["status"] == "success" and member is not None:
+                    yield Record(row["url"], cast(IO[bytes], tar.extractfile(member)).read(), tuple(row["captions"]))
+                else:
+                    yield LeftOut(row["url"], row["problem"] or name_failure(row["error_message"] or ""))
+    except tarfile.TarError as error:
+        remedy = f"delete {shard}_stats.json to download it again, then run the same command again"
+        raise DataError(f"{shard}.tar is damaged: {error}", remedy=remedy) from error
 
 
 def name_failure(message: str) -> str:

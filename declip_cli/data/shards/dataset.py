@@ -2,55 +2,71 @@
 
 import functools
 import hashlib
+import os
+import threading
 from abc import abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from declip_cli.data.dataset import Dataset, Example, Skips
+from declip_cli.data import storage
+from declip_cli.data.dataset import ROW_BITS, BlockDataset, Example, Skips
 from declip_cli.data.shards.files import Piece, Shard, ShardFiles
 from declip_cli.data.shards.index import ShardIndex, read_indexes
-from declip_cli.data.shards.tar_samples import read_captions, read_metadata
+from declip_cli.data.shards.indexing import find_or_make_index
+from declip_cli.data.shards.tar_samples import read_captions
+from declip_cli.files import parse_json
 
-BLOCK_MIB = 8
+BLOCK_BYTES = 8 << 20
 """Size of the blocks of shards that are read in one piece, about."""
 _MAX_GAP_BYTES = 64 << 10
 _MAX_BLOCK_FACTOR = 8
 _MAX_PIECES = 4096
+_MAX_OPEN = 128
+_NUM_STATS = 16
 _FACTS = ("name", "split", "note", "classes", "labels", "fold_size")
 
 
-class Shards(Dataset):
-    """What all data sets in shards have in common: how one sample is read."""
+class Shards(BlockDataset):
+    """What all data sets in shards have in common: how a sample and a block are read."""
 
-    def __init__(self, shards: Sequence[Shard], files: ShardFiles) -> None:
-        self._shards, self._files = shards, files
-
-    @abstractmethod
-    def _locate(self, number: int) -> tuple[Piece, ShardIndex, int]:
-        """Find a sample: the piece of a shard that it is fetched with, the index of that shard, its row there."""
-
-    _reopen: Callable[[], "Shards"]
-
-    def reopen(self) -> Callable[[], "Shards"]:
-        """Return what opens the same data in another process of this machine, without asking the store."""
-        return self._reopen
+    def __init__(self, shards: Sequence[Shard], files: ShardFiles, *more: object) -> None:
+        self._shards, self._files, self._arguments = shards, files, (shards, files, *more)
+        self.is_remote = any(shard.is_remote for shard in shards)
+        self.skipped = Skips()
+        self._piece = functools.lru_cache(_MAX_PIECES)(self._find_piece)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return self._reopen, (), {name: getattr(self, name) for name in _FACTS}
+        return type(self), self._arguments, {name: getattr(self, name) for name in _FACTS}
 
-    @property
-    def is_remote(self) -> bool:
-        """Say whether any shard has to be fetched."""
-        return any(shard.is_remote for shard in self._shards)
+    @abstractmethod
+    def _find_piece(self, block: int) -> Piece:
+        """Find the bytes of a block."""
+
+    @abstractmethod
+    def _locate(self, number: int) -> tuple[int, ShardIndex, int]:
+        """Find a sample: its block, the index of its shard, its row there."""
+
+    def fetch(self, block: int) -> None:
+        """See `BlockDataset.fetch`.
+
+        A remote block goes to the cache of the machine, which all processes share; where that has no room for it,
+        its samples are fetched one by one when they are read. A local one goes to the page cache.
+        """
+        self._files.fetch(self._piece(block))
+
+    def release(self, block: int) -> None:
+        """See `BlockDataset.release`; a block of the cache is the first to go where that is full."""
+        self._files.release(self._piece(block))
 
     def read(self, number: int) -> Example:
         """Read one pair, in one request unless captions and image lie far apart; see `Dataset.read`."""
-        piece, index, row = self._locate(number)
+        block, index, row = self._locate(number)
+        piece = self._piece(block)
         first, last = index.image_span(row)
         start, end, is_json = index.caption_span(row)
         low, high = min(first, start), max(last, end)
@@ -69,18 +85,9 @@ class Shards(Dataset):
 
     def captions(self, number: int) -> tuple[str, ...]:
         """Read the captions of a pair; see `Dataset.captions`."""
-        text, key, is_json = self._text(number)
-        return read_captions(text, key, is_json=is_json)
-
-    def metadata(self, number: int) -> dict[str, Any]:
-        """Read the JSON that the captions of a pair stand in, empty if they stand in a text; errors as of `read`."""
-        text, key, is_json = self._text(number)
-        return read_metadata(text, key) if is_json else {}
-
-    def _text(self, number: int) -> tuple[bytes, str, bool]:
-        piece, index, row = self._locate(number)
+        block, index, row = self._locate(number)
         start, end, is_json = index.caption_span(row)
-        return self._files.read(piece, start, end), index.key(row), is_json
+        return read_captions(self._files.read(self._piece(block), start, end), index.key(row), is_json=is_json)
 
 
 class ShardDataset(Shards):
@@ -88,44 +95,24 @@ class ShardDataset(Shards):
 
     Args:
         shards: in order.
+        files: reads them.
         index_files: local files whose indexes are those of the shards, in order.
-        cache_dir: local folder for what is fetched.
-        cache_bytes: how much of it may be there at a time.
-        block_mib: size of the blocks, about.
-        name: as the user typed it.
-        split: of the data.
     """
 
-    def __init__(
-        self,
-        shards: Sequence[Shard],
-        index_files: Sequence[str],
-        *,
-        cache_dir: str,
-        cache_bytes: int,
-        block_mib: float = BLOCK_MIB,
-        name: str = "",
-        split: str = "",
-    ) -> None:
-        super().__init__(shards, ShardFiles(cache_dir, cache_bytes=cache_bytes))
-        cut = functools.partial(ShardDataset, shards, index_files, block_mib=block_mib, name=name, split=split)
-        self._reopen = functools.partial(cut, cache_dir=cache_dir, cache_bytes=cache_bytes)
-        self.name, self.split = name, split
+    def __init__(self, shards: Sequence[Shard], files: ShardFiles, index_files: Sequence[str]) -> None:
+        super().__init__(shards, files, index_files)
         self._indexes = [index for path in index_files for index in read_indexes(path, check=False)]
-        self.skipped = Skips()
         for index in self._indexes:
             self.skipped.add_all(index.skipped)
         self._firsts = [0, *accumulate(len(index) for index in self._indexes)]
-        self._block_bytes = int(block_mib * (1 << 20))
-        self.block_firsts = self._cut()
-        """Sample numbers at which blocks begin, and the number of samples, int64, (blocks + 1,)."""
-        self._piece_of = functools.lru_cache(_MAX_PIECES)(self._find_piece)
+        self.block_firsts: NDArray[np.int64] = self._cut()
+        self.num_blocks = len(self.block_firsts) - 1
 
     def _cut(self) -> NDArray[np.int64]:
         """Cut each shard into blocks of equally many samples."""
         firsts = [np.zeros(0, np.int64)]
         for first, index in zip(self._firsts, self._indexes, strict=False):
-            num = min(len(index), -(-index.tar_bytes // self._block_bytes))
+            num = min(len(index), -(-index.tar_bytes // BLOCK_BYTES))
             firsts.append(first + np.arange(num, dtype=np.int64) * len(index) // max(1, num))
         return np.concatenate([*firsts, [len(self)]]).astype(np.int64)
 
@@ -140,12 +127,21 @@ class ShardDataset(Shards):
     def __len__(self) -> int:
         return self._firsts[-1]
 
-    def _locate(self, number: int) -> tuple[Piece, ShardIndex, int]:
+    def count(self, block: int) -> int:
+        """See `BlockDataset.count`."""
+        return int(self.block_firsts[block + 1] - self.block_firsts[block])
+
+    def fetch(self, block: int) -> None:
+        """See `Shards.fetch`; a block with something large between its samples is left where it is."""
+        piece = self._piece(block)
+        if piece.end - piece.start <= _MAX_BLOCK_FACTOR * BLOCK_BYTES:
+            self._files.fetch(piece)
+
+    def _locate(self, number: int) -> tuple[int, ShardIndex, int]:
         if not 0 <= number < len(self):
             raise IndexError(number)
         shard = bisect_right(self._firsts, number) - 1
-        piece = self._piece_of(bisect_right(self.block_firsts, number) - 1)
-        return piece, self._indexes[shard], number - self._firsts[shard]
+        return bisect_right(self.block_firsts, number) - 1, self._indexes[shard], number - self._firsts[shard]
 
     def _find_piece(self, block: int) -> Piece:
         first, end = self.block_firsts[block : block + 2].tolist()
@@ -153,22 +149,79 @@ class ShardDataset(Shards):
         begin = self._firsts[shard]
         return Piece(self._shards[shard], *self._indexes[shard].span(first - begin, end - 1 - begin))
 
+
+class LazyShardDataset(Shards):
+    """The pairs of archives that nobody has indexed, each of which is a block and is indexed when its turn comes.
+
+    How many pairs there are in all is known when every archive has been there once; `len` is an estimate.
+
+    Args:
+        shards: in order.
+        files: reads them.
+    """
+
+    def __init__(self, shards: Sequence[Shard], files: ShardFiles) -> None:
+        super().__init__(shards, files)
+        self.num_blocks, self.block_firsts = len(shards), None
+        self._counts: dict[int, int] = {}
+        self._lock = threading.Lock()
+        self._index = functools.lru_cache(_MAX_OPEN)(self._open_index)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Sha256 of names and sizes of the shards, and their order."""
+        text = "".join(f"{os.path.basename(shard.path)}\0{shard.num_bytes}\0" for shard in self._shards)
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+    def __len__(self) -> int:
+        return self._estimated_len
+
+    @functools.cached_property
+    def _estimated_len(self) -> int:
+        """Judge by what img2dataset wrote beside its shards, else by the first shard."""
+        some = self._shards[:: max(1, self.num_blocks // _NUM_STATS)]
+        known = [(shard.num_bytes, _successes(shard)) for shard in some]
+        known = [(size, pairs) for size, pairs in known if pairs]
+        if not known:  # the first may be damaged
+            counts = ((shard.num_bytes, self.count(block)) for block, shard in enumerate(self._shards))
+            known = [next((pair for pair in counts if pair[1]), (1, 0))]
+        sizes, pairs = (sum(column) for column in zip(*known, strict=True))
+        return int(sum(shard.num_bytes for shard in self._shards) * pairs / max(1, sizes))
+
+    def count(self, block: int) -> int:
+        """See `BlockDataset.count`; an archive without an index is fetched, and its index kept."""
+        if block not in self._counts:
+            index = self._index(block)
+            with self._lock:
+                if block not in self._counts:
+                    self.skipped.add_all(index.skipped)
+                    self._counts[block] = len(index)
+        return self._counts[block]
+
     def fetch(self, block: int) -> None:
-        """Bring a block near, in one request, so that `read` need not wait.
+        """See `Shards.fetch`; indexes the archive if need be."""
+        super().fetch(block)
+        self.count(block)
 
-        A remote block goes to the cache of the machine, which all processes share; where that has no room for it,
-        its samples are fetched one by one when they are read. A local one goes to the page cache.
+    def _locate(self, number: int) -> tuple[int, ShardIndex, int]:
+        block, row = number >> ROW_BITS, number & ((1 << ROW_BITS) - 1)
+        if not 0 <= block < self.num_blocks or row >= self.count(block):
+            raise IndexError(number)
+        return block, self._index(block), row
 
-        Args:
-            block: position in `block_firsts`.
+    def _find_piece(self, block: int) -> Piece:
+        return Piece(self._shards[block], 0, self._shards[block].num_bytes)
 
-        Raises:
-            DataError: the store did not give it; the cause is `UNREAD`.
-        """
-        piece = self._piece_of(block)
-        if piece.num_bytes <= _MAX_BLOCK_FACTOR * self._block_bytes:  # else something large lies between the samples
-            self._files.fetch(piece)
+    def _open_index(self, block: int) -> ShardIndex:
+        path, _ = find_or_make_index(self._shards[block], self._files, fetches=True)
+        (index,) = read_indexes(path, check=False)
+        return index
 
-    def release(self, block: int) -> None:
-        """Say that a block will not be needed soon: it is the first to go where the cache is full."""
-        self._files.release(self._piece_of(block))
+
+def _successes(shard: Shard) -> int:
+    """Read how many images img2dataset says are in a shard; 0 if it says nothing."""
+    try:
+        stats = parse_json(storage.read_bytes(shard.path.removesuffix(".tar") + "_stats.json"))
+        return int(stats["successes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0

@@ -120,14 +120,7 @@ class IndexBuilder:
 
 
 def index_groups(file: BinaryIO, shard: str) -> IndexBuilder:
-    """Find the samples of a shard by going through its headers.
-
-    Args:
-        file: the shard, open at its start.
-        shard: its name, for what is skipped.
-
-    Returns:
-        Its rows; damage is in `skipped`.
+    """Find the samples of a shard, open at its start, by going through its headers; damage is in `skipped`.
 
     Raises:
         OSError: the shard cannot be read.
@@ -157,10 +150,16 @@ def write_indexes(path: str, indexes: Iterable[ShardIndex]) -> str:
         DataError: it cannot be written.
     """
     local = os.path.join(tempfile.gettempdir(), os.path.basename(path)) if storage.is_remote(path) else path
-    temporary = f"{local}.{secrets.token_hex(6)}.tmp"
+    temporary, table = f"{local}.{secrets.token_hex(6)}.tmp", []
     try:
         with storage.disk_errors(path), open(temporary, "wb") as file:
-            digest = _write(file, indexes)
+            file.write(_MAGIC)
+            for index in indexes:
+                file.write(index.body.data)
+                table.append(index.facts)
+            text = json.dumps(table).encode()
+            digest = hashlib.sha256(text).hexdigest()
+            file.write(text + digest.encode() + b"%016x" % len(text))
             file.flush()
             os.fsync(file.fileno())
         storage.move_into_place(temporary, path)
@@ -170,31 +169,12 @@ def write_indexes(path: str, indexes: Iterable[ShardIndex]) -> str:
     return digest
 
 
-def _write(file: BinaryIO, indexes: Iterable[ShardIndex]) -> str:
-    table = []
-    file.write(_MAGIC)
-    for index in indexes:
-        file.write(index.body.data)
-        table.append(index.facts)
-    text = json.dumps(table).encode()
-    digest = hashlib.sha256(text).hexdigest()
-    file.write(text + digest.encode() + b"%016x" % len(text))
-    return digest
-
-
 def read_indexes(path: str, *, check: bool) -> list[ShardIndex]:
-    """Map a file of indexes.
-
-    Args:
-        path: local path.
-        check: as of `parse_indexes`.
-
-    Returns:
-        One index per shard, with rows that stay on the disk until they are looked at.
+    """Map a local file of indexes, of which rows stay on the disk until they are looked at.
 
     Raises:
         OSError: there is no such file.
-        ValueError: it is not as it was written, or of another version.
+        ValueError: as of `parse_indexes`.
     """
     with open(path, "rb") as file:
         if not os.fstat(file.fileno()).st_size:
@@ -214,7 +194,7 @@ def parse_indexes(data: bytes | mmap.mmap, *, check: bool) -> list[ShardIndex]:
         check: compare all rows with their digest, too; else only the table of the shards.
 
     Returns:
-        One index per shard; every image and caption lies within its tar.
+        One index per shard; where checked, every image and caption lies within its tar.
 
     Raises:
         ValueError: it is not as it was written, or of another version.

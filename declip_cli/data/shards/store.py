@@ -1,18 +1,14 @@
 """Open tar shards that the user names: folders made by `declip prepare`, or anybody's archives."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 from declip_cli.data import storage
-from declip_cli.data.shards.block_cache import locked
-from declip_cli.data.shards.dataset import ShardDataset
+from declip_cli.data.shards.dataset import LazyShardDataset, ShardDataset, Shards
 from declip_cli.data.shards.files import Shard, ShardFiles
-from declip_cli.data.shards.index import read_indexes
-from declip_cli.data.shards.indexing import Say, cached_index, index_path, load_indexes
+from declip_cli.data.shards.indexing import Say, cached_index, copy_index, index_damage, index_path, load_indexes
 from declip_cli.errors import DataError
 from declip_cli.files import parse_json
 
@@ -22,7 +18,17 @@ JOINED = "shards.index"
 CACHE_GB = 100.0
 PREPARE = "declip prepare SOURCE --out SHARDS, then --data SHARDS"
 _SHARD_FACTS = {"name": str, "num_bytes": int, "sha256": str}
+_ENDINGS = (".tar", ".index")
 _THREADS = 16
+
+
+class NoShardsError(DataError):
+    """A path names no tar shards; it may well name other data."""
+
+
+def default_cache_dir() -> str:
+    """Return `$DECLIP_CACHE`, else `~/.cache/declip`."""
+    return os.environ.get("DECLIP_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "declip")
 
 
 def open_shards(
@@ -31,9 +37,9 @@ def open_shards(
     split: str | None = None,
     cache_dir: str | None = None,
     say: Say | None = None,
-    together: bool = False,
+    shall_count: Callable[[Sequence[Shard]], bool] | None = None,
     cache_gb: float = CACHE_GB,
-) -> ShardDataset:
+) -> Shards:
     """Open shards by folder, file or pattern.
 
     Args:
@@ -42,60 +48,72 @@ def open_shards(
         split: named split of the data; None or `train` is what lies in the folder itself.
         cache_dir: local folder for indexes and for what is fetched; None uses `$DECLIP_CACHE`, else `~/.cache/declip`.
         say: told of damaged indexes, and of the progress where shards of others are indexed for the first time.
-        together: every rank of the process group opens the same shards now, and they share that work.
+        shall_count: given all shards, decides whether to go first through those that have no index; if not, they are
+            indexed when their turn comes. Every rank of a process group opens the same shards now. None goes through
+            them, on this rank alone.
         cache_gb: how many gigabytes of remote shards may be in the cache.
 
     Returns:
         All pairs of all paths, in the order given.
 
     Raises:
-        DataError: a path is missing, is not readable as shards, or holds no pair.
+        NoShardsError: a path names no shards.
+        DataError: a shard is missing, is not readable, or there is no pair.
     """
-    cache_dir, cache_bytes = cache_dir or default_cache_dir(), int(cache_gb * 1e9)
-    files = ShardFiles(cache_dir, cache_bytes=cache_bytes)
-    shards: list[Shard] = []
-    index_files: list[str] = []
-    for path in paths:
-        found, joined = _find(path, split or "", cache_dir, say)
-        shards += found
-        index_files += (
-            [joined] if joined else load_indexes(found, files, cache_dir=cache_dir, say=say, together=together)
-        )
-    name = " ".join(paths)
-    data = ShardDataset(shards, index_files, cache_dir=cache_dir, cache_bytes=cache_bytes, name=name, split=split or "")
-    if not len(data):
-        raise DataError(f"no image-text pair in {', '.join(paths)} ({data.skipped or 'empty'})", remedy=PREPARE)
+    files = ShardFiles(cache_dir or default_cache_dir(), int(cache_gb * 1e9))
+    found = [find_shards(path, split or "") for path in paths]
+    shards = [shard for some, _ in found for shard in some]
+    meet = _meet if shall_count is not None else bool
+    data: Shards
+    if shall_count is not None and not shall_count(shards):
+        data = LazyShardDataset(shards, files)
+    else:
+        index_files: list[str] = []
+        for some, digest in found:
+            joined = _joined_index(some, digest, files.cache_dir, say) if digest and some else ""
+            index_files += [joined] if joined else load_indexes(some, files, say=say, meet=meet)
+        data = ShardDataset(shards, files, index_files)
+        if not len(data):
+            raise DataError(f"no image-text pair in {', '.join(paths)} ({data.skipped or 'empty'})", remedy=PREPARE)
+        while not meet(True):
+            pass
+    data.name, data.split = " ".join(paths), split or ""
     return data
 
 
-def default_cache_dir() -> str:
-    """Return `$DECLIP_CACHE`, else `~/.cache/declip`."""
-    return os.environ.get("DECLIP_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "declip")
+def _meet(is_done: bool) -> bool:
+    """Say whether all ranks are done: they meet so often that who waits for the others runs into no time limit."""
+    from declip_cli.process_group import from_all  # `prepare` does without torch
+
+    return all(from_all(is_done))
 
 
-def find_shards(path: str, *, split: str | None = None, cache_dir: str | None = None) -> list[Shard]:
-    """List the shards that a folder, a file or a pattern means, in order; arguments and errors as of `open_shards`."""
-    return _find(path, split or "", cache_dir or default_cache_dir(), None)[0]
+def find_shards(path: str, split: str = "") -> tuple[list[Shard], str]:
+    """Look for what a folder, a file or a pattern means; arguments and errors as of `open_shards`.
 
-
-def _find(path: str, split: str, cache_dir: str, say: Say | None) -> tuple[list[Shard], str]:
-    """Return the shards, and the local path of their joined index, empty if they have none."""
+    Returns:
+        The shards, in order; and the digest of the index that joins theirs, empty if they have none.
+    """
     folder = path if split in ("", "train") else storage.join(path, split)
     is_archive = path.endswith(".tar") and folder == path
     if not is_archive and (manifest := read_manifest(folder)):
-        return _prepared(folder, manifest, cache_dir, say)
-    if not is_archive and storage.is_folder(folder):
-        found = _describe([storage.join(folder, name) for name in storage.names_in(folder) if name.endswith(".tar")])
-        if not found:
-            raise DataError(f"no .tar shards in the folder {folder}", remedy=PREPARE.replace("SOURCE", folder))
+        return _prepared(folder, manifest["shards"]), str(manifest.get("index_sha256", ""))
+    listed = {} if is_archive else _list(folder)
+    if found := [_shard(path, listed) for path in listed if path.endswith(".tar")]:
         return found, ""
+    if not is_archive and storage.is_folder(folder):
+        raise NoShardsError(f"no .tar shards in the folder {folder}", remedy=PREPARE.replace("SOURCE", folder))
     if folder != path:
+        find_shards(path, "")  # raises an error of its own where that is no folder of shards
         remedy = f"declip prepare SOURCE --out {path} --split {split}=0.01"
         raise DataError(f"{path} has no split {split!r}", remedy=remedy)
     expanded = storage.expand(path)
     if wrong := next((name for name in expanded if not name.endswith(".tar")), ""):
-        raise DataError(f"{wrong} is not a .tar shard", remedy=PREPARE)
-    found = _describe(expanded)
+        raise NoShardsError(f"{wrong} is not a .tar shard", remedy=PREPARE)
+    for above in {storage.parent(name) for name in expanded if not name.startswith("http")}:  # which cannot be listed
+        listed |= _list(above)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = [shard for shard in pool.map(lambda name: _shard(name, listed), expanded) if shard.num_bytes >= 0]
     missing = [name for name in expanded if name not in {shard.path for shard in found}]
     if missing or not expanded:
         raise DataError(
@@ -105,34 +123,25 @@ def _find(path: str, split: str, cache_dir: str, say: Say | None) -> tuple[list[
     return found, ""
 
 
-def _describe(paths: Sequence[str]) -> list[Shard]:
-    """Look up shards, one request for each folder they lie in; those that are not there are omitted."""
-    folders = {storage.parent(path) for path in paths if not path.startswith("http")}  # which cannot be listed
-    listed = {
-        storage.join(folder, name): facts for folder in folders for name, facts in storage.list_files(folder).items()
-    }
+def _list(folder: str) -> dict[str, storage.FileFacts]:
+    """Look up the shards and indexes in a folder in one request, by their paths."""
+    return {storage.join(folder, name): facts for name, facts in storage.list_files(folder, _ENDINGS).items()}
 
-    def describe(path: str) -> Shard | None:
-        key = storage.join(storage.parent(path), os.path.basename(path))
-        with suppress(OSError):
-            facts = listed.get(key) or storage.facts(path)
-            index = listed.get(index_path(key))
-            has_index = storage.is_remote(path) and index is not None and index.changed >= facts.changed
-            return Shard(path, facts.num_bytes, facts.stamp, has_index=has_index)
-        return None
 
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return [shard for shard in pool.map(describe, paths) if shard is not None]
+def _shard(path: str, listed: Mapping[str, storage.FileFacts]) -> Shard:
+    """Describe a shard, which has -1 bytes if it is not there."""
+    name = storage.join(storage.parent(path), os.path.basename(path))
+    try:
+        facts = listed.get(name) or storage.facts(path)
+    except OSError:
+        return Shard(path, -1, "")
+    index = listed.get(index_path(name))
+    has_index = storage.is_remote(path) and index is not None and index.changed >= facts.changed
+    return Shard(path, facts.num_bytes, facts.stamp, has_index=has_index)
 
 
 def read_manifest(folder: str) -> dict[str, Any]:
-    """Read the manifest of a folder made by `declip prepare`.
-
-    Args:
-        folder: local path or URL.
-
-    Returns:
-        What stands in it; empty if there is none.
+    """Read the manifest of a folder made by `declip prepare`, local or remote; empty if there is none.
 
     Raises:
         DataError: it is damaged.
@@ -150,47 +159,27 @@ def read_manifest(folder: str) -> dict[str, Any]:
         raise DataError(f"{path} is damaged: {error}", remedy="run the same declip prepare with --force") from error
 
 
-def _prepared(folder: str, manifest: Mapping[str, Any], cache_dir: str, say: Say | None) -> tuple[list[Shard], str]:
-    """Take the word of the manifest for shards far away, so that opening costs one request, and one for the index."""
-    named = [(storage.join(folder, shard["name"]), shard) for shard in manifest["shards"]]
-    joined = _joined_index(folder, manifest, cache_dir, say)
-    if joined and storage.is_remote(folder):
-        return [Shard(path, shard["num_bytes"], shard["sha256"], shard["sha256"]) for path, shard in named], joined
-    there = {shard.path: shard for shard in _describe([path for path, _ in named])}
+def _prepared(folder: str, listed: Sequence[dict[str, Any]]) -> list[Shard]:
+    """Take the word of a manifest for shards far away, so that opening costs one request, and one for the index."""
+    is_remote = storage.is_remote(folder)
+    there = {} if is_remote else storage.list_files(folder, _ENDINGS)
     found = []
-    for path, facts in named:
-        actual = there[path].num_bytes if path in there else -1
-        if actual != facts["num_bytes"]:
-            state = "is missing" if actual < 0 else f"has {actual:,} bytes instead of {facts['num_bytes']:,}"
+    for facts in listed:
+        name, num_bytes, sha256 = facts["name"], facts["num_bytes"], facts["sha256"]
+        path = storage.join(folder, name)
+        if not is_remote and (name not in there or there[name].num_bytes != num_bytes):
+            state = f"has {there[name].num_bytes:,} bytes instead of {num_bytes:,}" if name in there else "is missing"
             raise DataError(f"the shard {path} {state}", remedy="copy it again, or prepare the data again")
-        found.append(replace(there[path], stamp=facts["sha256"], sha256=facts["sha256"]))
-    return found, joined
+        found.append(Shard(path, num_bytes, sha256, sha256, has_index=is_remote))
+    return found
 
 
-def _joined_index(folder: str, manifest: Mapping[str, Any], cache_dir: str, say: Say | None) -> str:
+def _joined_index(shards: Sequence[Shard], digest: str, cache_dir: str, say: Say | None) -> str:
     """Find the joined index of a prepared folder; a remote one is copied to the cache of the machine."""
-    digest, path = str(manifest.get("index_sha256", "")), storage.join(folder, JOINED)
-    if not digest:
-        return ""
-    local = cached_index(digest, cache_dir) if storage.is_remote(folder) else path
-    if _fits(local, manifest):
-        return local
-    damage = "damaged" if os.path.exists(path) else "missing"
-    if storage.is_remote(folder):
-        with locked(f"{local}.lock"), suppress(FileNotFoundError):  # other processes of the machine wait, and find it
-            if not _fits(local, manifest):
-                storage.write_whole(local, storage.read_bytes(path))
-            if _fits(local, manifest):
-                return local
-            damage = "damaged"
-    if say is not None:
+    path = storage.join(storage.parent(shards[0].path), JOINED)
+    is_remote = storage.is_remote(path)
+    local = cached_index(digest, cache_dir) if is_remote else path
+    damage = copy_index(path, local, shards) if is_remote else index_damage(local, shards)
+    if damage and say is not None:
         say(f"{path} is {damage}; the indexes of the shards are used")
-    return ""
-
-
-def _fits(path: str, manifest: Mapping[str, Any]) -> bool:
-    try:
-        found = [(index.name, index.tar_bytes) for index in read_indexes(path, check=True)]
-    except (OSError, ValueError):
-        return False
-    return found == [(shard["name"], shard["num_bytes"]) for shard in manifest["shards"]]
+    return "" if damage else local

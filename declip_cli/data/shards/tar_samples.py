@@ -8,7 +8,9 @@ from typing import Any, BinaryIO, TypeAlias, cast
 from declip_cli.errors import DataError
 from declip_cli.files import parse_json
 
-PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jp2", "ppm", "jfif")
+PICTURE_EXTENSIONS = (
+    "jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jp2", "ppm", "pgm", "jfif", "avif"
+)  # fmt: skip
 CAPTION_EXTENSIONS = ("json", "txt", "caption")
 MAX_MEMBER_BYTES = 256 << 20
 """Larger members are no photographs; they are counted, not read."""
@@ -37,22 +39,13 @@ class Group:
         return next((extension for extension in PICTURE_EXTENSIONS if extension in self.parts), "")
 
     @property
-    def caption_extensions(self) -> list[str]:
-        """Extensions of the members that may hold captions, the one to be tried first in front."""
-        has_several = b'"captions"' in self.parts.get("json", b"")
-        order = ("json", "txt", "caption") if has_several else ("txt", "caption", "json")
-        return [extension for extension in order if extension in self.parts]
+    def has_captions(self) -> bool:
+        """Say whether there is a member for captions."""
+        return any(extension in self.parts for extension in CAPTION_EXTENSIONS)
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Divide a member's name into the sample's key and the extension.
-
-    Args:
-        name: such as `a/0001.seg.png`.
-
-    Returns:
-        The key `a/0001`, and the extension in lower case from the first dot of the last part on, `seg.png`.
-    """
+    """Divide a member's name such as `a/1.seg.PNG` into its sample's key, `a/1`, and the extension, `seg.png`."""
     folder, slash, base = name.removeprefix("./").rpartition("/")
     stem, _, extension = base.partition(".")
     return folder + slash + stem, extension.lower()
@@ -76,11 +69,7 @@ class _Headers:
 def _members(
     file: BinaryIO, archive: str, wants: Callable[[tarfile.TarInfo], bool]
 ) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
-    """Go through the files of an archive from front to back; those wanted come with their content.
-
-    Raises:
-        DataError: the archive ends too early or a header is damaged; members before that have been yielded.
-    """
+    """Go through the files of an archive; those wanted come with their content, damage is a DataError at its place."""
     headers, end, is_whole = _Headers(file), 0, True
     try:
         with tarfile.open(fileobj=cast(Any, headers), mode="r:", encoding="utf-8", errors="replace") as tar:
@@ -110,17 +99,14 @@ def _members(
 
 
 def read_groups(file: BinaryIO, archive: str, *, with_images: bool) -> Iterator[Group]:
-    """Go through the samples of a tar archive; what is no sample comes with its `problem`.
+    """Go through the samples of a tar archive in their order; what is no sample comes with its `problem`.
 
     Args:
         file: open at the first header; it can be sought in, if only forwards.
         archive: its name, for messages and as the key of problems of the whole archive.
         with_images: read images and captions; else captions only.
-
-    Yields:
-        Samples in the order of the archive.
     """
-    finish = _finisher()
+    seen: set[int] = set()
     group = Group("")
     extensions = CAPTION_EXTENSIONS + (PICTURE_EXTENSIONS if with_images else ())
 
@@ -129,55 +115,44 @@ def read_groups(file: BinaryIO, archive: str, *, with_images: bool) -> Iterator[
 
     try:
         for info, data in _members(file, archive, wants):
-            if _leaves_folder(info.name):
+            if info.name.startswith(("/", "\\")) or ".." in info.name.replace("\\", "/").split("/"):
                 yield Group(info.name, problem="path traversal")
                 continue
             key, extension = split_name(info.name)
             if key != group.key or extension in group.parts:
                 if group.parts:
-                    yield finish(group)
+                    yield _judged(group, seen)
                 group = Group(key)
             group.parts[extension], group.spans[extension] = data, (info.offset_data, info.size)
             if info.size > MAX_MEMBER_BYTES and extension in PICTURE_EXTENSIONS + CAPTION_EXTENSIONS:
                 group.problem = "too big"
     except DataError as error:
-        if group.picture_extension and group.caption_extensions:
-            yield finish(group)
+        if group.picture_extension and group.has_captions:
+            yield _judged(group, seen)
         yield Group(archive, problem=error.cause)
         return
     if group.parts:
-        yield finish(group)
+        yield _judged(group, seen)
 
 
 def _is_hidden(name: str) -> bool:
     return name.rpartition("/")[2].startswith(".") or name.startswith("__MACOSX/")
 
 
-def _leaves_folder(name: str) -> bool:
-    return name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/")
-
-
-def _finisher() -> Callable[[Group], Group]:
-    seen: set[int] = set()
-
-    def finish(group: Group) -> Group:
-        if hash(group.key) in seen:
-            group.problem = "duplicate key"
-        elif not group.picture_extension:
-            group.problem = "missing image"
-        elif not group.caption_extensions:
-            group.problem = "missing caption"
-        seen.add(hash(group.key))
-        return group
-
-    return finish
+def _judged(group: Group, seen: set[int]) -> Group:
+    """Note what keeps a group from being a sample; `seen` holds the hashes of the keys before it."""
+    if hash(group.key) in seen:
+        group.problem = "duplicate key"
+    elif not group.picture_extension:
+        group.problem = "missing image"
+    elif not group.has_captions:
+        group.problem = "missing caption"
+    seen.add(hash(group.key))
+    return group
 
 
 def captions_of(group: Group) -> tuple[str, ...]:
-    """Read the captions of one sample.
-
-    Args:
-        group: a sample with the contents of its caption members.
+    """Read the captions of one sample from the contents of its members.
 
     Returns:
         At least one caption, surrounding white space removed, empty ones omitted.
@@ -191,18 +166,19 @@ def captions_of(group: Group) -> tuple[str, ...]:
 
 def caption_member(group: Group) -> str:
     """Name the extension of the member that a sample's captions are in: `json` if it has several, else text."""
-    extensions = group.caption_extensions or [""]
-    if extensions[0] != "json" or len(extensions) == 1:
-        return extensions[0]
+    text = next((extension for extension in ("txt", "caption") if extension in group.parts), "")
+    data = group.parts.get("json", b"")
+    if text and b'"captions"' not in data:
+        return text
     try:
-        return "json" if captions_of_row(read_metadata(group.parts["json"], group.key)) else extensions[1]
+        return "json" if not text or captions_of_row(_read_metadata(data, group.key)) else text
     except DataError:
         return "json"
 
 
 def read_captions(data: bytes, key: str, *, is_json: bool) -> tuple[str, ...]:
     """Read captions from the content of a member; the rest as of `captions_of`."""
-    return clean_captions(captions_of_row(read_metadata(data, key)) if is_json else [decode_text(data, key)], key)
+    return clean_captions(captions_of_row(_read_metadata(data, key)) if is_json else [_decode(data, key)], key)
 
 
 def captions_of_row(row: dict[str, Any]) -> list[Any]:
@@ -226,8 +202,7 @@ def clean_captions(captions: list[Any], key: str) -> tuple[str, ...]:
     return stripped
 
 
-def decode_text(data: bytes, key: str) -> str:
-    """Decode UTF-8, byte order mark removed; errors as of `captions_of`."""
+def _decode(data: bytes, key: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -247,10 +222,10 @@ def is_unicode(value: object) -> bool:
         return False
 
 
-def read_metadata(data: bytes, key: str) -> dict[str, Any]:
-    """Parse the JSON of a sample; empty if it is no object; errors as of `captions_of`."""
+def _read_metadata(data: bytes, key: str) -> dict[str, Any]:
+    """Parse the JSON of a sample; empty if it is no object."""
     try:
-        row = parse_json(decode_text(data, key))
+        row = parse_json(_decode(data, key))
     except ValueError as error:
         message, cause = f"the metadata of {key} is not JSON: {error}", "damaged metadata"
         raise DataError(message, remedy="mend or delete it", cause=cause) from error

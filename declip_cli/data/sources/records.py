@@ -1,96 +1,57 @@
-"""What every source yields: where a picture and its captions lie, still unread."""
+"""What every source yields: where an image and its captions lie, still unread, or why something is no pair."""
 
-from collections.abc import Iterable, Iterator
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TypeAlias
 
 from declip_cli.data import storage
 from declip_cli.data.dataset import Example
 from declip_cli.data.shards.tar_samples import MAX_MEMBER_BYTES, Group, captions_of, clean_captions
 from declip_cli.errors import DataError
 
+_NUM_TRIED = 20
 
-class Record(Protocol):
-    """One pair of a source. Small, and fit to be sent to another process."""
 
-    @property
-    def key(self) -> str:
-        """Where it stands in the source; unique if the source is in order."""
-        ...
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One pair of a source, fit to be sent to another process."""
 
-    @property
-    def part(self) -> str:
-        """Part of the data it belongs to by the source's own word; empty is the training part."""
-        ...
+    key: str
+    """Where it stands in the source; unique if the source is in order."""
+    image: str | bytes
+    """Path or URL of the image, or the encoded image."""
+    captions: tuple[object, ...] = ()
+    """What stands where captions should; `load` checks it."""
+    part: str = ""
+    """Part of the data it belongs to by the source's own word; empty is the training part."""
+    beside: tuple[str, ...] = ()
+    """Extensions, as written, of the files of the same name that hold the captions; none where they are known."""
 
     def load(self) -> Example:
-        """Read the picture and its captions.
+        """Read the image and its captions.
 
         Raises:
             DataError: this pair cannot be used; `.cause` says why.
         """
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class FileRecord:
-    """An image in a file of its own, with captions known already or in files of the same name beside it."""
-
-    key: str
-    path: str
-    captions: tuple[object, ...] = ()
-    part: str = ""
-    beside: tuple[str, ...] = ()
-    """Extensions of the caption files, as written; they count where there are any."""
-
-    def load(self) -> Example:
-        """Read the pair; see `Record.load`."""
-        image = read_picture(self.path)
-        if self.beside:
-            return Example(self.key, image, captions_beside(self.path, self.beside))
+        image = self.image if isinstance(self.image, bytes) else read_picture(self.image)
+        if self.beside and isinstance(self.image, str):
+            return Example(self.key, image, captions_beside(self.image, self.beside))
         return Example(self.key, image, clean_captions(list(self.captions), self.key))
 
 
 @dataclass(frozen=True, slots=True)
-class BytesRecord:
-    """A picture already in memory."""
-
-    key: str
-    image: bytes
-    captions: tuple[object, ...]
-    part: str = ""
-
-    def load(self) -> Example:
-        """Read the pair; see `Record.load`."""
-        return Example(self.key, self.image, clean_captions(list(self.captions), self.key))
-
-
-@dataclass(frozen=True, slots=True)
-class GroupRecord:
-    """A sample of a tar archive."""
-
-    key: str
-    group: Group
-    part: str = ""
-
-    def load(self) -> Example:
-        """Read the pair; see `Record.load`."""
-        return Example(self.key, self.group.parts[self.group.picture_extension], captions_of(self.group))
-
-
-@dataclass(frozen=True, slots=True)
-class BadRecord:
-    """Something that stands in the source and is no pair; it is counted, never dropped in silence."""
+class LeftOut:
+    """Something that stands in the source and makes no pair; it is counted, never dropped in silence."""
 
     key: str
     cause: str
-    part: str = ""
     is_bad: bool = True
-    """False for what may well lie there, such as a note among pictures; it is no reason to stop."""
+    """False for what was filtered out, or may well lie there as a note among images: no reason to stop."""
 
-    def load(self) -> Example:
-        """Raise the reason; see `Record.load`."""
-        raise DataError(f"{self.key}: {self.cause}", remedy="mend it or leave it out", cause=self.cause)
+
+Found: TypeAlias = Record | LeftOut
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +59,7 @@ class Source:
     """A source that has been recognised."""
 
     kind: str
-    records: Iterator[Record]
+    records: Iterator[Found]
     """All of them, once, always in the same order."""
     total: int = 0
     """Number of records where it is cheap to know, for the progress bar; 0 is unknown."""
@@ -107,24 +68,20 @@ class Source:
 
 
 def read_picture(path: str) -> bytes:
-    """Read a picture's file.
-
-    Args:
-        path: local path or URL.
-
-    Returns:
-        Its bytes.
+    """Read an image's file, local or remote.
 
     Raises:
         DataError: it is missing, too big or cannot be read.
     """
     try:
-        if not storage.is_remote(path):
-            with open(path, "rb") as file:
-                data = file.read(MAX_MEMBER_BYTES + 1)
-        else:
+        if storage.is_remote(path):
             data = storage.read_bytes(path)  # in one request
-        if len(data) > MAX_MEMBER_BYTES:
+            num_bytes = len(data)
+        else:
+            with open(path, "rb", buffering=0) as file:
+                num_bytes = os.fstat(file.fileno()).st_size
+                data = file.read() if num_bytes <= MAX_MEMBER_BYTES else b""
+        if num_bytes > MAX_MEMBER_BYTES:
             raise DataError(f"{path} is too big for an image", remedy="omit it", cause="too big")
         return data
     except (FileNotFoundError, ValueError) as error:  # ValueError: no file can have this name
@@ -136,39 +93,57 @@ def read_picture(path: str) -> bytes:
 
 
 def captions_beside(path: str, extensions: Iterable[str]) -> tuple[str, ...]:
-    """Read the captions of an image from the files beside it.
-
-    Args:
-        path: of the image.
-        extensions: of the caption files, as written.
-
-    Returns:
-        At least one caption.
+    """Read the captions of an image from files of the same name with these extensions, as written.
 
     Raises:
         DataError: there is none, or none that can be read; `.cause` says why.
     """
     stem = path.rpartition(".")[0]
-    group = Group(path)
-    for extension in extensions:
-        group.parts[extension.lower()] = read_picture(f"{stem}.{extension}")
-    return captions_of(group)
+    return captions_of(Group(path, {suffix.lower(): read_picture(f"{stem}.{suffix}") for suffix in extensions}))
 
 
-def file_record(folder: str, name: object, captions: list[object], *, part: str = "") -> Record:
-    """Make the record of a picture that a list names.
+def file_record(folder: str, name: object, captions: Sequence[object], *, part: str = "", prefix: str = "") -> Found:
+    """Make the record of an image that a list names, unless the name is no text or leads out of the folder.
 
-    Args:
-        folder: where names start from.
-        name: what the list says.
-        captions: what the list says.
-        part: as of `Record.part`.
-
-    Returns:
-        The record; a bad one if the name is missing or leads out of the folder.
+    The key is the name behind `prefix`; `part` is as of `Record.part`.
     """
     if not isinstance(name, str) or not name:
-        return BadRecord(f"{folder} (no file name)", "missing file name", part)
+        return LeftOut(f"{folder} (no file name)", "missing file name")
     if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or storage.is_remote(name):
-        return BadRecord(name, "path traversal", part)
-    return FileRecord(name, storage.join(folder, name), tuple(captions), part)
+        return LeftOut(name, "path traversal")
+    return Record(prefix + name, storage.join(folder, name), tuple(captions), part)
+
+
+def locate_pictures(path: str, names: Sequence[str], *, images: str = "") -> str:
+    """Find the folder that the names of a list start from.
+
+    Args:
+        path: of the list.
+        names: of images; the first few are looked for.
+        images: the folder if the user says so; empty looks beside the list, in the folders beside it, and in
+            those beside its own folder, two deep, as COCO and Flickr30k are unpacked.
+
+    Raises:
+        DataError: none of the images is anywhere, or `images` is no folder.
+    """
+    if images:
+        if not storage.is_folder(images):
+            raise DataError(f"no such folder: {images}", remedy="check --images")
+        return images
+    beside = storage.parent(path)
+    above = storage.parent(beside.rstrip("/")) if storage.is_remote(beside) else storage.join(beside, "..")
+    for folder in itertools.chain([beside], _folders_in(beside, 2), _folders_in(above, 2)):
+        if any(storage.is_file(storage.join(folder, name)) for name in names[:_NUM_TRIED]):
+            return folder
+    first = names[0] if names else "any picture"
+    raise DataError(
+        f"cannot find the pictures of {path}: no {first} in the folders around it", remedy="--images FOLDER"
+    )
+
+
+def _folders_in(folder: str, depth: int) -> Iterator[str]:
+    for name in storage.folders_in(folder):
+        below = storage.join(folder, name)
+        yield below
+        if depth > 1:
+            yield from _folders_in(below, depth - 1)

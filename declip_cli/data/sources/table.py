@@ -1,34 +1,26 @@
-"""Tables with a picture and one or several captions a row: CSV, TSV, JSON lines, Parquet."""
+"""Tables with an image and one or several captions a row: CSV, TSV, JSON lines, Parquet."""
 
 import csv
 import io
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 from declip_cli.data import storage
 from declip_cli.data.shards.tar_samples import is_unicode
-from declip_cli.data.sources.records import BadRecord, BytesRecord, FileRecord, Record
+from declip_cli.data.sources.records import Found, LeftOut, Record
 from declip_cli.errors import DataError
 from declip_cli.files import parse_json
 
 TABLE_EXTENSIONS = (".csv", ".tsv", ".jsonl", ".parquet", ".json")
-IMAGE_COLUMNS = (
-    "image",
-    "file",
-    "filename",
-    "file_name",
-    "image_path",
-    "filepath",
-    "path",
-    "img",
-    "image_name",
-)
+IMAGE_COLUMNS = ("image", "file", "filename", "file_name", "image_path", "filepath", "path", "img", "image_name")
 CAPTION_COLUMNS = ("caption", "captions", "text", "caption_text", "title", "comment", "sentence", "alt_text")
 URL_COLUMNS = ("url", "image_url", "img_url", "image_link")
 
-Row = dict[str, Any]
+Row: TypeAlias = dict[str, Any]
+PROBLEM = "\0"
+"""The only column of a row that cannot be read; its value says why."""
 _MAX_FIELD_CHARS = 1 << 24
 
 
@@ -38,36 +30,21 @@ def read_rows(path: str) -> Iterator[Row]:
     Args:
         path: local path or URL; the extension says the format.
 
-    Yields:
-        Column → value. A row that cannot be read is `{"": reason}`.
-
     Raises:
         DataError: there is no header, or pyarrow is needed and missing.
     """
     if path.endswith(".parquet"):
         return _parquet_rows(path)
-    if path.endswith((".jsonl", ".json")):
-        return _json_rows(path)
-    return _text_rows(path)
+    return _json_rows(path) if path.endswith((".jsonl", ".json")) else _text_rows(path)
 
 
 def columns_of(path: str) -> list[str]:
-    """List the columns of a table: its header, or the keys of its first JSON object.
-
-    Args:
-        path: as of `read_rows`.
-
-    Returns:
-        Names in order.
-
-    Raises:
-        DataError: the table is empty.
-    """
+    """List the columns of a table: its header, or the keys of its first JSON object; errors as of `read_rows`."""
     if path.endswith(".parquet"):
         with _open_parquet(path) as table:
             return [str(name) for name in table.schema_arrow.names]
     if path.endswith((".jsonl", ".json")):
-        return next((list(row) for row in _json_rows(path) if "" not in row), [])
+        return next((list(row) for row in _json_rows(path) if PROBLEM not in row), [])
     with storage.open_binary(path) as raw:
         return _header(raw.readline(_MAX_FIELD_CHARS).decode("utf-8-sig", "replace"), path)[0]
 
@@ -104,28 +81,28 @@ def _text_rows(path: str) -> Iterator[Row]:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield {"": f"damaged row: {error}"}
+                yield {PROBLEM: f"damaged row: {error}"}
                 continue
-            if not values:
-                continue
-            if len(values) != len(names):
-                yield {"": "wrong number of columns"}
-            else:
+            if len(values) == len(names):
                 yield dict(zip(names, (value.strip() for value in values), strict=True))
+            elif values:
+                yield {PROBLEM: "wrong number of columns"}
 
 
 def _json_rows(path: str) -> Iterator[Row]:
     with storage.open_binary(path) as raw:
-        for line in raw:
-            if not line.strip():
-                continue
-            try:
-                row = parse_json(line)
-                yield row if isinstance(row, dict) else {"": "damaged line"}
-            except UnicodeDecodeError:
-                yield {"": "caption not UTF-8"}
-            except ValueError:
-                yield {"": "damaged line"}
+        yield from (json_row(line) for line in raw if line.strip())
+
+
+def json_row(line: bytes) -> Row:
+    """Parse one line of JSON lines."""
+    try:
+        row = parse_json(line)
+    except UnicodeDecodeError:
+        return {PROBLEM: "caption not UTF-8"}
+    except ValueError:
+        row = None
+    return row if isinstance(row, dict) and PROBLEM not in row else {PROBLEM: "damaged line"}
 
 
 @contextmanager
@@ -149,91 +126,81 @@ def _parquet_rows(path: str) -> Iterator[Row]:
 
 
 def choose_columns(
-    path: str, columns: Sequence[str], *, wanted: Sequence[str], usual: Sequence[str], option: str
-) -> list[str]:
-    """Find the columns that hold pictures or captions.
+    path: str, image: str, captions: Sequence[str], *, usual: Sequence[str] = IMAGE_COLUMNS
+) -> tuple[str, list[str]]:
+    """Find the column that holds images, or their addresses, and those that hold captions.
 
-    Args:
-        path: of the table, for messages.
-        columns: what there is.
-        wanted: what the user asked for; empty takes the first usual one.
-        usual: names to look for, upper and lower case alike.
-        option: the option that asks, for messages.
-
-    Returns:
-        At least one name.
+    What the user asked for counts, else the first usual name that is there, upper and lower case alike.
 
     Raises:
         DataError: a wanted column is missing, or no usual one is there.
     """
+    columns = columns_of(path)
+    found = _choose(path, columns, [image] if image else [], usual, "--image-column")
+    return found[0], _choose(path, columns, captions, CAPTION_COLUMNS, "--caption-column")
+
+
+def _choose(path: str, columns: list[str], wanted: Sequence[str], usual: Sequence[str], option: str) -> list[str]:
     there = ", ".join(columns) or "none"
     for name in wanted:
         if name not in columns:
             raise DataError(f"{path} has no column {name!r} (it has: {there})", remedy=f"{option} with one of these")
-    if wanted:
-        return list(wanted)
     lower = {column.lower(): column for column in reversed(columns)}
-    found = [lower[name] for name in map(str.lower, usual) if name in lower]
+    found = list(wanted) or [lower[name] for name in usual if name in lower][:1]
     if not found:
         raise DataError(
             f"{path} has no column of a usual name such as {usual[0]!r} (it has: {there})",
             remedy=f"say which one with {option}",
         )
-    return found[:1]
+    return found
 
 
 def read_table(
     path: str, *, image_column: str = "", caption_columns: Sequence[str] = (), images: str = ""
-) -> Iterator[Record]:
-    """Read pairs from a table; consecutive rows with the same picture become one pair with several captions.
+) -> Iterator[Found]:
+    """Read pairs from a table; consecutive rows with the same image become one pair with several captions.
 
     Args:
         path: as of `read_rows`.
-        image_column: holds a path, or in Parquet the encoded picture; empty looks for a usual name.
+        image_column: holds a path, or in Parquet the encoded image; empty looks for a usual name.
         caption_columns: each holds a caption, or in JSON and Parquet a list of them; empty likewise.
         images: folder that paths start from; empty is the table's own.
 
     Yields:
-        One record per picture, a bad one for a row that cannot be read.
+        One record per image, or why a row cannot be read.
 
     Raises:
         DataError: a column is missing.
     """
-    columns = columns_of(path)
-    wanted = [image_column] if image_column else []
-    image = choose_columns(path, columns, wanted=wanted, usual=IMAGE_COLUMNS, option="--image-column")[0]
-    captions = choose_columns(path, columns, wanted=caption_columns, usual=CAPTION_COLUMNS, option="--caption-column")
+    image, captions = choose_columns(path, image_column, caption_columns)
     return _records(path, image, captions, images or storage.parent(path))
 
 
-def _records(path: str, image: str, captions: Sequence[str], folder: str) -> Iterator[Record]:
+def _records(path: str, image: str, captions: Sequence[str], folder: str) -> Iterator[Found]:
     numbered = enumerate(read_rows(path), start=1)
     for _, group in itertools.groupby(numbered, key=lambda pair: _sameness(pair, image)):
         rows = list(group)
         number, first = rows[0]
-        place = f"row {number}"
-        if "" in first:
-            yield BadRecord(place, first[""])
-            continue
-        texts = [text for _, row in rows for column in captions for text in as_list(row.get(column))]
-        picture = first.get(image)
-        if not all(map(is_unicode, texts)):
-            yield BadRecord(place, "caption not UTF-8")
-        elif isinstance(picture, dict) and picture.get("bytes"):  # as Hugging Face writes pictures
-            yield BytesRecord(str(picture.get("path") or place), picture["bytes"], tuple(texts))
+        place, picture, problem = f"row {number}", first.get(image), first.get(PROBLEM, "")
+        texts = tuple(text for _, row in rows for column in captions for text in as_list(row.get(column)))
+        if isinstance(picture, dict) and picture.get("bytes"):  # as Hugging Face writes images
+            place, picture = str(picture.get("path") or place), picture["bytes"]
+        if not problem and not all(map(is_unicode, texts)):
+            problem = "caption not UTF-8"
+        if problem:
+            yield LeftOut(f"row {number}", problem)
         elif isinstance(picture, bytes):
-            yield BytesRecord(place, picture, tuple(texts))
+            yield Record(place, picture, texts)
         elif isinstance(picture, str) and picture:
-            where = picture if storage.is_remote(picture) else storage.join(folder, picture)
-            yield FileRecord(picture, where, tuple(texts))
+            yield Record(picture, picture if storage.is_remote(picture) else storage.join(folder, picture), texts)
         else:
-            yield BadRecord(place, "missing file name")
+            yield LeftOut(place, "missing file name")
 
 
 def _sameness(pair: tuple[int, Row], image: str) -> object:
     number, row = pair
     picture = row.get(image)
-    return picture if isinstance(picture, str) and picture and "" not in row else number
+    return picture if isinstance(picture, str) and picture and PROBLEM not in row else number
 
 
 def as_list(value: object) -> list[object]:

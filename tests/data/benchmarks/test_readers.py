@@ -14,8 +14,8 @@ import scipy.io
 from PIL import Image
 from torchvision import datasets
 
-from declip_cli.data.benchmarks.imagenet import subset_labels, wordnet_ids
-from declip_cli.data.benchmarks.known import known_sets
+from declip_cli.data.benchmarks.imagenet import wordnet_ids
+from declip_cli.data.benchmarks.known import asset_lists, known_sets
 from declip_cli.data.catalogue import open_dataset, splits_of
 from declip_cli.data.dataset import Dataset
 from declip_cli.errors import DataError
@@ -131,7 +131,7 @@ def test_own_splits_do_not_depend_on_where_the_set_lies(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["imagenet-a", "imagenet-r"])
 def test_relatives_of_imagenet_tell_apart_only_their_own_classes(name: str, tmp_path: Path):
-    labels = subset_labels(name)
+    labels = asset_lists("class_subsets.json")[name]
     assert len(labels) == 200
     for label in labels:
         (tmp_path / name / wordnet_ids()[label]).mkdir(parents=True)
@@ -152,7 +152,7 @@ def test_subsets_of_imagenet_are_those_that_timm_lists():
     assert (folder / "imagenet_synsets.txt").read_text().split() == list(wordnet_ids())
     for name in ("a", "r"):
         numbers = (folder / f"imagenet_{name}_indices.txt").read_text().split()
-        assert list(map(int, numbers)) == list(subset_labels(f"imagenet-{name}"))
+        assert list(map(int, numbers)) == list(asset_lists("class_subsets.json")[f"imagenet-{name}"])
 
 
 def test_imagenet_validation_as_packed_takes_its_labels_from_the_development_kit(tmp_path: Path):

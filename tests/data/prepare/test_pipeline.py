@@ -20,11 +20,25 @@ from declip_cli.data.prepare.state import OutFolder
 from declip_cli.errors import ConfigError, DataError
 
 
+@pytest.fixture(autouse=True)
+def a_report_for_each_record(monkeypatch):
+    monkeypatch.setattr("declip_cli.data.prepare.pipeline._REPORT_EVERY_S", -1.0)
+
+
+def start(source, out, **options):
+    return prepare(PrepareConfig(source=str(source), out=str(out), workers=1, **options))
+
+
 def run(source, out, **options):
-    config = PrepareConfig(source=str(source), out=str(out), workers=2, **options)
-    for report in prepare(config):
-        last = report
+    *_, last = start(source, out, **options)
     return last
+
+
+def interrupt(source, out, *, after, **options):
+    """Start a run and stop it when it has read some records."""
+    reports = start(source, out, **options)
+    next(report for report in reports if report.num_read >= after)
+    reports.close()
 
 
 def write_pairs(folder, make_picture, *, num):
@@ -95,10 +109,8 @@ def test_the_manifest_holds_counts_and_the_sha256_of_each_shard(tmp_path, make_p
 def test_the_output_does_not_depend_on_workers(tmp_path, make_picture):
     source = write_pairs(tmp_path / "in", make_picture, num=50)
     for workers in (1, 5):
-        config = PrepareConfig(
-            source=str(source), out=str(tmp_path / f"out{workers}"), workers=workers, split={"val": 0.2}
-        )
-        list(prepare(config))
+        out = str(tmp_path / f"out{workers}")
+        list(prepare(PrepareConfig(source=str(source), out=out, workers=workers, split={"val": 0.2})))
     assert contents(tmp_path / "out1") == contents(tmp_path / "out5")
 
 
@@ -201,17 +213,12 @@ def test_force_deletes_shards_only(tmp_path, make_picture):
 
 
 @pytest.mark.parametrize("num_before_stop", [1, 30])
-def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, make_picture, monkeypatch, num_before_stop):
+def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, make_picture, num_before_stop):
     source = write_pairs(tmp_path / "in", make_picture, num=50)
     (source / "7.jpg").write_bytes(b"")
-    monkeypatch.setattr("declip_cli.data.prepare.pipeline._REPORT_EVERY_S", -1.0)
     options = {"shard_samples": 9, "split": {"val": 0.3}}
     run(source, tmp_path / "whole", **options)
-    config = PrepareConfig(source=str(source), out=str(tmp_path / "out"), workers=1, **options)
-    reports = prepare(config)
-    for report in reports:
-        if report.num_read >= num_before_stop:
-            reports.close()
+    interrupt(source, tmp_path / "out", after=num_before_stop, **options)
     assert (tmp_path / "out" / "progress.json").exists()
     assert not (tmp_path / "out" / "manifest.json").exists()
     report = run(source, tmp_path / "out", **options)
@@ -220,12 +227,10 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path, make_picture, monkeyp
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_killed_run_goes_on_from_what_it_last_saved(tmp_path, make_picture, monkeypatch):
+def test_a_killed_run_goes_on_from_what_it_last_saved(tmp_path, make_picture):
     source = write_pairs(tmp_path / "in", make_picture, num=20)
     run(source, tmp_path / "whole", shard_samples=8)
-    monkeypatch.setattr("declip_cli.data.prepare.pipeline._REPORT_EVERY_S", -1.0)
-    config = PrepareConfig(source=str(source), out=str(tmp_path / "out"), workers=1, shard_samples=8)
-    for report in prepare(config):
+    for report in start(source, tmp_path / "out", shard_samples=8):
         if report.num_read == 13:
             shutil.copytree(tmp_path / "out", tmp_path / "killed")
     report = run(source, tmp_path / "killed", shard_samples=8)
@@ -233,30 +238,22 @@ def test_a_killed_run_goes_on_from_what_it_last_saved(tmp_path, make_picture, mo
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
-def test_a_run_killed_between_two_files_goes_on_too(tmp_path, make_picture, monkeypatch):
+def test_a_run_killed_between_two_files_goes_on_too(tmp_path, make_picture):
     source = write_pairs(tmp_path / "in", make_picture, num=20)
     run(source, tmp_path / "whole", shard_samples=8)
-    monkeypatch.setattr("declip_cli.data.prepare.pipeline._REPORT_EVERY_S", -1.0)
     out = tmp_path / "out"
-    reports = prepare(PrepareConfig(source=str(source), out=str(out), workers=1, shard_samples=8))
-    for report in reports:
-        if report.num_read == 13:
-            reports.close()
+    interrupt(source, out, after=13, shard_samples=8)
     shutil.copy(tmp_path / "whole" / "00001.tar", out)  # finished, but not yet written down
     (out / "unfinished.tar.tmp").unlink()
     assert run(source, out, shard_samples=8).was_resumed
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_an_unfinished_shard_that_is_lost_is_an_error(tmp_path, make_picture, monkeypatch):
+def test_an_unfinished_shard_that_is_lost_is_an_error(tmp_path, make_picture):
     source = write_pairs(tmp_path / "in", make_picture, num=20)
-    monkeypatch.setattr("declip_cli.data.prepare.pipeline._REPORT_EVERY_S", -1.0)
     out = tmp_path / "out"
     for damage in ("is missing", "is damaged"):
-        reports = prepare(PrepareConfig(source=str(source), out=str(out), workers=1, force=True))
-        for report in reports:
-            if report.num_read == 13:
-                reports.close()
+        interrupt(source, out, after=13, force=True)
         if damage == "is missing":
             (out / "unfinished.tar.tmp").unlink()
         else:
@@ -268,12 +265,9 @@ def test_an_unfinished_shard_that_is_lost_is_an_error(tmp_path, make_picture, mo
 
 
 @pytest.mark.parametrize("name", ["progress.json", "progress.memory", "unfinished.tar.tmp"])
-def test_a_changed_byte_in_what_an_interrupted_run_left_is_noticed(tmp_path, make_picture, monkeypatch, name):
+def test_a_changed_byte_in_what_an_interrupted_run_left_is_noticed(tmp_path, make_picture, name):
     source, out = write_pairs(tmp_path / "in", make_picture, num=20), tmp_path / "out"
-    monkeypatch.setattr("declip_cli.data.prepare.pipeline._REPORT_EVERY_S", -1.0)
-    reports = prepare(PrepareConfig(source=str(source), out=str(out), workers=1))
-    next(report for report in reports if report.num_read == 13)
-    reports.close()
+    interrupt(source, out, after=13)
     data = bytearray((out / name).read_bytes())
     if name == "progress.json":
         data = data.replace(b'"num_read": 13', b'"num_read": 12')
@@ -299,11 +293,11 @@ def test_a_manifest_that_lacks_something_is_an_error(tmp_path, make_picture):
 def test_a_full_disk_is_said_clearly_and_the_run_goes_on_later(tmp_path, make_picture, monkeypatch):
     source = write_pairs(tmp_path / "in", make_picture, num=20)
 
-    def fail(writer, name, data):
+    def fail(files, *, start):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("declip_cli.data.prepare.shard_writer.append_file", fail)
+        patch.setattr("declip_cli.data.prepare.shard_writer.pack", fail)
         with pytest.raises(DataError, match="the disk is full") as caught:
             run(source, tmp_path / "out")
     assert "run the same command again" in caught.value.remedy
@@ -316,22 +310,22 @@ def test_a_full_disk_names_what_it_left_behind_and_the_run_goes_on_to_the_same_b
 ):
     source = write_pairs(tmp_path / "in", make_picture, num=20)
     run(source, tmp_path / "whole", shard_samples=8)
-    add, num_files, write = shard_writer.append_file, [], storage.write_whole
+    pack, num_pairs, write = shard_writer.pack, [], storage.write_whole
 
-    def add_until_full(writer, name, data):
-        num_files.append(name)
-        if place == "shard" and len(num_files) > 35:  # three for each pair
+    def pack_until_full(files, *, start):
+        num_pairs.append(start)
+        if place == "shard" and len(num_pairs) > 11:
             raise OSError(28, "No space left on device")
-        return add(writer, name, data)
+        return pack(files, start=start)
 
     def write_until_full(path, data):
         with storage.disk_errors(path):
-            if place == "progress" and "progress" in path and len(num_files) > 35:
+            if place == "progress" and "progress" in path and len(num_pairs) > 11:
                 raise OSError(28, "No space left on device")
         write(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shard_writer, "append_file", add_until_full)
+        patch.setattr(shard_writer, "pack", pack_until_full)
         patch.setattr(storage, "write_whole", write_until_full)
         patch.setattr("declip_cli.data.prepare.pipeline._SAVE_EVERY_S", -1.0)
         with pytest.raises(DataError, match="the disk is full: cannot write") as caught:
@@ -378,7 +372,7 @@ def test_nothing_found_and_nothing_there_are_errors(tmp_path):
     [
         ({"quality": 0}, "--quality is in"),
         ({"image_side_px": 3}, "--image-side-px must be at least 16"),
-        ({"max_bad": 2.0}, "max_bad is a fraction"),
+        ({"max_bad": 2.0}, "--max-bad is a fraction"),
         ({"split": {"val": 1.0}}, "leaves nothing for the training part"),
         ({"split": {"../x": 0.1}}, "plain name"),
     ],
@@ -450,17 +444,13 @@ def test_a_folder_to_exclude_that_holds_no_picture_is_an_error(tmp_path, make_pi
             run(source, tmp_path / "out", clean=CleanConfig(exclude=(str(tmp_path / name),)))
 
 
-def test_a_stopped_run_remembers_what_it_has_seen(tmp_path, make_picture, monkeypatch):
+def test_a_stopped_run_remembers_what_it_has_seen(tmp_path, make_picture):
     source = write_pairs(tmp_path / "in", make_picture, num=40)
     for number in range(20, 40):
         (source / f"{number}.jpg").write_bytes(make_picture(number - 20))
-    monkeypatch.setattr("declip_cli.data.prepare.pipeline._REPORT_EVERY_S", -1.0)
     options = {"shard_samples": 7, "clean": CleanConfig(duplicates="near")}
     run(source, tmp_path / "whole", **options)
-    reports = prepare(PrepareConfig(source=str(source), out=str(tmp_path / "out"), **options))
-    for report in reports:
-        if report.num_read >= 25:
-            reports.close()
+    interrupt(source, tmp_path / "out", after=25, **options)
     report = run(source, tmp_path / "out", **options)
     assert report.num_pairs == 20
     assert report.skipped == {"duplicate picture": (20, "20.jpg")}
@@ -486,13 +476,9 @@ def test_sources_and_output_may_be_urls(tmp_path, make_picture):
     fs.rm("/bucket", recursive=True)
 
 
-def test_an_interrupted_run_to_a_url_goes_on(tmp_path, make_picture, monkeypatch):
+def test_an_interrupted_run_to_a_url_goes_on(tmp_path, make_picture):
     source = write_pairs(tmp_path / "in", make_picture, num=40)
-    monkeypatch.setattr("declip_cli.data.prepare.pipeline._REPORT_EVERY_S", -1.0)
-    reports = prepare(PrepareConfig(source=str(source), out="memory://resumed", shard_samples=9))
-    for report in reports:
-        if report.num_read >= 25:
-            reports.close()
+    interrupt(source, "memory://resumed", after=25, shard_samples=9)
     report = run(source, "memory://resumed", shard_samples=9)
     assert report.was_resumed
     run(source, tmp_path / "whole", shard_samples=9)
@@ -553,13 +539,10 @@ def test_unusual_pictures_are_handled_or_counted(tmp_path, make_picture):
         assert found[name].getpixel((15, 15)) == pytest.approx(colour, abs=6), name
 
 
-def test_two_runs_do_not_write_to_one_folder_at_once(tmp_path, make_picture, monkeypatch):
+def test_two_runs_do_not_write_to_one_folder_at_once(tmp_path, make_picture):
     source = write_pairs(tmp_path / "in", make_picture, num=40)
-    monkeypatch.setattr("declip_cli.data.prepare.pipeline._REPORT_EVERY_S", -1.0)
-    first = prepare(PrepareConfig(source=str(source), out=str(tmp_path / "out"), workers=1))
-    for report in first:
-        if report.num_read == 5:
-            break
+    first = start(source, tmp_path / "out")
+    next(report for report in first if report.num_read == 5)
     with pytest.raises(DataError, match="another declip prepare is writing to"):
         run(source, tmp_path / "out")
     *_, report = first
@@ -568,10 +551,9 @@ def test_two_runs_do_not_write_to_one_folder_at_once(tmp_path, make_picture, mon
     assert not (tmp_path / "out" / "progress.lock").exists()
 
 
-def test_forcing_a_run_onto_one_that_works_deletes_nothing(tmp_path, make_picture, monkeypatch):
-    monkeypatch.setattr("declip_cli.data.prepare.pipeline._REPORT_EVERY_S", -1.0)
+def test_forcing_a_run_onto_one_that_works_deletes_nothing(tmp_path, make_picture):
     source, out = write_pairs(tmp_path / "in", make_picture, num=20), tmp_path / "out"
-    reports = prepare(PrepareConfig(source=str(source), out=str(out), workers=1, shard_samples=8))
+    reports = start(source, out, shard_samples=8)
     next(report for report in reports if report.num_read == 13)
     before = contents(out)
     with pytest.raises(DataError, match="another declip prepare is writing to"):

@@ -2,8 +2,8 @@ import tracemalloc
 
 from declip_cli.data.prepare.config import CleanConfig, PrepareConfig
 from declip_cli.data.prepare.find_source import open_source
-from declip_cli.data.prepare.hashes import HashCounter, hash64
-from declip_cli.data.prepare.seen import Looks, Seen
+from declip_cli.data.prepare.hashes import HashCounter, Looks, hash64
+from declip_cli.data.prepare.seen import Seen
 from declip_cli.data.prepare.stages import Pair
 
 MIB = 1 << 20
@@ -28,7 +28,7 @@ def test_a_pair_that_was_seen_takes_a_few_bytes(tmp_path):
     tracemalloc.start()
     for number in range(3_000):
         key = f"a/rather/long/key/of/picture/{number}.jpg"
-        seen.check(Pair(key, "", (f"caption {number}",), b"", 1, 1, 1, 1, hash64(key.encode()), 0))
+        seen.check(Pair(key, (f"caption {number}",), b"", (1, 1), (1, 1), picture_hash=hash64(key.encode())))
         if number % 1000 == 0:
             seen.new_bytes()
     used, _ = tracemalloc.get_traced_memory()

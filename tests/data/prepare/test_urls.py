@@ -79,8 +79,8 @@ def test_a_list_of_urls_is_downloaded_and_failures_are_counted_by_cause(tmp_path
         "missing URL": (1, "row 8"),
     }
     store = open_dataset(str(tmp_path / "out"))
-    captions = {store.read(number).captions for number in range(3)}
-    assert captions == {(f"good{n}.jpg", "and", f"good{n}.jpg") for n in range(3)}
+    captions = [store.read(number).captions for number in range(3)]
+    assert captions == [(f"good{n}.jpg", "and", f"good{n}.jpg") for n in range(3)]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "00000.index",
         "00000.tar",
@@ -150,6 +150,19 @@ def test_an_interrupted_download_goes_on_at_its_shard(tmp_path, make_picture, mo
     store = open_dataset(str(tmp_path / "out"))
     assert [store.read(n).captions for n in range(14)] == [(f"picture {n}",) for n in range(14)]
     assert not (tmp_path / "out" / "download").exists()
+
+
+def test_a_downloaded_shard_that_is_cut_off_is_an_error(tmp_path, make_picture, monkeypatch):
+    damage = '(out / f"{number:05d}.tar").write_bytes((out / f"{number:05d}.tar").read_bytes()[:700])'
+    touch = '    (out / f"{number:05d}_stats.json").touch()'
+    (tmp_path / "fake.py").write_text(_DOWNLOADER_WITHOUT_NETWORK.replace(touch, f"    {damage}\n{touch}"))
+    (tmp_path / "picture.jpg").write_bytes(make_picture(0))
+    monkeypatch.setattr(urls, "_DOWNLOADER", (str(tmp_path / "fake.py"),))
+    monkeypatch.setattr(urls, "_URLS_PER_SHARD", 2)
+    (tmp_path / "list.csv").write_text("url,caption\nhttp://x/0,zero\nhttp://x/1,one\n")
+    with pytest.raises(DataError, match=r"00000.tar is damaged") as caught:
+        list(prepare(PrepareConfig(source=str(tmp_path / "list.csv"), out=str(tmp_path / "out"), workers=1)))
+    assert "00000_stats.json to download it again" in caught.value.remedy
 
 
 def test_without_img2dataset_the_package_to_install_is_named(tmp_path, monkeypatch):

@@ -7,18 +7,19 @@ import pickle
 import subprocess
 import sys
 import threading
-from functools import partial
+import time
 
 import numpy as np
 import pytest
 
 from declip_cli.data import storage
+from declip_cli.data.catalogue import open_dataset
 from declip_cli.data.dataset import UNREAD
 from declip_cli.data.prepare.shard_writer import PartWriter
 from declip_cli.data.prepare.stages import Pair
-from declip_cli.data.shards.block_cache import BlockCache
-from declip_cli.data.shards.lazy import lack_indexes, open_lazy_shards
-from declip_cli.data.shards.store import open_shards
+from declip_cli.data.shards.files import BlockCache
+from declip_cli.data.shards.indexing import lacks_index
+from declip_cli.data.shards.store import find_shards, open_shards
 from declip_cli.errors import DataError
 from tests.data.shards.far_server import far_server
 from tests.data.shards.test_store import pairs, write_tar
@@ -43,7 +44,7 @@ def prepared(tmp_path, far):
     folder = tmp_path / "prepared"
     writer = PartWriter(str(folder), str(folder), shard_samples=25, state={})
     for number in range(NUM_PAIRS):
-        writer.add(Pair(f"k{number}", "", (f"text {number}", "more"), image(number), 1, 1, 1, 1, 0, 0))
+        writer.add(Pair(f"k{number}", (f"text {number}", "more"), image(number), (1, 1), (1, 1)))
     writer.finish_shard()
     manifest = {"shards": writer.shards, "index_sha256": writer.join_indexes()}
     storage.write_whole(str(folder / "manifest.json"), json.dumps(manifest).encode())
@@ -54,20 +55,27 @@ def prepared(tmp_path, far):
 
 def opened(url, tmp_path, **options):
     """Open shards with blocks of 0.2 MiB, of which a shard of 25 pairs has three."""
-    return partial(open_shards([url], cache_dir=str(tmp_path / "cache"), **options).reopen(), block_mib=0.2)()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("declip_cli.data.shards.dataset.BLOCK_BYTES", int(0.2 * 2**20))
+        return open_shards([url], cache_dir=str(tmp_path / "cache"), **options)
+
+
+def opened_lazily(path, tmp_path):
+    return open_shards([str(path)], cache_dir=str(tmp_path / "cache"), shall_count=lambda shards: False)
 
 
 def test_a_prepared_folder_opens_in_two_requests_and_then_in_one(tmp_path, far, prepared):
     data = open_shards([prepared], cache_dir=str(tmp_path / "cache"))
     assert [path for _, path, _ in far.asked] == ["/set/manifest.json", "/set/shards.index"]
-    assert len(open_shards([prepared], cache_dir=str(tmp_path / "cache"))) == NUM_PAIRS
+    cache = str(tmp_path / "cache")
+    as_in_training = {"shall_count": lambda shards: not any(lacks_index(shard, cache_dir=cache) for shard in shards)}
+    assert len(open_dataset([prepared], "train", cache_dir=cache, **as_in_training)) == NUM_PAIRS
     assert far.num_asked == 3
     assert [data.key(number) for number in (0, 59)] == ["000000000", "000000059"]
     assert data.fingerprint == open_shards([str(tmp_path / "prepared")]).fingerprint
     data.labels = [3] * NUM_PAIRS
     again = pickle.loads(pickle.dumps(data))
     assert (len(again), again.labels, again.name) == (NUM_PAIRS, data.labels, prepared)
-    assert len(pickle.loads(pickle.dumps(data.reopen()))()) == NUM_PAIRS
     assert far.num_asked == 3
 
 
@@ -86,6 +94,19 @@ def test_a_block_is_one_request_and_its_pairs_ask_for_nothing(tmp_path, far, pre
     data.fetch(3)
     assert len(opened(prepared, tmp_path).read(59).image) == IMAGE_BYTES
     assert [request for request in far.asked if ".tar" in request[1]] == far.asked[:8]
+
+
+def test_a_pair_waits_for_its_block_that_is_being_fetched(tmp_path, far, prepared):
+    data = opened(prepared, tmp_path)
+    far.faults.append("late")
+    far.asked.clear()
+    fetcher = threading.Thread(target=data.fetch, args=(0,))
+    fetcher.start()
+    while not far.asked:
+        time.sleep(0.01)
+    assert data.read(1).image == image(1)
+    fetcher.join()
+    assert far.num_asked == 1
 
 
 def test_a_pair_of_no_fetched_block_is_one_request(tmp_path, far, prepared):
@@ -132,7 +153,7 @@ def test_a_damaged_copy_of_the_index_is_fetched_again_and_a_damaged_original_don
     said = []
     data = open_shards([prepared], cache_dir=str(tmp_path / "other"), say=said.append)
     assert data.fingerprint == fingerprint
-    assert said == [f"{prepared}/shards.index is damaged; the indexes of the shards are used"]
+    assert said == [f"{prepared}/shards.index is damaged: rows have changed; the indexes of the shards are used"]
 
 
 @pytest.mark.parametrize("fault", ["busy", "hang up"])
@@ -158,14 +179,14 @@ def test_archives_that_nobody_indexed_are_read_when_their_turn_comes(tmp_path, f
         path = write_tar(tmp_path / f"{shard}.tar", [*pairs(range(10 * shard, 10 * shard + 4 + shard)), ("x.jpg", b"")])
         far.files[f"/{shard}.tar"] = path.read_bytes()
     url, cache = f"{far.url}/{{0..2}}.tar", str(tmp_path / "cache")
-    assert lack_indexes([url], cache_dir=cache)
+    assert all(lacks_index(shard, cache_dir=cache) for shard in find_shards(url)[0])
     far.asked.clear()
-    data = open_lazy_shards([url], cache_dir=cache)
+    data = opened_lazily(url, tmp_path)
     assert {method for method, _, _ in far.asked} == {"HEAD"}
     assert [data.count(shard) for shard in (2, 0)] == [6, 4]
     data.fetch(1)
     assert len([1 for method, _, wanted in far.asked if method == "GET" and wanted]) == 3
-    again = pickle.loads(pickle.dumps(data.reopen()))()
+    again = pickle.loads(pickle.dumps(data))
     far.asked.clear()
     for each in (data, again):
         for shard in range(3):
@@ -178,31 +199,31 @@ def test_archives_that_nobody_indexed_are_read_when_their_turn_comes(tmp_path, f
     assert far.asked == []
     assert data.skipped == {"missing caption": (3, "x")}
     assert data.fingerprint == again.fingerprint
-    assert not lack_indexes([url], cache_dir=cache)
+    assert not any(lacks_index(shard, cache_dir=cache) for shard in find_shards(url)[0])
 
 
 def test_the_number_of_pairs_is_estimated_from_what_img2dataset_says(tmp_path):
     for shard in range(4):
         write_tar(tmp_path / f"{shard:05d}.tar", pairs(range(5)))
-    by_size = open_lazy_shards([str(tmp_path)], cache_dir=str(tmp_path / "cache"))
+    by_size = opened_lazily(tmp_path, tmp_path)
     assert len(by_size) == 20
     for shard in (0, 1):
         (tmp_path / f"{shard:05d}_stats.json").write_text(json.dumps({"successes": 30}))
     (tmp_path / "00002_stats.json").write_text("[")
-    assert len(open_lazy_shards([str(tmp_path)], cache_dir=str(tmp_path / "cache"))) == 120
+    assert len(opened_lazily(tmp_path, tmp_path)) == 120
 
 
 def test_a_first_archive_without_pairs_does_not_make_the_estimate_none(tmp_path):
     for shard in range(4):
         write_tar(tmp_path / f"{shard:05d}.tar", pairs(range(5)) if shard else [("a.txt", b"no image" * 1000)])
-    assert len(open_lazy_shards([str(tmp_path)], cache_dir=str(tmp_path / "cache"))) >= 15
+    assert len(opened_lazily(tmp_path, tmp_path)) >= 15
 
 
 def test_local_archives_are_read_where_the_system_takes_no_advice(tmp_path, monkeypatch):
     monkeypatch.delattr(os, "posix_fadvise", raising=False)
     monkeypatch.delattr(os, "POSIX_FADV_WILLNEED", raising=False)
     write_tar(tmp_path / "0.tar", pairs(range(5)))
-    data = open_lazy_shards([str(tmp_path)], cache_dir=str(tmp_path / "cache"))
+    data = opened_lazily(tmp_path, tmp_path)
     data.fetch(0)
     assert data.count(0) == 5
 
@@ -231,14 +252,6 @@ def test_what_is_released_goes_first_then_what_is_oldest(tmp_path):
     assert kept(tmp_path) == set("efgh")
 
 
-def test_a_lock_that_vanishes_does_not_keep_others_from_making_room(tmp_path):
-    (tmp_path / "gone.lock").symlink_to(tmp_path / "nowhere")
-    cache = BlockCache(str(tmp_path), bound_bytes=500)
-    for name in "abc":
-        cache.fetch(name, 230, [bytes(230)])
-    assert kept(tmp_path) == set("bc")
-
-
 def test_the_bound_holds_while_many_write_and_after_one_was_killed(tmp_path):
     (tmp_path / "killed.1-1.tmp").write_bytes(bytes(400))
     os.utime(tmp_path / "killed.1-1.tmp", (1, 1))
@@ -264,7 +277,7 @@ def test_the_bound_holds_while_many_write_and_after_one_was_killed(tmp_path):
 
 _FETCH = """
 import sys, time
-from declip_cli.data.shards.block_cache import BlockCache
+from declip_cli.data.shards.files import BlockCache
 def download():
     with open(sys.argv[2], "a") as log:
         log.write("downloaded\\n")
@@ -272,7 +285,7 @@ def download():
     yield b"abc"
 cache = BlockCache(sys.argv[1], bound_bytes=1000)
 cache.fetch("block", 3, download())
-assert cache.read("block", 1, 2) == b"bc"
+assert open(cache.path("block"), "rb").read() == b"abc"
 """
 
 

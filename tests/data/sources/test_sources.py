@@ -6,6 +6,7 @@ import io
 import json
 import os
 import tarfile
+from collections import Counter
 
 import pyarrow
 import pyarrow.parquet
@@ -13,6 +14,7 @@ import pytest
 
 from declip_cli.data.catalogue import open_dataset
 from declip_cli.data.prepare.config import PrepareConfig
+from declip_cli.data.prepare.find_source import open_source
 from declip_cli.data.prepare.pipeline import prepare
 from declip_cli.errors import ConfigError, DataError
 
@@ -83,6 +85,7 @@ def test_the_output_folder_may_lie_in_the_source(tmp_path, make_picture):
     ("name", "text"),
     [
         ("t.csv", 'id,file,caption\n1,a.jpg,"one, with comma"\n2,b.jpg,two\n'),
+        ("t.csv", ',file,caption\n0,a.jpg,"one, with comma"\n1,b.jpg,two\n'),  # with the row numbers of pandas
         ("t.csv", "\ufefffile;caption\na.jpg;one, with comma\nb.jpg;two\n"),
         ("t.tsv", "caption\timage\none, with comma\ta.jpg\ntwo\tb.jpg\n"),
         ("t.jsonl", '{"path": "a.jpg", "text": "one, with comma"}\n{"path": "b.jpg", "text": "two"}\n'),
@@ -329,10 +332,9 @@ def test_a_kind_that_does_not_fit_is_an_error(tmp_path, make_picture):
 
 
 def test_the_demo_corpus_is_a_source_whose_test_vendor_is_set_apart(tmp_path):
-    config = PrepareConfig(source="demo", out=str(tmp_path / "out"))
-    *_, report = prepare(config)
-    assert report.parts == {"train": 3034, "test": 1217}
-    assert report.num_read == report.total
+    source = open_source(PrepareConfig(source="demo", out=str(tmp_path / "out")))
+    assert Counter(record.part for record in source.records) == {"": 3034, "test": 1217}
+    assert source.total == 3034 + 1217
 
 
 def test_options_that_a_source_would_not_look_at_are_refused(tmp_path, make_picture):

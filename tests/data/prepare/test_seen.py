@@ -6,10 +6,12 @@ from PIL import Image
 
 from declip_cli.data.catalogue import open_dataset
 from declip_cli.data.decode import decode_image
-from declip_cli.data.prepare.clean import caption_problem, perceptual_hash, picture_problem
 from declip_cli.data.prepare.config import CleanConfig
-from declip_cli.data.prepare.seen import Looks, Seen
-from declip_cli.data.prepare.stages import LeftOut, Pair
+from declip_cli.data.prepare.hashes import Looks
+from declip_cli.data.prepare.pictures import perceptual_hash
+from declip_cli.data.prepare.seen import Seen
+from declip_cli.data.prepare.stages import Pair, caption_problem, picture_problem
+from declip_cli.data.sources.records import LeftOut
 from declip_cli.errors import ConfigError
 
 
@@ -101,13 +103,10 @@ def test_near_hashes_are_those_of_a_plain_loop():
 def pair(key, *captions, picture=0, looks=0):
     return Pair(
         key=key,
-        part="",
         captions=captions or (f"caption {key}",),
         jpeg=b"",
-        width=1,
-        height=1,
-        original_width=1,
-        original_height=1,
+        size=(1, 1),
+        original_size=(1, 1),
         picture_hash=picture or hash(key) % 2**63,
         looks_hash=looks,
     )

@@ -1,31 +1,35 @@
-"""Images → rows of features: threads read, hash and decode ahead while the encoder works."""
+"""Images through an encoder, batch by batch, on one process or several: threads read, hash and decode ahead."""
 
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Any, Self, TypeAlias, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from declip_cli.cores import own_cores
 from declip_cli.data.dataset import Dataset, Pixels
 from declip_cli.data.image_views import evaluation_view
-from declip_cli.distributed import world_size
+from declip_cli.distributed import rank, world_size
 from declip_cli.errors import DataError
 from declip_cli.evaluate.vectors import Encoded
 from declip_cli.model.checkpoint import PretrainedModel
 from declip_cli.model.precision import Precision, autocast
 
+T = TypeVar("T")
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with how many are done and how many there are."""
+Encode: TypeAlias = Callable[[Tensor], Tensor]
+"""From uint8 images (B, S, S, 3) on the encoder's device to vectors (B, D)."""
 _AHEAD = 2
 """Batches that are read and decoded while one is encoded."""
 
 
-def _keep_quiet(_: str) -> None:
+def _keep_quiet(*_: object) -> None:
     pass
 
 
@@ -41,7 +45,7 @@ class FeatureOptions:
     """Threads that read and decode images; 0 takes one for each core that this process may use."""
     use_cache: bool = True
     """Look results up in, and add them to, the store on disk; see `caches`."""
-    progress: Progress | None = None
+    progress: Progress = _keep_quiet
     """Told after every batch."""
     say: Callable[[str], None] = _keep_quiet
     """Told what the user should know, such as that a damaged store is made anew."""
@@ -58,6 +62,10 @@ class FeatureOptions:
         """Processes that encode together."""
         return world_size() if self.split_over_ranks else 1
 
+    def alone(self) -> Self:
+        """Return the options for a single item, of which nothing is kept and no progress told."""
+        return replace(self, use_cache=False, progress=_keep_quiet)
+
     def caches(self, model: PretrainedModel) -> bool:
         """Say whether the store is used.
 
@@ -67,29 +75,31 @@ class FeatureOptions:
         return self.use_cache and bool(model.fingerprint) and self.num_shares == 1
 
 
+DEFAULTS = FeatureOptions()
+
+
 def encode_images(
     model: PretrainedModel,
     dataset: Dataset,
     numbers: Sequence[int],
-    encode: Callable[[Tensor], Tensor],
+    encode: Encode,
     options: FeatureOptions,
     *,
     is_known: Callable[[bytes], bool] | None = None,
 ) -> Iterator[list[Encoded]]:
-    """Encode images of a data set, batch by batch, in order.
+    """Encode the images of some numbers, batch by batch, in order.
 
     Args:
         model: where the encoder lies, and its preprocessing.
         dataset: the images.
         numbers: which of them.
-        encode: uint8 images (B, S, S, 3) on the encoder's device → (B, D).
+        encode: what is computed of them.
         options: batch size, precision, threads, progress.
         is_known: from several threads, whether a content needs no encoding; None leaves contents unhashed.
 
     Yields:
         What became of each image of a batch.
     """
-    device = next(model.encoder.parameters()).device
     batches: deque[list[Future[tuple[Encoded, Tensor | None]]]] = deque()
     num_done = 0
     pool = ThreadPoolExecutor(options.threads or len(own_cores()))
@@ -99,30 +109,23 @@ def encode_images(
             batches.append([pool.submit(_prepare, model, dataset, number, is_known) for number in batch])
             if len(batches) > _AHEAD and (ready := batches.popleft()):
                 prepared = [future.result() for future in ready]
-                with torch.inference_mode(), autocast(options.precision, device):
-                    encoded = _encode(prepared, encode, device)
-                yield encoded
-                num_done += len(encoded)
-                if options.progress is not None:
-                    options.progress(num_done, len(numbers))
+                views = [view for _, view in prepared if view is not None]
+                rows = iter(())
+                if views:
+                    with torch.inference_mode(), autocast(options.precision, model.device):
+                        images = torch.stack(views).to(model.device, non_blocking=True)  # (B, S, S, 3)
+                        rows = iter(encode(images).float().cpu().numpy())  # (B, D)
+                yield [one if view is None else replace(one, vector=next(rows)) for one, view in prepared]
+                num_done += len(prepared)
+                options.progress(num_done, len(numbers))
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _encode(
-    prepared: list[tuple[Encoded, Tensor | None]], encode: Callable[[Tensor], Tensor], device: torch.device
-) -> list[Encoded]:
-    views = [view for _, view in prepared if view is not None]
-    if not views:
-        return [one for one, _ in prepared]
-    images = torch.stack(views).to(device, non_blocking=True)  # (B, S, S, 3)
-    rows = iter(encode(images).float().cpu().numpy())  # (B, D)
-    return [one if view is None else Encoded(one.number, one.digest, next(rows)) for one, view in prepared]
 
 
 def _prepare(
     model: PretrainedModel, dataset: Dataset, number: int, is_known: Callable[[bytes], bool] | None
 ) -> tuple[Encoded, Tensor | None]:
+    """Read, hash and decode one image; the view (S, S, 3) is None where it is known or cannot be read."""
     digest = b""
     try:
         image = dataset.read(number).image
@@ -137,7 +140,7 @@ def _prepare(
             resize_px=how.resize_px,
             interpolation=how.interpolation,
             is_squashed=how.resize_mode == "squash",
-        )  # (S, S, 3)
+        )
     except DataError as error:
         return Encoded(number, digest, cause=error.cause), None
     return Encoded(number, digest), torch.from_numpy(view)
@@ -146,6 +149,53 @@ def _prepare(
 def _digest(image: bytes | Pixels) -> bytes:
     if isinstance(image, bytes):
         return hashlib.sha256(image).digest()
-    digest = hashlib.sha256(repr(image.shape).encode())
-    digest.update(image.tobytes())
-    return digest.digest()
+    return hashlib.sha256(repr(image.shape).encode() + image.tobytes()).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What became of some items."""
+
+    rows: Tensor
+    """float32 on the CPU, (R, …); an item has one row, several or none."""
+    numbers: Tensor
+    """The item of each row, ascending, int64, (R,)."""
+    causes: dict[int, str] = field(default_factory=dict)
+    """Why an item has no row, by its number, ascending."""
+
+
+def encode_shares(num_items: int, encode: Callable[[range, FeatureOptions], Part], options: FeatureOptions) -> Part:
+    """Encode items on this process alone or, where `options.split_over_ranks` says so, a share on each rank.
+
+    Ranks meet once, after each has encoded its share. An error of `encode` is raised on its rank only, so errors
+    that depend on the items belong behind this call, where every rank knows the same.
+
+    Args:
+        num_items: N, the same on every rank.
+        encode: from the numbers of the items to encode, in [0, N), and the options for them; not called for an
+            empty share.
+        options: the caller's; progress is told on rank 0, for the ranks together.
+
+    Returns:
+        The rows of all N items on every rank.
+    """
+    num_ranks = options.num_shares
+    if num_ranks == 1:
+        return encode(range(num_items), options)
+    own = range(rank(), num_items, num_ranks)
+
+    def tell(num_done: int, _: int) -> None:  # the share of rank 0 is the largest
+        options.progress(min(num_done * num_ranks, num_items), num_items)
+
+    told = replace(options, progress=tell if rank() == 0 else _keep_quiet)
+    parts: list[Any] = [None] * num_ranks
+    dist.all_gather_object(parts, encode(own, told) if own else Part(torch.empty(0, 0), torch.empty(0).long()))
+    numbers, order = torch.cat([part.numbers for part in parts]).sort(stable=True)  # (R,)
+    rows = [part.rows for part in parts if len(part.rows)]
+    causes = dict(sorted(item for part in parts for item in part.causes.items()))
+    return Part(torch.cat(rows)[order] if rows else torch.empty(0, 0), numbers, causes)
+
+
+def take(items: Sequence[T], own: range) -> Sequence[T]:
+    """Return the items of a share."""
+    return items[own.start : own.stop : own.step]

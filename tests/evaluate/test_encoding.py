@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from declip_cli.evaluate.features import FeatureOptions, image_features
-from declip_cli.evaluate.shares import Part, encode_shares, take
+from declip_cli.evaluate.encoding import FeatureOptions, Part, encode_shares, take
+from declip_cli.evaluate.features import image_features
 from tests import set_layouts
 from tests.evaluate.two_ranks import CASES, evaluated, images, run
 
@@ -25,10 +25,10 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory, sets: list[str]) -> list[dict[str, object]]:
+def ranks(tmp_path_factory: pytest.TempPathFactory, sets: list[str], quick_ranks: None) -> list[dict[str, object]]:
     """What each of two ranks found."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(run, (str(folder), sets), nprocs=2)
+    torch.multiprocessing.start_processes(run, (str(folder), sets), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
