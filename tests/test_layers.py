@@ -171,5 +171,5 @@ def test_help_is_shown_without_torch():
     )
     done = run_python(code)
     assert done.returncode == 0, done.stderr
-    for command in ("prepare", "pretrain", "zeroshot", "linear-probe", "retrieve"):
+    for command in ("prepare", "pretrain", "zeroshot", "linear-probe", "retrieve", "export"):
         assert command in done.stdout

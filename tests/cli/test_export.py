@@ -1,6 +1,7 @@
 """`declip export` as a user types it, and `declip_cli.load` in a notebook."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,3 +68,15 @@ def test_importing_the_package_loads_nothing_heavy():
     code = "import sys, declip_cli; assert declip_cli.load; print('torch' in sys.modules, 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "False False\n", done.stderr
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/interop.md"])
+def test_the_python_of_the_documentation_runs(page: str, tiny_run: Path, tmp_path: Path, monkeypatch, capsys):
+    text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "declip_cli.load" in block]
+    (tmp_path / "a.jpg").write_bytes(picture_file())
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "declip-vit-b32").symlink_to(tiny_run)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, page, "exec"), {})
+    assert capsys.readouterr().out.startswith("tensor([")
