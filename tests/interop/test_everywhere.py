@@ -34,7 +34,7 @@ def random_224():
 
 
 def trained(folder):
-    config = small_config(model={"embed_dim": 8}, method={"name": "declip"}, train={"steps": 4})
+    config = small_config(model={"embed_dim": 8}, method={"name": "declip"}, train={"steps": 4, "batch_size": 16})
     run(config, folder, evaluate=lambda model: {"demo": {"top1": 0.25, "text_to_image": {"recall_at_1": 0.5}}})
     return load_model(folder), folder
 
