@@ -7,6 +7,7 @@ import typer
 
 from declip_cli import __version__
 from declip_cli.cli.export import export
+from declip_cli.cli.inspect import inspect
 from declip_cli.cli.linear_probe import linear_probe
 from declip_cli.cli.prepare import prepare
 from declip_cli.cli.pretrain import pretrain
@@ -21,7 +22,7 @@ app = typer.Typer(
     help="Pre-train CLIP-style models from few image-text pairs, and evaluate them.",
     epilog="A first run, with the data that comes along: `declip pretrain --data demo`",
 )
-for command in (prepare, pretrain, zeroshot, linear_probe, retrieve, export):
+for command in (prepare, pretrain, zeroshot, linear_probe, retrieve, export, inspect):
     app.command(no_args_is_help=True)(command)
 
 

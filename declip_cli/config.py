@@ -72,19 +72,22 @@ class ModelConfig:
     """The dual encoder."""
 
     arch: str = "vit-b32"
-    """A name of `model/architectures.py`."""
+    """A name of `model/architectures.py`; `open_clip:` and one of the installed OpenCLIP's; `init`: that of `init`."""
+    architecture: dict[str, Any] = field(default_factory=dict)
+    """Every dimension, in the place of those that `arch` stands for: of the model that `train.init` starts from."""
     image_side_px: int | None = None
     """Side of the square image the model sees; None: the architecture's own."""
     context_length: int | None = None
     """Longest text in tokens, start and end included; None: the architecture's own (77, or less if tiny)."""
     embed_dim: int | None = None
     """Width of the shared embedding; None: the architecture's own."""
-    quick_gelu: bool = True
-    """x·sigmoid(1.702x), as OpenAI and the original; false is the exact GELU."""
+    quick_gelu: bool | None = None
+    """x·sigmoid(1.702x), as OpenAI and the original; false is the exact GELU; None: the architecture's own."""
     resize_px: int | None = None
     """Shorter side of a picture before the centre crop of evaluations; None: the image's side, as OpenCLIP does it."""
-    resize_mode: Literal["shortest", "squash"] = "shortest"
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    resize_mode: Literal["shortest", "squash"] | None = None
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+    """Of evaluations, too; None: `shortest` and `bilinear`."""
     gradient_checkpointing: bool = False
     """Keep only block inputs in memory and compute the rest again: about a third more time, much less memory."""
 
@@ -290,6 +293,8 @@ class TrainConfig:
     """Newest states that are kept; a damaged one falls back to the one before."""
     keep_best: str | None = None
     """Score by which the best model is kept in `best/`, such as `imagenet.top1`; of an evaluation in `eval`."""
+    assume: tuple[str, ...] = ()
+    """What the checkpoint that `init` names does not say itself, KEY=VALUE, such as `activation=gelu`."""
     eval: tuple[str, ...] = ()
     """Evaluations during training: names or folders as `zeroshot` and `retrieve` take them."""
     eval_every_steps: AtLeast1 | None = None

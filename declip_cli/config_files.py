@@ -148,6 +148,8 @@ def _convert(hint: Any, value: Any, dotted: str) -> Any:  # noqa: ANN401
     if origin is dict:
         _check(isinstance(value, Mapping), dotted, "a table", value)
         return {str(name): _convert(arguments[1], item, f"{dotted}.{name}") for name, item in value.items()}
+    if hint is Any:
+        return value
     if origin is Literal:
         if value not in arguments or type(value) not in map(type, arguments):
             words = ", ".join(map(str, arguments))

@@ -21,7 +21,7 @@ from declip_cli.config_files import (
 )
 from declip_cli.errors import ConfigError, require
 from declip_cli.methods.registry import METHODS
-from declip_cli.model.architectures import find_architecture
+from declip_cli.model.architectures import settle_model
 from declip_cli.presets import PRESETS, settle_data, settle_switches
 
 T = TypeVar("T")
@@ -34,10 +34,12 @@ _DEPENDENT = {
     ("optim", "warmup_steps"): (("optim", "warmup_samples"), ("optim", "warmup_in_full")),
     ("train", "steps"): (("train", "samples"),),
     ("train", "epochs"): (("train", "samples"),),
-    ("model", "arch"): (("model", "image_side_px"), ("model", "context_length"), ("model", "embed_dim")),
+    ("model", "arch"): tuple(("model", k) for k in ("architecture", "image_side_px", "context_length", "embed_dim")),
+    ("model", "image_side_px"): (("model", "resize_px"),),
 }
 """Settings that are settled anew when a run is resumed with another one changed."""
 _SWITCHES = tuple((section, key) for section, values in PRESETS.items() for key in values)
+_DEPENDENT["model", "arch"] += (("model", "quick_gelu"), ("model", "resize_px"))
 _DEPENDENT |= dict.fromkeys([("method", "name"), ("method", "faithful")], (("method", "weights"), *_SWITCHES))
 
 
@@ -228,19 +230,12 @@ def resolve(
     config = kept_settings(asked, before) if before is not None else asked
     global_batch = config.train.batch_size * machine.world_size
     schedule_batch = before.schedule_batch if before is not None else global_batch
-    architecture = find_architecture(config.model)
-    model = replace(
-        config.model,
-        image_side_px=architecture.image_side_px,
-        context_length=architecture.text.context_length,
-        embed_dim=architecture.embed_dim,
-    )
     is_faithful = config.method.faithful
     method = settle_switches("method", config.method, is_faithful=is_faithful)
     samples = _length(config, global_batch, data, step=step, samples_seen=samples_seen)
     optim = _settle_optim(config.optim, samples=samples, global_batch=global_batch, schedule_batch=schedule_batch)
     whole = RunConfig(
-        model=model,
+        model=settle_model(config.model),
         data=settle_data(config.data, data.num_blocks, global_batch, suits_blocks=data.suits_blocks and before is None),
         augment=config.augment,
         method=replace(method, weights=METHODS[method.name].default_weights | method.weights),

@@ -86,7 +86,8 @@ def test_a_recipe_is_its_row_of_the_table(name):
     assert config.method.name == name.split("-")[0]
     assert config.method.weights == weights
     assert (config.method.faithful, config.method.label_smoothing, config.method.pairs) == (True, 0.0, 4)
-    assert (config.model.quick_gelu, find_architecture(config.model).text.context_length) == (True, 77)
+    text = find_architecture(config.model).text
+    assert (text.quick_gelu, text.context_length) == (True, 77)
     assert set(weights) == set(METHODS[config.method.name].default_weights)
 
 

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from declip_cli.cli.console import emit, user_errors
-from declip_cli.cli.options import Force, Json
+from declip_cli.cli.console import emit, note, user_errors
+from declip_cli.cli.options import Assume, Force, Json
 
 _FORMATS = Literal["openclip", "huggingface", "onnx"]
 
@@ -18,6 +18,7 @@ def export(
     licence: Annotated[
         str, typer.Option("--license", help="For the model card, as the Hub names it.", show_default="not stated")
     ] = "",
+    assume: Assume = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -26,11 +27,12 @@ def export(
     Example: `declip export runs/declip-vit-b32 --to huggingface --out clip-vit-b32 --license mit`
     """
     with user_errors():
+        from declip_cli.interop.assumptions import parse_assumptions
         from declip_cli.interop.export import export as write
         from declip_cli.interop.model_card import Card
         from declip_cli.interop.read import load_model
         from declip_cli.interop.run_facts import read_run_facts
 
-        opened = load_model(model, option="MODEL")
+        opened = load_model(model, option="MODEL", said=parse_assumptions(assume or ()), say=note)
         card = Card(name=out.resolve().name, licence=licence, facts=read_run_facts(model))
         emit(write(opened, to, out, card=card, force=force).to_json(), as_json=as_json)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from declip_cli.cli.console import emit, note, progress_of, user_errors
-from declip_cli.cli.options import BatchSize, DataRoot, Json, Model, NoCache, Threads, open_model, tell_skipped
+from declip_cli.cli.options import Assume, BatchSize, DataRoot, Json, Model, NoCache, Threads, open_model, tell_skipped
 
 
 class FeatureChoice(StrEnum):
@@ -19,6 +19,7 @@ class FeatureChoice(StrEnum):
 def linear_probe(
     dataset: Annotated[str, typer.Argument(help="Known name, `demo`, or a folder with `train/` and `test/`.")],
     model: Model = None,
+    assume: Assume = None,
     data_root: DataRoot = None,
     features: Annotated[
         FeatureChoice, typer.Option(help="Image features before (`pre`, as CLIP did) or after the projection.")
@@ -43,7 +44,7 @@ def linear_probe(
         from declip_cli.evaluate.probe_split import open_probe_sets
 
         sets = open_probe_sets(dataset, data_root=data_root)
-        opened = open_model(model, threads=threads)
+        opened = open_model(model, assume=assume, threads=threads)
         with progress_of(dataset) as tell:
             options = FeatureOptions(
                 batch_size=batch_size, threads=threads, use_cache=not no_cache, progress=tell, say=note

@@ -17,6 +17,14 @@ Model = Annotated[
     Optional[Path],  # noqa: UP007, UP045  (Typer reads this form on every Python it supports)
     typer.Option("--model", help="Run folder, model folder or checkpoint. Default: the newest run under runs/."),
 ]
+Assume = Annotated[
+    Optional[list[str]],  # noqa: UP007, UP045
+    typer.Option(
+        "--assume",
+        metavar="KEY=VALUE",
+        help="What a checkpoint does not say: activation, heads, text_heads, mean, std, resize, interpolation, crop.",
+    ),
+]
 DataRoot = Annotated[
     Optional[Path],  # noqa: UP007, UP045
     typer.Option("--data-root", help="Where evaluation sets lie. Default: $DECLIP_DATA, else data/."),
@@ -26,24 +34,27 @@ Threads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0 t
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Compute all features anew.")]
 
 
-def open_model(path: Path | None, *, threads: int = 0) -> "PretrainedModel":
+def open_model(path: Path | None, *, assume: list[str] | None = None, threads: int = 0) -> "PretrainedModel":
     """Load a model for evaluation, on a GPU if there is one; say on stderr which one, if none was named.
 
     Args:
         path: the option `--model`; None takes the newest run.
+        assume: the words of `--assume`.
         threads: CPU threads; 0 leaves what there is.
 
     Raises:
         ModelError: there is none, or it cannot be read.
+        ConfigError: `assume` cannot be used.
     """
     import torch
 
+    from declip_cli.interop.assumptions import parse_assumptions
     from declip_cli.interop.read import load_model
 
     if threads:
         torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    model = load_model(path, device=device)
+    model = load_model(path, device=device, said=parse_assumptions(assume or ()), say=note)
     if path is None:
         note(f"model: {model.name}")
     return model

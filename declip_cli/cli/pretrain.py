@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from declip_cli.cli.console import emit, note, progress_of, user_errors
-from declip_cli.cli.options import Force, Json
+from declip_cli.cli.options import Assume, Force, Json
 from declip_cli.config import MethodName, TrainConfig
 from declip_cli.errors import ChoiceError, ConfigError
 
@@ -28,7 +28,10 @@ def pretrain(
         list[str] | None, typer.Option(help="Shard folder, tar pattern or `demo`; several are joined.")
     ] = None,
     arch: Annotated[
-        str | None, typer.Option(help="vit-b32, vit-b16, vit-s16, rn50, rn101, vit-tiny32 …", show_default="vit-b32")
+        str | None,
+        typer.Option(
+            help="vit-b32, vit-l14, rn50, vit-tiny32 …, open_clip:NAME, or init: as --init.", show_default="vit-b32"
+        ),
     ] = None,
     method: Annotated[
         MethodName | None, typer.Option(help="What is learned from a pair.", show_default="declip")
@@ -56,6 +59,7 @@ def pretrain(
     out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/METHOD-ARCH-TIME")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with this run folder.")] = None,
     init: Annotated[str | None, typer.Option(help="Model to start from.", show_default="random weights")] = None,
+    assume: Assume = None,
     evaluate: Annotated[
         list[str] | None, typer.Option("--eval", help="Evaluation sets to score in training and at the end.")
     ] = None,
@@ -102,6 +106,7 @@ def pretrain(
                 "batch_size": batch_size,
                 "micro_batch_size": micro_batch_size,
                 "init": init,
+                "assume": assume or None,
                 "eval": evaluate or None,
                 "precision": precision,
                 "processes": processes,
@@ -138,7 +143,7 @@ def _request(
     force: bool,
 ) -> "Request":
     """Resolve the words of the command line."""
-    from declip_cli.model.architectures import find_architecture
+    from declip_cli.model.architectures import OF_INIT, find_architecture
     from declip_cli.model.checkpoint import runs_root
     from declip_cli.process_group import is_launched
     from declip_cli.resolve import resolve_run
@@ -153,7 +158,8 @@ def _request(
         )
     before = RunDir(resume).read_run().asked if resume is not None else None
     asked, notes = resolve_run(recipe, file, options, assignments, before=before)
-    find_architecture(asked.model)  # a wrong name is told before anything else happens
+    if not asked.train.init or asked.model.arch != OF_INIT:
+        find_architecture(asked.model)  # a wrong name is told before anything else happens
     if asked.train.processes and is_launched():
         notes.append("note: --processes changes nothing here, a launcher has started the processes")
     if os.environ.get("RANK", "0") == "0":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from declip_cli.cli.console import emit, emit_row, note, progress_of, user_errors
-from declip_cli.cli.options import BatchSize, DataRoot, Json, Model, NoCache, Threads, open_model, tell_skipped
+from declip_cli.cli.options import Assume, BatchSize, DataRoot, Json, Model, NoCache, Threads, open_model, tell_skipped
 
 if TYPE_CHECKING:
     from declip_cli.evaluate.search import SearchReport
@@ -23,6 +23,7 @@ def retrieve(
         ),
     ],
     model: Model = None,
+    assume: Assume = None,
     data_root: DataRoot = None,
     query: Annotated[
         Optional[str],  # noqa: UP007, UP045
@@ -76,7 +77,10 @@ def retrieve(
             dataset, index_dir = None, Path(source)  # a saved index
         else:
             dataset = open_list(sys.stdin) if source == "-" else open_dataset(source, data_root=data_root)
-        opened, name = open_model(model, threads=threads), dataset.name if dataset is not None else "index"
+        opened, name = (
+            open_model(model, assume=assume, threads=threads),
+            dataset.name if dataset is not None else "index",
+        )
         with progress_of(name) as tell:
             options = FeatureOptions(
                 batch_size=batch_size, threads=threads, use_cache=not no_cache, progress=tell, say=note

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from declip_cli.cli.console import emit, emit_row, note, progress_of, user_errors
-from declip_cli.cli.options import BatchSize, DataRoot, Json, Model, NoCache, Threads, open_model, tell_skipped
+from declip_cli.cli.options import Assume, BatchSize, DataRoot, Json, Model, NoCache, Threads, open_model, tell_skipped
 from declip_cli.errors import EvaluateError
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def zeroshot(
         typer.Argument(metavar="DATASET", help="Known names, `demo`, or folders of class folders."),
     ] = None,
     model: Model = None,
+    assume: Assume = None,
     data_root: DataRoot = None,
     templates: Annotated[
         str,
@@ -80,7 +81,7 @@ def zeroshot(
         for name in names if download else ():
             note(f"{name} is in {download_set(name, data_root=data_root)}")
         found = [_open(name, data_root, classes) for name in names]
-        opened = open_model(model, threads=threads)
+        opened = open_model(model, assume=assume, threads=threads)
         reports = []
         for dataset in found:
             with progress_of(dataset.name) as tell:

@@ -181,7 +181,13 @@ def _happens(probability: float, rng: random.Random) -> bool:
 
 
 def evaluation_view(
-    image: bytes | Pixels, *, side_px: int, resize_px: int, interpolation: str = "bilinear", is_squashed: bool = False
+    image: bytes | Pixels,
+    *,
+    side_px: int,
+    resize_px: int,
+    interpolation: str = "bilinear",
+    is_squashed: bool = False,
+    is_floored: bool = False,
 ) -> Pixels:
     """Cut the middle out of a picture, the same each time.
 
@@ -194,6 +200,7 @@ def evaluation_view(
         resize_px: length of the shorter side before the cut.
         interpolation: `bilinear` or `bicubic`.
         is_squashed: resize both sides to `resize_px`, whatever the picture's shape.
+        is_floored: start the cut at half the margin rounded down, as Hugging Face's processors do.
 
     Returns:
         RGB, uint8, (S, S, 3).
@@ -211,7 +218,8 @@ def evaluation_view(
     height, width = pixels.shape[:2]
     shorter = min(height, width)
     new_width, new_height = (int(resize_px * side / (side if is_squashed else shorter)) for side in (width, height))
-    left, top = (int(round((side - side_px) / 2.0)) for side in (new_width, new_height))
+    round_half = math.floor if is_floored else round
+    left, top = (int(round_half((side - side_px) / 2.0)) for side in (new_width, new_height))
     # Pillow takes four bytes a pixel as they lie; three it would unpack and pack, holding up all other threads.
     padded = cv2.cvtColor(pixels, cv2.COLOR_RGB2RGBA)  # (H, W, 4)
     picture = Image.frombuffer("RGBX", (width, height), padded, "raw", "RGBX", 0, 1)

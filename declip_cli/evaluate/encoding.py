@@ -140,6 +140,7 @@ def _prepare(
             resize_px=how.resize_px,
             interpolation=how.interpolation,
             is_squashed=how.resize_mode == "squash",
+            is_floored=how.crop_at == "floor",
         )
     except DataError as error:
         return Encoded(number, digest, cause=error.cause), None

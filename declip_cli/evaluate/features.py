@@ -194,7 +194,7 @@ def _with_store(
         return computed()
     how = model.preprocessing
     view = f"{how.image_side_px} {how.resize_px} {how.interpolation}"
-    view += " squash" if how.resize_mode == "squash" else ""
+    view += "".join(f" {word}" for word in (how.resize_mode, how.crop_at) if word in ("squash", "floor"))
     key = content_key([kind, model.fingerprint, view, resolve_precision(options.precision, model.device)])
     folder = Path(default_cache_dir()) / "vectors" / key[:32]
     try:

@@ -96,8 +96,11 @@ def _check_format(model: PretrainedModel, to: ExportFormat) -> None:
     if reason:
         able = [name for name in get_args(ExportFormat) if not _WHY_NOT[name](model)]
         remedy, side = f"--to {' or --to '.join(able)}", model.preprocessing.image_side_px
-        if not _WHY_NOT[to](replace(model, preprocessing=replace(model.preprocessing, resize_px=side))):
-            remedy += f"; or --assume resize={side}, with which the model sees other pixels than it was made for"
+        words = [f"--assume resize={side}"] if model.preprocessing.resize_px != side else []
+        words += ["--assume crop=round"] if model.preprocessing.crop_at != "round" else []
+        as_told = replace(model.preprocessing, resize_px=side, crop_at="round")
+        if words and not _WHY_NOT[to](replace(model, preprocessing=as_told)):
+            remedy += f"; or {' '.join(words)}, with which the model sees other pixels than it was made for"
         raise ModelError(f"{to} cannot express this model: {reason}", remedy=remedy)
     for package in _PACKAGES[to]:
         if importlib.util.find_spec(package) is None:

@@ -12,9 +12,9 @@ from torch import Tensor
 from declip_cli.data.tokenizer import END, START, Tokenizer, vocabulary_files
 from declip_cli.errors import ModelError
 from declip_cli.interop.pictures import Embedded, Sample, views_of
-from declip_cli.model.architectures import Architecture, TextDims, VitDims
 from declip_cli.model.checkpoint import PretrainedModel
 from declip_cli.model.clip import DualEncoder
+from declip_cli.model.dims import Architecture, TextDims, VitDims
 from declip_cli.model.open_clip_layout import VOCABULARY_SIZE
 from declip_cli.model.preprocessing import Preprocessing
 
@@ -190,10 +190,11 @@ def processor_config(how: Preprocessing) -> dict[str, Any]:
 def is_cut_alike(size: tuple[int, int], how: Preprocessing) -> bool:
     """Tell whether transformers cuts the same square out of a picture of a width and height.
 
-    It rounds half a pixel down, we and OpenCLIP round it to the next even number, as torchvision does: of a picture
+    It rounds half a pixel down; our own models and OpenCLIP round it to the next even number, as torchvision does: of a
+    picture
     with an odd margin, every second time its square lies one pixel further to the left, or higher.
     """
-    if how.resize_mode == "squash":
+    if how.resize_mode == "squash" or how.crop_at == "floor":
         return True
     margins = [int(how.resize_px * side / min(size)) - how.image_side_px for side in size]
     return all(round(margin / 2) == margin // 2 for margin in margins)

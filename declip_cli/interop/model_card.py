@@ -9,8 +9,8 @@ from typing import Any
 from declip_cli import __version__
 from declip_cli.interop.run_facts import RunFacts
 from declip_cli.interop.snippets import snippet
-from declip_cli.model.architectures import VitDims
 from declip_cli.model.checkpoint import PretrainedModel
+from declip_cli.model.dims import VitDims
 from declip_cli.model.preprocessing import Preprocessing
 
 _LIBRARIES = {"openclip": "open_clip", "huggingface": "transformers", "onnx": "onnx"}

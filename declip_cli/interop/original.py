@@ -1,7 +1,17 @@
 """Checkpoints of the original DeCLIP code: their parameter names and vocabulary ⇄ ours."""
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from declip_cli.interop.assumptions import Assumptions
+from declip_cli.interop.foreign import ForeignModel, translated
+from declip_cli.interop.weights import Checkpoint
+from declip_cli.model.preprocessing import IMAGE_MEAN, IMAGE_STD
+from declip_cli.model.shapes import Untraced
 
 _MASK_ROW = 49406
 """The original's vocabulary puts the mask token before start and end; ours puts it after them."""
@@ -76,3 +86,47 @@ def original_ids(ids: Tensor) -> Tensor:
     """
     moved = torch.where(ids > _MASK_ROW, ids - 1, ids)
     return torch.where(ids == _MASK_ROW, ids.new_tensor(49408), moved)
+
+
+def method_of(state: Mapping[str, Tensor]) -> str:
+    """Tell which of the five methods trained a checkpoint, by the heads that it brings along."""
+    names = {name.split(".")[0] for name in state}
+    if "image_mapping" in names:
+        return "defilip" if "projector" in names else "filip"
+    if "projector" in names:
+        return "declip"
+    return "slip" if {"text_encoder", "predictor_sim"} & names else "clip"
+
+
+def read_original(checkpoint: Checkpoint, assumptions: Assumptions) -> ForeignModel:
+    """Translate a checkpoint of one of the five methods.
+
+    Heads are 64 wide, the activation is QuickGELU, and pictures are resized to 256 px for the 224 px in their middle.
+
+    Source: Sense-GVT/DeCLIP, prototype/model/*.py; ONECROP, prototype/data/imagenet_dataloader.py.
+    """
+    ours = from_original(checkpoint.state)
+    ours = {name.removeprefix("encoder."): v for name, v in ours.items() if name.startswith("encoder.")}
+    said = assumptions.said
+    quick_gelu = said.get("activation", True)
+    untraced = Untraced(
+        vision_heads=said.get("heads"),
+        text_heads=said.get("text_heads"),
+        vision_quick_gelu=quick_gelu,
+        text_quick_gelu=quick_gelu,
+    )
+    pixels: dict[str, Any] = {"mean": IMAGE_MEAN, "std": IMAGE_STD, "interpolation": "bilinear"}
+    side = _image_side_px(ours)
+    if side >= 128:
+        pixels |= {"resize_px": round(side * 256 / 224)}
+    method = method_of(checkpoint.state)
+    return translated(
+        checkpoint, ours, untraced, project="original", method=method, pixels=pixels, assumptions=assumptions
+    )
+
+
+def _image_side_px(state: Mapping[str, Tensor]) -> int:
+    if "visual.positional_embedding" in state:
+        num_patches = len(state["visual.positional_embedding"]) - 1
+        return state["visual.conv1.weight"].shape[-1] * round(math.sqrt(num_patches))
+    return 32 * round(math.sqrt(len(state["visual.attnpool.positional_embedding"]) - 1))

@@ -80,6 +80,7 @@ def view_of(picture: Image.Image | bytes, how: Preprocessing) -> Pixels:
         resize_px=how.resize_px,
         interpolation=how.interpolation,
         is_squashed=how.resize_mode == "squash",
+        is_floored=how.crop_at == "floor",
     )
 
 

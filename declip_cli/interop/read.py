@@ -1,31 +1,54 @@
 """The door for models: a run folder, a model folder of ours, or a checkpoint of another project."""
 
+import hashlib
+import json
 import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from declip_cli.errors import DeclipError, ModelError
-from declip_cli.interop.open_clip import load_foreign
+from declip_cli.errors import ConfigError, DeclipError, ModelError
+from declip_cli.interop.assumptions import PREPROCESSING_KEYS, Assumptions
+from declip_cli.interop.cached import find_cached
+from declip_cli.interop.foreign import ForeignModel, changed_preprocessing
+from declip_cli.interop.recognise import config_paths, read_foreign
 from declip_cli.model.checkpoint import (
     PretrainedModel,
+    describe_folder,
     find_folder,
     find_newest_run,
     fingerprint_of,
     read_model,
     runs_root,
 )
+from declip_cli.model.dims import Architecture, describe_architecture
+from declip_cli.model.preprocessing import Preprocessing
 
-_TAKEN = "a run folder, a model folder, or a checkpoint of OpenCLIP or the original DeCLIP"
+TAKEN = (
+    "a run folder, a model folder, a checkpoint of OpenAI, OpenCLIP, Hugging Face, SLIP or the original DeCLIP, "
+    "or a name of OpenCLIP's such as ViT-B-32/laion2b_s34b_b79k"
+)
 
 
-def load_model(path: Path | None, *, device: str | torch.device = "cpu", option: str = "--model") -> PretrainedModel:
+def load_model(
+    path: Path | None,
+    *,
+    device: str | torch.device = "cpu",
+    option: str = "--model",
+    said: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> PretrainedModel:
     """Open a run folder, a model folder or a checkpoint of another project.
 
     Args:
-        path: where the model lies; None takes the newest run.
+        path: where the model lies, or its name at OpenCLIP; None takes the newest run.
         device: where to put it.
         option: of the command line, with which the user named it; for messages.
+        said: from `parse_assumptions`: what the user says of a checkpoint that does not say it.
+        say: told what had to be assumed.
 
     Returns:
         The model in evaluation mode.
@@ -34,31 +57,135 @@ def load_model(path: Path | None, *, device: str | torch.device = "cpu", option:
         ModelError: nothing there, or it is incomplete, damaged, contradicts itself or does not fit.
     """
     path = find_newest_run(runs_root()) if path is None else path
-    if not os.path.exists(path):
-        raise ModelError(f"no model at {path}", remedy=f"{option} takes {_TAKEN}")
-    folder = find_folder(path)
-    model = _read_foreign(path, option) if folder is None else read_model(folder, name=str(path))
+    place = locate(path, option=option)
+    if place.folder is not None:
+        model = read_model(place.folder, name=str(path))
+        model = _with_said(model, said or {}, option)
+    else:
+        foreign = open_foreign(place, said=said, option=option)
+        for note in foreign.assumed:
+            say(f"note: {path}: {note}")
+        model = _finished(foreign, name=str(path))
     model.encoder.to(device)
     return model
 
 
-def _read_foreign(path: Path, option: str) -> PretrainedModel:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a model lies."""
+
+    path: Path
+    """What the user named."""
+    folder: Path | None = None
+    """A model folder of ours; None for a model of another project."""
+    weights: Path | None = None
+    """Of another project: the file or folder to read."""
+    config: Mapping[str, Any] | None = None
+    """OpenCLIP's configuration of a cached model, which lies in its package."""
+
+
+def locate(path: Path, *, option: str) -> Place:
+    """Find out what the user named.
+
+    Args:
+        path: a path, or a name of OpenCLIP's.
+        option: with which the user named it; for messages.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        ModelError: there is nothing.
+    """
+    if os.path.exists(path):
+        folder = find_folder(path)
+        return Place(path=path, folder=folder, weights=path if folder is None else None)
+    cached = find_cached(str(path))
+    if cached is None:
+        raise ModelError(f"no model at {path}", remedy=f"{option} takes {TAKEN}")
+    weights, config = cached
+    return Place(path=path, weights=weights, config=config)
+
+
+def open_foreign(
+    place: Place, *, said: Mapping[str, Any] | None, option: str, shapes_only: bool = False
+) -> ForeignModel:
+    """Read a model of another project, whatever happens in doing so.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    assert place.weights is not None
     try:
-        foreign = load_foreign(path)
+        assumptions = Assumptions(said=said or {})
+        return read_foreign(place.weights, assumptions, config=place.config, shapes_only=shapes_only)
     except DeclipError:
         raise
-    except Exception as error:
+    except Exception as error:  # a damaged file can raise anything
         raise ModelError(
-            f"{path} is not a model that declip can read: {' '.join(str(error).split()):.300}",
-            remedy=f"{option} takes {_TAKEN}",
+            f"{place.path} is not a model that declip can read: {' '.join(str(error).split()):.300}",
+            remedy=f"{option} takes {TAKEN}",
         ) from error
+
+
+def _finished(foreign: ForeignModel, *, name: str) -> PretrainedModel:
+    encoder = foreign.build()
+    weights = foreign.paths[0]
+    files = fingerprint_of(*foreign.paths, *config_paths(weights))
+    facts = [files, describe_architecture(foreign.architecture), asdict(foreign.preprocessing)]
     return PretrainedModel(
-        encoder=foreign.encoder.eval(),
-        name=str(path),
+        encoder=encoder,
+        name=name,
         method=foreign.method,
         arch=foreign.project,
-        token_wise=foreign.method == "filip",
+        token_wise=foreign.is_token_wise,
         preprocessing=foreign.preprocessing,
-        context_length=foreign.encoder.architecture.text.context_length,
-        fingerprint=fingerprint_of(*([path] if path.is_file() else sorted(path.glob("open_clip_*")))),
+        context_length=foreign.architecture.text.context_length,
+        fingerprint=hashlib.sha256(json.dumps(facts).encode()).hexdigest(),
     )
+
+
+def _with_said(model: PretrainedModel, said: Mapping[str, Any], option: str) -> PretrainedModel:
+    """Prepare pictures for a model of ours in another way; its towers are known."""
+    towers = [key for key in said if key not in PREPROCESSING_KEYS]
+    if towers:
+        raise ConfigError(
+            f"--assume {towers[0]} says what {model.name} knows by itself", remedy=f"leave out --assume {towers[0]}"
+        )
+    if not said:
+        return model
+    preprocessing = changed_preprocessing(model.preprocessing, said)
+    model.encoder.set_pixels(preprocessing.mean, preprocessing.std)
+    facts = [model.fingerprint, asdict(preprocessing)]
+    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return replace(model, preprocessing=preprocessing, fingerprint=fingerprint)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """What a model is, without its numbers."""
+
+    architecture: Architecture
+    preprocessing: Preprocessing
+
+
+def describe_model(path: Path, *, option: str, said: Mapping[str, Any] | None = None) -> Description:
+    """Read what a model is off its configuration and the shapes of its parameters.
+
+    Args:
+        path: as of `load_model`.
+        option: with which the user named it; for messages.
+        said: as of `load_model`.
+
+    Returns:
+        Its architecture and preprocessing.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    place = locate(path, option=option)
+    if place.folder is None:
+        foreign = open_foreign(place, said=said, option=option, shapes_only=True)
+        return Description(architecture=foreign.architecture, preprocessing=foreign.preprocessing)
+    _, architecture, preprocessing = describe_folder(place.folder)
+    return Description(architecture=architecture, preprocessing=changed_preprocessing(preprocessing, said or {}))

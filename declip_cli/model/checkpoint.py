@@ -16,8 +16,8 @@ from declip_cli import __version__
 from declip_cli.config import MethodName, ModelConfig
 from declip_cli.errors import ModelError
 from declip_cli.files import SUMS_FILE, check_folder, existing_folder, new_folder, parse_json
-from declip_cli.model.architectures import Architecture, describe_architecture
 from declip_cli.model.clip import DualEncoder
+from declip_cli.model.dims import Architecture, describe_architecture, read_architecture
 from declip_cli.model.heads import TOKEN_WISE_DIM
 from declip_cli.model.open_clip_layout import open_clip_config, open_clip_state, why_not_open_clip
 from declip_cli.model.preprocessing import Preprocessing, read_preprocessing
@@ -76,15 +76,17 @@ def trained_preprocessing(encoder: DualEncoder, config: ModelConfig) -> Preproce
     values = {
         "image_side_px": side,
         "resize_px": config.resize_px or side,
-        "resize_mode": config.resize_mode,
-        "interpolation": config.interpolation,
+        "resize_mode": config.resize_mode or "shortest",
+        "interpolation": config.interpolation or "bilinear",
         "mean": _digits(encoder.pixel_mean),
         "std": _digits(encoder.pixel_std),
     }
     return read_preprocessing(values, remedy=f"--set model.resize_px={side}")
 
 
-def save_model(encoder: DualEncoder, folder: Path, *, config: ModelConfig, method: str) -> None:
+def save_model(
+    encoder: DualEncoder, folder: Path, *, config: ModelConfig, method: str, preprocessing: Preprocessing | None = None
+) -> None:
     """Write a model folder that `load_model` reads, and OpenCLIP (`local-dir:`) where it can express the model.
 
     Args:
@@ -92,10 +94,11 @@ def save_model(encoder: DualEncoder, folder: Path, *, config: ModelConfig, metho
         folder: appears whole, with the digests of its files, in the place of an earlier one.
         config: how the encoder was built.
         method: name of the method that trained it.
+        preprocessing: of pictures; None: as `trained_preprocessing` has it.
     """
     state = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
     weights, extra = open_clip_state(state)
-    preprocessing = trained_preprocessing(encoder, config)
+    preprocessing = preprocessing or trained_preprocessing(encoder, config)
     own = {
         "format": FORMAT,
         "declip_version": __version__,
@@ -192,6 +195,19 @@ def read_model(folder: Path, *, name: str) -> PretrainedModel:
         context_length=architecture.text.context_length,
         fingerprint=fingerprint,
     )
+
+
+def describe_folder(folder: Path) -> tuple[dict[str, Any], Architecture, Preprocessing]:
+    """Read what a model folder says of itself, without its weights; `read_model` checks whether that is true.
+
+    Raises:
+        ModelError: it is damaged.
+    """
+    own = _read_own_config(folder)
+    try:
+        return own, read_architecture(own["architecture"]), read_preprocessing(own["preprocessing"], remedy=_AGAIN)
+    except PARSING_ERRORS as error:
+        raise ModelError(f"the model in {folder} is damaged: {error}", remedy=_AGAIN) from error
 
 
 def _check_own(

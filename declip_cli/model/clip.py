@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from declip_cli.model.architectures import Architecture, VitDims
+from declip_cli.model.dims import Architecture, VitDims
 from declip_cli.model.heads import TokenWiseHeads
 from declip_cli.model.preprocessing import IMAGE_MEAN, IMAGE_STD
 from declip_cli.model.resnet import ModifiedResNet

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from declip_cli.model.architectures import Architecture, VitDims
+from declip_cli.model.dims import Architecture, VitDims
 from declip_cli.model.preprocessing import Preprocessing
 
 VOCABULARY_SIZE = 49408
@@ -40,6 +40,8 @@ def why_not_open_clip(architecture: Architecture, preprocessing: Preprocessing) 
     vision, text, side = architecture.vision, architecture.text, preprocessing.image_side_px
     if isinstance(vision, VitDims) and vision.quick_gelu != text.quick_gelu:
         return "its towers have different activations (QuickGELU and GELU)"
+    if preprocessing.crop_at != "round" and preprocessing.resize_mode == "shortest":
+        return "the crop of a picture starts at half an odd margin rounded down, as in Hugging Face's processors"
     if preprocessing.resize_px != side:
         return f"pictures are resized to {preprocessing.resize_px} px before the {side} px in their middle are cut out"
     return ""

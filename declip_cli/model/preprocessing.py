@@ -15,6 +15,7 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 """Of OpenAI's data; most of OpenCLIP's models keep them."""
 ResizeMode: TypeAlias = Literal["shortest", "squash"]
 Interpolation: TypeAlias = Literal["bilinear", "bicubic"]
+CropAt: TypeAlias = Literal["round", "floor"]
 _MAX_RESIZE = 8
 """Largest ratio of `resize_px` to the side; beyond it a file is damaged."""
 
@@ -30,6 +31,9 @@ class Preprocessing:
     resize_mode: ResizeMode = "shortest"
     """`squash` resizes both sides to S, whatever the picture's shape, and cuts nothing off."""
     interpolation: Interpolation = "bilinear"
+    crop_at: CropAt = "round"
+    """Where the crop starts if an odd number of pixels is cut off: half of it rounded to even (torchvision, OpenCLIP),
+    or rounded down (Hugging Face)."""
     mean: tuple[float, float, float] = IMAGE_MEAN
     """Of each channel, in [0, 1]; subtracted."""
     std: tuple[float, float, float] = IMAGE_STD
@@ -45,7 +49,7 @@ def read_preprocessing(given: Mapping[str, Any], *, remedy: str) -> Preprocessin
     """Read what `Preprocessing.to_json` wrote, or what another project's configuration was translated to.
 
     Args:
-        given: from a file that may be damaged; `resize_mode` may be left out.
+        given: from a file that may be damaged; `resize_mode` and `crop_at` may be left out.
         remedy: what to do if it is.
 
     Returns:
@@ -57,6 +61,7 @@ def read_preprocessing(given: Mapping[str, Any], *, remedy: str) -> Preprocessin
     """
     side, resize, mode = given["image_side_px"], given["resize_px"], given.get("resize_mode", "shortest")
     least, most = (side, _MAX_RESIZE * side if mode == "shortest" else side) if type(side) is int else (1, 0)
+    crop_at = given.get("crop_at", "round")
     fields: tuple[tuple[str, Any, bool, str], ...] = (
         ("image_side_px", side, type(side) is int and side > 0, "a whole number above 0"),
         ("resize_px", resize, type(resize) is int and least <= resize <= most, f"in [{least}, {most}]"),
@@ -67,6 +72,7 @@ def read_preprocessing(given: Mapping[str, Any], *, remedy: str) -> Preprocessin
             given["interpolation"] in ("bilinear", "bicubic"),
             "bilinear or bicubic",
         ),
+        ("crop_at", crop_at, crop_at in ("round", "floor"), "round or floor"),
         ("mean", given["mean"], _are_numbers(given["mean"]), "three numbers"),
         ("std", given["std"], _are_numbers(given["std"]) and min(given["std"]) > 0, "three numbers above 0"),
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from declip_cli.errors import ModelError
-from declip_cli.model.architectures import Architecture, ResNetDims, TextDims, VitDims
+from declip_cli.model.dims import Architecture, ResNetDims, TextDims, VitDims
 from declip_cli.model.text_transformer import VOCABULARY_SIZE
 
 _DAMAGED = "copy the model again"

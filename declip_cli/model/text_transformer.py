@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from declip_cli.model.architectures import TextDims
+from declip_cli.model.dims import TextDims
 from declip_cli.model.transformer import Transformer
 
 END_ID = 49407

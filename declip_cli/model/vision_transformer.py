@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from declip_cli.model.architectures import VitDims
+from declip_cli.model.dims import VitDims
 from declip_cli.model.transformer import Transformer
 
 

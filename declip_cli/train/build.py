@@ -17,15 +17,14 @@ from declip_cli.data.loader import StreamConfig
 from declip_cli.data.stream import TrainStream
 from declip_cli.distributed import copy_from_main, rank, world_size
 from declip_cli.errors import TrainError, require
-from declip_cli.interop.read import load_model
 from declip_cli.methods.base import Method
 from declip_cli.methods.registry import build_method
-from declip_cli.model.architectures import Architecture, VitDims
 from declip_cli.model.batch_norm import use_full_batch_norm
 from declip_cli.model.precision import has_native_bf16
 from declip_cli.process_group import from_all
 from declip_cli.resolve import Machine, ResolvedRun, settled
 from declip_cli.train.optim import Schedule, WeightAverage, build_optimizers, schedule_of
+from declip_cli.train.start import start_from
 
 
 @dataclass(slots=True, kw_only=True)
@@ -156,7 +155,7 @@ def build_training(run: ResolvedRun, samples: Dataset, *, path: Path, is_resumed
             if "logit_scale" in name:
                 parameter.fill_(config.train.logit_scale_init)
     if config.train.init and not is_resumed:
-        _start_from(method, config)
+        start_from(method, config)
     stream = _build_stream(run, samples, method, accelerator)
     method.to(accelerator.device)
     if world_size() > 1 and config.method.batch_norm == "global":
@@ -216,34 +215,6 @@ def _build_stream(run: ResolvedRun, samples: Dataset, method: Method, accelerato
             pin_memory=accelerator.device.type == "cuda",
         ),
     )
-
-
-def _start_from(method: Method, config: RunConfig) -> None:
-    start = load_model(Path(str(config.train.init)), option="--init")
-    theirs, ours = start.encoder.state_dict(), method.encoder.state_dict()
-    own = [name for name in ours if not name.startswith("token_wise.")]
-    differing = [name for name in ours if name in theirs and theirs[name].shape != ours[name].shape]
-    differing += [name for name in own if name not in theirs]
-    mine, other = method.encoder.architecture, start.encoder.architecture
-    if _activations(mine) != _activations(other):
-        differing.append("the activation (model.quick_gelu)")
-    if (mine.vision.num_heads, mine.text.num_heads) != (other.vision.num_heads, other.text.num_heads):
-        differing.append("the number of attention heads")
-    if differing:
-        raise TrainError(
-            f"--init {config.train.init} does not fit --arch {config.model.arch}: {differing[0]} differs",
-            remedy="choose the architecture (and model.image_side_px, model.context_length, model.quick_gelu) "
-            "that it was trained with",
-        )
-    method.encoder.load_state_dict(ours | {name: theirs[name] for name in ours if name in theirs})
-    method.encoder.pixel_mean.copy_(start.encoder.pixel_mean)
-    method.encoder.pixel_std.copy_(start.encoder.pixel_std)
-
-
-def _activations(architecture: Architecture) -> tuple[bool, bool]:
-    """Tell of both towers whether they have QuickGELU."""
-    vision, text = architecture.vision, architecture.text
-    return (vision.quick_gelu if isinstance(vision, VitDims) else text.quick_gelu), text.quick_gelu
 
 
 def _freeze(method: Method, config: RunConfig) -> None:

@@ -27,6 +27,7 @@ from declip_cli.train.health import StepReport
 from declip_cli.train.loop import train
 from declip_cli.train.pairs import facts_of, open_pairs
 from declip_cli.train.run_dir import RunDir, SavedState
+from declip_cli.train.start import take_over
 from declip_cli.train.tracker import Tracker
 
 Say = Callable[[str], None]
@@ -100,10 +101,11 @@ def _resolve(
     *,
     num_processes: int | None = None,
 ) -> tuple[ResolvedRun, Dataset]:
-    config = kept_settings(request.asked, before) if before else request.asked
+    asked = request.asked if before else take_over(request.asked)
+    config = kept_settings(asked, before) if before else asked
     samples = open_pairs(config.data, before.data if before else None, say)
     run = resolve(
-        request.asked,
+        asked,
         data=facts_of(samples),
         machine=find_machine(config, num_processes=num_processes),
         before=before,

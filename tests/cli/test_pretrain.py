@@ -396,7 +396,7 @@ def test_a_model_of_another_size_to_start_from_is_an_error(done, tmp_path):
     _, first = done
     error, fix = error_of(*SMALL, "--init", first, "--set", "model.embed_dim=7", "--out", tmp_path / "run")
     assert error.startswith(f"--init {first} does not fit --arch vit-tiny32: ")
-    assert "choose the architecture" in fix
+    assert fix == "--set model.embed_dim=none, which takes it over from the model"
 
 
 def test_an_evaluation_set_that_is_missing_is_found_out_before_the_training(tmp_path):

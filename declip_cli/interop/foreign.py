@@ -1,0 +1,138 @@
+"""A model of another project, translated: parameters under our names, dimensions, preprocessing."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from declip_cli.errors import ModelError
+from declip_cli.interop.assumptions import Assumptions
+from declip_cli.interop.weights import Checkpoint
+from declip_cli.model.clip import DualEncoder
+from declip_cli.model.dims import Architecture
+from declip_cli.model.heads import TOKEN_WISE_DIM
+from declip_cli.model.open_clip_layout import VOCABULARY_SIZE
+from declip_cli.model.preprocessing import Preprocessing, read_preprocessing
+from declip_cli.model.shapes import Untraced, infer_architecture
+
+DAMAGED = "copy the model again"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForeignModel:
+    """All that is known about it, without a module."""
+
+    project: str
+    """`open_clip`, `openai`, `huggingface`, `original` (DeCLIP) or `slip`."""
+    method: str
+    state: dict[str, Tensor]
+    """Of a `DualEncoder`; on the device `meta` where only shapes were read."""
+    architecture: Architecture
+    preprocessing: Preprocessing
+    container: str
+    paths: tuple[Path, ...]
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What the file says about its training."""
+    assumed: tuple[str, ...] = ()
+    """A sentence about each thing that it does not say."""
+
+    @property
+    def is_token_wise(self) -> bool:
+        """Whether it was trained to be compared token by token."""
+        return self.method == "filip"
+
+    def build(self) -> DualEncoder:
+        """Make the encoder, in evaluation mode.
+
+        Raises:
+            ModelError: the parameters do not fit each other.
+        """
+        has_heads = any(name.startswith("token_wise.") for name in self.state)
+        encoder = DualEncoder(self.architecture, token_wise_dim=TOKEN_WISE_DIM if has_heads else 0)
+        try:
+            encoder.load_state_dict(self.state)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise ModelError(f"{self.paths[0]} does not fit together: {reason:.300}", remedy=DAMAGED) from error
+        encoder.set_pixels(self.preprocessing.mean, self.preprocessing.std)
+        return encoder.eval()
+
+
+def translated(
+    checkpoint: Checkpoint,
+    state: Mapping[str, Tensor],
+    untraced: Untraced,
+    *,
+    project: str,
+    method: str,
+    pixels: Mapping[str, Any],
+    assumptions: Assumptions,
+) -> ForeignModel:
+    """Put a translated model together.
+
+    Args:
+        checkpoint: where it comes from.
+        state: under our names, of any floating type.
+        untraced: what its shapes do not tell.
+        project: see `ForeignModel`.
+        method: see `ForeignModel`.
+        pixels: fields of `Preprocessing` but for sizes that follow from the shapes.
+        assumptions: what the user said of the preprocessing overrides it.
+
+    Returns:
+        The model.
+
+    Raises:
+        ModelError: parts are missing or contradict each other.
+    """
+    floats = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+    try:
+        architecture = infer_architecture(floats, untraced)
+        side = architecture.image_side_px
+        sizes = {"image_side_px": side, "resize_px": pixels.get("resize_px", side)}
+        known = read_preprocessing(dict(pixels) | sizes, remedy=DAMAGED)
+        preprocessing = changed_preprocessing(known, assumptions.said)
+    except (KeyError, IndexError, ValueError, ZeroDivisionError, TypeError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise ModelError(f"{checkpoint.paths[0]} is no whole CLIP model: {what:.200}", remedy=DAMAGED) from error
+    return ForeignModel(
+        project=project,
+        method=method,
+        state=floats,
+        architecture=architecture,
+        preprocessing=preprocessing,
+        container=checkpoint.container,
+        paths=checkpoint.paths,
+        facts=checkpoint.facts,
+        assumed=tuple(assumptions.notes),
+    )
+
+
+def changed_preprocessing(known: Preprocessing, said: Mapping[str, Any]) -> Preprocessing:
+    """Override what is known of the pictures by what the user said.
+
+    Raises:
+        ModelError: pictures cannot be prepared like that.
+    """
+    names = {"mean": "mean", "std": "std", "interpolation": "interpolation", "crop": "crop_at", "resize": "resize_px"}
+    values = known.to_json() | {name: said[key] for key, name in names.items() if key in said}
+    if "resize" in said:
+        values["resize_mode"] = "shortest"
+    return read_preprocessing(values, remedy=f"--assume resize={known.image_side_px}")
+
+
+def with_mask_token(rows: Tensor) -> Tensor:
+    """Add the embedding of our mask token, which other projects have not: the mean of all, (V, E) → (V + 1, E).
+
+    Raises:
+        ModelError: it is another vocabulary than CLIP's.
+    """
+    if rows.ndim != 2 or len(rows) != VOCABULARY_SIZE:
+        raise ModelError(
+            f"its vocabulary has {len(rows) if rows.ndim else 0:,} words, CLIP's has {VOCABULARY_SIZE:,}",
+            remedy="take a model with CLIP's tokenizer",
+        )
+    return torch.cat([rows, rows.float().mean(0, keepdim=True).to(rows.dtype)])
