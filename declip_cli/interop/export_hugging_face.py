@@ -190,9 +190,8 @@ def processor_config(how: Preprocessing) -> dict[str, Any]:
 def is_cut_alike(size: tuple[int, int], how: Preprocessing) -> bool:
     """Tell whether transformers cuts the same square out of a picture of a width and height.
 
-    It rounds half a pixel down; our own models and OpenCLIP round it to the next even number, as torchvision does: of a
-    picture
-    with an odd margin, every second time its square lies one pixel further to the left, or higher.
+    It rounds half of an odd margin down; our own models and OpenCLIP round it to the next even number, as torchvision
+    does, so that every second time its square lies one pixel further to the left, or higher.
     """
     if how.resize_mode == "squash" or how.crop_at == "floor":
         return True

@@ -103,8 +103,9 @@ def describe_preprocessing(how: Preprocessing) -> str:
     if how.resize_mode == "squash":
         shape = f"Both sides are resized to {side} px"
     else:
+        rest = ", half an odd margin rounded down" if how.crop_at == "floor" else ""
         shape = (
-            f"The shorter side is resized to {how.resize_px} px and the {side} × {side} px in the middle are cut out"
+            f"The shorter side is resized to {how.resize_px} px, the {side} × {side} px in the middle are cut out{rest}"
         )
     return f"{shape} ({how.interpolation}, antialiased). Mean {list(how.mean)}, standard deviation {list(how.std)}."
 

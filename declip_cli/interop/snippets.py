@@ -62,7 +62,7 @@ print(scores)  # the pictures of the highest scores are the hits of a search
 _CUT = """
 width, height = (int($resize * side / min(picture.size)) for side in picture.size)
 picture = picture.resize((width, height), Image.Resampling.$filter)
-left, top = round((width - $side) / 2), round((height - $side) / 2)
+left, top = $start
 return np.asarray(picture.crop((left, top, left + $side, top + $side)))
 """
 _SQUASH = """
@@ -92,7 +92,11 @@ def snippet(to: str, model: PretrainedModel) -> str:
         return {"openclip": _OPEN_CLIP, "huggingface": _HUGGING_FACE}[to].lstrip()
     how = model.preprocessing
     sizes = {"side": how.image_side_px, "resize": how.resize_px, "filter": how.interpolation.upper()}
+    half = "(width - $side) // 2, (height - $side) // 2"
+    if how.crop_at == "round":
+        half = "round((width - $side) / 2), round((height - $side) / 2)"
     view = (_SQUASH if how.resize_mode == "squash" else _CUT).strip()
     scores = _TOKEN_WISE if model.token_wise else _WHOLE
-    code = _ONNX.lstrip().replace("$view", textwrap.indent(view, "    ")).replace("$scores", scores.strip())
+    view = textwrap.indent(view.replace("$start", half), "    ")
+    code = _ONNX.lstrip().replace("$view", view).replace("$scores", scores.strip())
     return Template(code).substitute(sizes)

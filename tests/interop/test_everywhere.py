@@ -24,6 +24,7 @@ from declip_cli.model.clip import unit
 from tests.interop.small_models import RESNET, TEXT, VIT, model_of, picture_file
 from tests.train.small_runs import run, small_config
 
+PICTURE = picture_file()
 NAMES = ["red heart", "guitar", "car", "dog", "flag", "clock", "smiling face", "house"]
 
 
@@ -55,7 +56,8 @@ def everywhere(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def of_tokens(tmp_path_factory):
     """A FILIP model on a ResNet, and its graphs."""
-    model, out = model_of(RESNET, dataclasses.replace(TEXT, num_layers=1), method="filip"), tmp_path_factory.mktemp("o")
+    text, out = dataclasses.replace(TEXT, num_layers=1), tmp_path_factory.mktemp("tokens")
+    model = model_of(RESNET, text, method="filip", crop_at="floor")
     report = export(model, "onnx", out, card=Card(name="tokens"))
     return model, out, report
 
@@ -104,9 +106,9 @@ def test_graphs_take_any_number_of_pictures_and_any_length_of_texts(everywhere):
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def run_snippet(folder, monkeypatch, capsys):
+def run_snippet(folder, monkeypatch, capsys, picture=PICTURE):
     """Run the code of a card as a reader would, beside a picture; return the numbers that it prints."""
-    (folder / "picture.jpg").write_bytes(picture_file())
+    (folder / "picture.jpg").write_bytes(picture)
     monkeypatch.chdir(folder)
     code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)[1]
     capsys.readouterr()
@@ -146,7 +148,7 @@ def test_cards_hold_what_the_hub_and_a_reader_want_to_know(everywhere):
                 "| demo | top1 | 0.25 |",
                 "| demo | text_to_image.recall_at_1 | 0.5 |",
                 "After step 4.",
-                "The shorter side is resized to 32 px",
+                "The shorter side is resized to 32 px, the 32 × 32 px in the middle",
             ):
                 assert line in body
         else:
@@ -161,7 +163,8 @@ def test_a_model_that_compares_token_by_token_is_two_graphs_of_tokens(of_tokens,
     assert report.differences["max_abs_difference"] <= 1e-5
     text = onnxruntime.InferenceSession(out / "text_encoder.onnx")
     assert [output.name for output in text.get_outputs()] == ["text_token_embeds", "text_token_mask"]
-    views = views_of([Image.open(io.BytesIO(picture_file()))], model.preprocessing)
+    picture = picture_file(width=285)  # 35 px, of which 3 are cut off
+    views = views_of([Image.open(io.BytesIO(picture))], model.preprocessing)
     tokens = Tokenizer(model.context_length).encode(["a photo of a cat", "a photo of a dog"])
     with torch.no_grad():
         patches = unit(model.encoder.encode_image_tokens(views))[0]
@@ -169,4 +172,4 @@ def test_a_model_that_compares_token_by_token_is_two_graphs_of_tokens(of_tokens,
     expected = [
         float((patches @ unit(one)[is_word].T).amax(1).mean()) for one, is_word in zip(words, mask, strict=True)
     ]
-    assert run_snippet(out, monkeypatch, capsys) == pytest.approx(expected, abs=1e-5)
+    assert run_snippet(out, monkeypatch, capsys, picture) == pytest.approx(expected, abs=1e-5)
