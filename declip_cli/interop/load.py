@@ -1,6 +1,8 @@
 """A model for Python: encoder, preprocessing and tokenizer, in OpenCLIP's manner."""
 
+import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -9,19 +11,23 @@ from PIL import Image
 from torch import Tensor
 
 from declip_cli.data.tokenizer import Tokenizer
+from declip_cli.interop.assumptions import parse_assumptions
 from declip_cli.interop.pictures import view_of
 from declip_cli.interop.read import load_model
 from declip_cli.model.clip import DualEncoder
 
 
 def load(
-    path: str | PathLike[str] | None = None, *, device: str | torch.device = "cpu"
+    path: str | PathLike[str] | None = None, *, device: str | torch.device = "cpu", assume: Sequence[str] = ()
 ) -> tuple[DualEncoder, Callable[[Image.Image], Tensor], Callable[[str | Sequence[str]], Tensor]]:
     """Open a model with all that it takes to use it.
 
     Args:
-        path: a run folder, a model folder or a checkpoint of another project; None takes the newest run.
+        path: a run folder, a model folder, a checkpoint of another project or a name of OpenCLIP's; None takes the
+            newest run.
         device: where to put the model.
+        assume: what the checkpoint does not say, as `--assume` takes it: `activation=gelu`. What has to be assumed
+            is a warning.
 
     Returns:
         The model in evaluation mode, with `encode_image`, `encode_text` and `logit_scale`; a function from a picture
@@ -30,7 +36,9 @@ def load(
     Raises:
         ModelError: there is no model, or it cannot be read.
     """
-    model = load_model(None if path is None else Path(path), device=device, option="load")
+    place = None if path is None else Path(path)
+    said = parse_assumptions(assume)
+    model = load_model(place, device=device, option="load", said=said, say=partial(warnings.warn, stacklevel=4))
     how = model.preprocessing
     mean, std = (torch.tensor(values)[:, None, None] for values in (how.mean, how.std))
 

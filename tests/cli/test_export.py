@@ -64,6 +64,21 @@ def test_a_notebook_gets_model_preprocessing_and_tokenizer(tiny_run: Path, tmp_p
     assert not model.training
 
 
+def test_what_a_notebooks_checkpoint_does_not_say_is_a_warning_or_said(tmp_path: Path):
+    vision = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16}
+    text = {"context_length": 9, "width": 64, "heads": 1, "layers": 1}
+    torch.save(open_clip.CLIP(embed_dim=10, vision_cfg=vision, text_cfg=text).state_dict(), tmp_path / "x.pt")
+    with pytest.warns(UserWarning, match="does not say") as caught:
+        declip_cli.load(tmp_path / "x.pt")
+    keys = ["activation=gelu", "mean=0.5", "std=0.5", "interpolation=bicubic", "heads=1", "text_heads=1"]
+    assert {str(warning.message).rpartition("--assume ")[2].partition("=")[0] for warning in caught} <= {
+        key.partition("=")[0] for key in keys
+    }
+    model, *_ = declip_cli.load(tmp_path / "x.pt", assume=keys)
+    assert model.pixel_mean.tolist() == [0.5, 0.5, 0.5]
+    assert not model.architecture.text.quick_gelu
+
+
 def test_importing_the_package_loads_nothing_heavy():
     code = "import sys, declip_cli; assert declip_cli.load; print('torch' in sys.modules, 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
