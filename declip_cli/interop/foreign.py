@@ -1,5 +1,6 @@
 """A model of another project, translated: parameters under our names, dimensions, preprocessing."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,17 @@ from declip_cli.model.preprocessing import Preprocessing, read_preprocessing
 from declip_cli.model.shapes import Untraced, infer_architecture
 
 DAMAGED = "copy the model again"
+_AFFINE = r"\.(weight|bias)"
+_OURS = re.compile(
+    rf"logit_scale|token_wise\.(image|text)_mapping{_AFFINE}|(visual|text)\.positional_embedding"
+    rf"|(visual|text)\.transformer\.resblocks\.\d+\.(ln_[12]{_AFFINE}|mlp\.c_(fc|proj){_AFFINE}|attn\.out_proj{_AFFINE}"
+    r"|attn\.in_proj_(weight|bias))"
+    rf"|visual\.(class_embedding|proj|conv1\.weight|ln_(pre|post){_AFFINE})"
+    rf"|text\.(token_embedding\.weight|ln_final{_AFFINE}|text_projection{_AFFINE})"
+    r"|visual\.(layer[1-4]\.\d+\.)?(conv|bn)[123]\.\w+|visual\.layer[1-4]\.\d+\.downsample\.[01]\.\w+"
+    rf"|visual\.attnpool\.(positional_embedding|[qkvc]_proj{_AFFINE})"
+)
+"""Names of a `DualEncoder`'s parameters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,12 +63,14 @@ class ForeignModel:
             ModelError: the parameters do not fit each other.
         """
         has_heads = any(name.startswith("token_wise.") for name in self.state)
-        encoder = DualEncoder(self.architecture, token_wise_dim=TOKEN_WISE_DIM if has_heads else 0)
+        with torch.device("meta"):  # neither memory nor time for random weights
+            encoder = DualEncoder(self.architecture, token_wise_dim=TOKEN_WISE_DIM if has_heads else 0)
         try:
-            encoder.load_state_dict(self.state)
+            encoder.load_state_dict(self.state, assign=True)
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise ModelError(f"{self.paths[0]} does not fit together: {reason:.300}", remedy=DAMAGED) from error
+        encoder.pixel_mean, encoder.pixel_std = torch.zeros(3), torch.zeros(3)
         encoder.set_pixels(self.preprocessing.mean, self.preprocessing.std)
         return encoder.eval()
 
@@ -88,6 +102,12 @@ def translated(
     Raises:
         ModelError: parts are missing or contradict each other.
     """
+    other = next((name for name in state if not _OURS.fullmatch(name)), None)
+    if other is not None:
+        raise ModelError(
+            f"it has a part that CLIP's towers have not: {other:.100}",
+            remedy="take a model whose towers are CLIP's own, such as ViT-B-32, ViT-L-14 or RN50",
+        )
     floats = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
     try:
         architecture = infer_architecture(floats, untraced)

@@ -125,7 +125,11 @@ def _translate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     ours = {}
     for name, value in state.items():
         prefix = next((theirs for theirs in _NAMES if name.startswith(theirs)), None)
-        if prefix is None or ".k_proj." in name or ".v_proj." in name:
+        if name.endswith(("position_ids", ".k_proj.weight", ".k_proj.bias", ".v_proj.weight", ".v_proj.bias")):
+            continue
+        if prefix is None:
+            if name != "visual_projection.weight":
+                ours[name] = value  # refused as no part of ours
             continue
         new = _NAMES[prefix] + name[len(prefix) :]
         for theirs, its in _IN_LAYERS.items():

@@ -13,6 +13,7 @@ from torchvision import transforms
 from declip_cli.config import ModelConfig
 from declip_cli.errors import ModelError
 from declip_cli.interop.assumptions import parse_assumptions
+from declip_cli.interop.inspect import inspect_model
 from declip_cli.interop.read import load_model
 from declip_cli.model.checkpoint import save_model
 from declip_cli.model.dims import describe_architecture
@@ -225,6 +226,35 @@ def test_a_model_of_hugging_face_in_several_old_files_is_read(tmp_path):
         peers.write_json(tmp_path / "pytorch_model.bin.index.json", {"weight_map": {"a": name}})
         with pytest.raises(ModelError, match="names other files than weights in its folder"):
             load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"vision": {"ls_init_value": 0.1}},
+        {"text": {"scale_fc": True}},
+        {"vision": {"attentional_pool": True, "attn_pooler_heads": 2}},
+    ],
+    ids=["layer scale", "norm in the MLP", "attention pool"],
+)
+def test_towers_that_are_not_clip_s_are_refused_also_without_a_configuration_and_by_inspect(tmp_path, config):
+    peer = peers.open_clip_model(peers.open_clip_config(**config))
+    torch.save(peer.state_dict(), tmp_path / "x.pt")
+    for door in (load_model, inspect_model):
+        with pytest.raises(ModelError, match="it has a part that CLIP's towers have not: (visual|text)"):
+            door(tmp_path / "x.pt")
+
+
+def test_a_part_that_hugging_face_s_model_has_not_is_refused(tmp_path):
+    peer = hugging_face_model()
+    hugging_face_folder(peer, tmp_path, size={"shortest_edge": 32}, crop_size=32)
+    state = load_file(tmp_path / "model.safetensors")
+    ids = {"text_model.embeddings.position_ids": torch.arange(20)[None]}  # versions before 4.31 wrote it
+    save_file(state | ids, tmp_path / "model.safetensors")
+    load_model(tmp_path)
+    save_file(state | {"vision_model.head.probe": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="a part that CLIP's towers have not: vision_model.head.probe"):
+        load_model(tmp_path)
 
 
 def test_a_siglip_model_is_refused_with_the_reason(tmp_path):
