@@ -17,7 +17,7 @@ from declip_cli.files import digest_of
 from declip_cli.interop.read import load_model
 from declip_cli.model.architectures import find_architecture
 from declip_cli.model.checkpoint import find_newest_run, save_model
-from declip_cli.model.clip import IMAGE_MEAN, DualEncoder
+from declip_cli.model.clip import IMAGE_MEAN, DualEncoder, unit
 from tests.damage import damaged
 from tests.golden_files import golden_batch, golden_cases, golden_state, load_golden
 
@@ -179,10 +179,14 @@ def test_a_checkpoint_of_the_original_gives_the_recorded_features(tmp_path, name
     torch.save({"model": state, "last_iter": 7}, tmp_path / "ckpt.pth.tar")
     model = load_model(tmp_path / "ckpt.pth.tar", said=said)
     assert (model.token_wise, model.arch, model.method) == (method == "filip", "original", method)
+    assert model.preprocessing.resize_px == (256 if arch == "rn" else 32)
+    batch = golden_batch(golden)
+    captions = torch.where(batch.mask_labels == -100, batch.tokens[:, 0], batch.mask_labels)  # (B, L), unmasked
     with torch.no_grad():
-        found = model.encoder.encode_image(golden_batch(golden).images[:4, 0])
-    expected = torch.from_numpy(golden.arrays["eval_image_features"])
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        found = model.encoder.encode_image(batch.images[:4, 0]), model.encoder.encode_text(captions[:4])
+    for features, kind in zip(found, ("image", "text"), strict=True):
+        expected = torch.from_numpy(golden.arrays[f"eval_{kind}_features"])
+        torch.testing.assert_close(unit(features), unit(expected), rtol=0, atol=1e-5)
 
 
 def test_the_newest_run_is_the_one_whose_model_was_written_last(tmp_path, monkeypatch):
