@@ -102,12 +102,7 @@ def translated(
     Raises:
         ModelError: parts are missing or contradict each other.
     """
-    other = next((name for name in state if not _OURS.fullmatch(name)), None)
-    if other is not None:
-        raise ModelError(
-            f"it has a part that CLIP's towers have not: {other:.100}",
-            remedy="take a model whose towers are CLIP's own, such as ViT-B-32, ViT-L-14 or RN50",
-        )
+    _check_names(state)
     floats = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
     try:
         architecture = infer_architecture(floats, untraced)
@@ -129,6 +124,16 @@ def translated(
         facts=checkpoint.facts,
         assumed=tuple(assumptions.notes),
     )
+
+
+def _check_names(state: Mapping[str, Tensor]) -> None:
+    """Refuse parts that our towers have not; what a file leaves out shows elsewhere."""
+    other = next((name for name in state if not _OURS.fullmatch(name)), None)
+    if other is not None:
+        raise ModelError(
+            f"it has a part that CLIP's towers have not: {other:.100}",
+            remedy="take a model whose towers are CLIP's own, such as ViT-B-32, ViT-L-14 or RN50",
+        )
 
 
 def changed_preprocessing(known: Preprocessing, said: Mapping[str, Any]) -> Preprocessing:
