@@ -63,8 +63,7 @@ def load_model(
         model = _with_said(model, said or {}, option)
     else:
         foreign = open_foreign(place, said=said, option=option)
-        for note in foreign.assumed:
-            say(f"note: {path}: {note}")
+        _tell(foreign, path, say)
         model = _finished(foreign, name=str(path))
     model.encoder.to(device)
     return model
@@ -128,6 +127,11 @@ def open_foreign(
         ) from error
 
 
+def _tell(foreign: ForeignModel, path: Path, say: Callable[[str], None]) -> None:
+    for line in foreign.assumed:
+        say(f"note: {path}: {line}")
+
+
 def _finished(foreign: ForeignModel, *, name: str) -> PretrainedModel:
     encoder = foreign.build()
     weights = foreign.paths[0]
@@ -169,13 +173,16 @@ class Description:
     preprocessing: Preprocessing
 
 
-def describe_model(path: Path, *, option: str, said: Mapping[str, Any] | None = None) -> Description:
+def describe_model(
+    path: Path, *, option: str, said: Mapping[str, Any] | None = None, say: Callable[[str], None] = lambda line: None
+) -> Description:
     """Read what a model is off its configuration and the shapes of its parameters.
 
     Args:
         path: as of `load_model`.
         option: with which the user named it; for messages.
         said: as of `load_model`.
+        say: told what had to be assumed.
 
     Returns:
         Its architecture and preprocessing.
@@ -186,6 +193,7 @@ def describe_model(path: Path, *, option: str, said: Mapping[str, Any] | None = 
     place = locate(path, option=option)
     if place.folder is None:
         foreign = open_foreign(place, said=said, option=option, shapes_only=True)
+        _tell(foreign, path, say)
         return Description(architecture=foreign.architecture, preprocessing=foreign.preprocessing)
     _, architecture, preprocessing = describe_folder(place.folder)
     return Description(architecture=architecture, preprocessing=changed_preprocessing(preprocessing, said or {}))

@@ -101,7 +101,7 @@ def _resolve(
     *,
     num_processes: int | None = None,
 ) -> tuple[ResolvedRun, Dataset]:
-    asked = request.asked if before else take_over(request.asked)
+    asked = request.asked if before else take_over(request.asked, say)
     config = kept_settings(asked, before) if before else asked
     samples = open_pairs(config.data, before.data if before else None, say)
     run = resolve(

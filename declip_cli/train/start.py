@@ -1,5 +1,6 @@
 """Start from another model (`--init`): take over what it is, refuse what contradicts it, copy its weights."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ _TOWER_SIZES = ("patch_side_px", "num_blocks", "width", "num_layers", "mlp_ratio
 _OPTION = "--init"
 
 
-def take_over(asked: RunConfig) -> RunConfig:
+def take_over(asked: RunConfig, say: Callable[[str], None] = lambda line: None) -> RunConfig:
     """Let a run have the architecture and the preprocessing of the model that it starts from.
 
     Its size is compared with `--arch`, or taken over with `--arch init`. All else is taken over (activation, heads,
@@ -29,6 +30,7 @@ def take_over(asked: RunConfig) -> RunConfig:
 
     Args:
         asked: of a new run; without `train.init` it is returned as it is.
+        say: told what had to be assumed of the model.
 
     Returns:
         The same with `model` filled in.
@@ -39,7 +41,8 @@ def take_over(asked: RunConfig) -> RunConfig:
     """
     if not asked.train.init:
         return asked
-    start = describe_model(Path(asked.train.init), option=_OPTION, said=parse_assumptions(asked.train.assume))
+    said = parse_assumptions(asked.train.assume)
+    start = describe_model(Path(asked.train.init), option=_OPTION, said=said, say=say)
     model, theirs = asked.model, start.architecture
     _check_settings(model, theirs, asked)
     if model.arch != OF_INIT:

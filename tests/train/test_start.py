@@ -126,6 +126,9 @@ def test_positions_are_interpolated_as_open_clip_does_it_where_the_image_has_ano
 
 def test_what_a_checkpoint_does_not_say_can_be_told_to_a_run(tmp_path):
     torch.save(peers.open_clip_model(peers.open_clip_config()).state_dict(), tmp_path / "x.pt")
+    notes = []
+    take_over(small_config(model={"arch": "init"}, train={"init": str(tmp_path / "x.pt")}), notes.append)
+    assert [note.rpartition("--assume ")[2].partition("=")[0] for note in notes][2:] == ["activation", "heads"]
     words = ["activation=quick_gelu", "heads=3", "interpolation=bilinear"]
     model = take_over(
         small_config(model={"arch": "init"}, train={"init": str(tmp_path / "x.pt"), "assume": words})
