@@ -74,8 +74,10 @@ def retrieval(*, runs: int, with_coco: bool) -> None:
         if num_images > 1000 and not with_coco:
             continue
         pairs = make_pairs(num_images)
-        difference = max(abs(a - b) for a, b in zip(our_recalls(*pairs), their_recalls(*pairs), strict=True))
-        assert difference < 1e-6, "the recalls differ"
+        # Scores that lie nearer than float32 rounds may change places: one query may fall on the other side of k.
+        num_queries = [len(pairs[1]), len(pairs[0])] * len(RECALLS)
+        found = zip(our_recalls(*pairs), their_recalls(*pairs), num_queries, strict=True)
+        assert all(abs(a - b) * num < 1.01 for a, b, num in found), "the recalls differ"
         peer_runs = runs if num_images == 1000 else 1
         times: tuple[list[float], list[float]] = ([], [])
         for number in range(runs):
