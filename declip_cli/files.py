@@ -12,6 +12,8 @@ from typing import Any
 
 SUMS_FILE = "SHA256SUMS"
 """Digests of a folder's files, as `sha256sum --check` reads them."""
+MAX_JSON_BYTES = 2**24
+"""Of a configuration or a header; a longer one is damaged. A byte of it can take 24 of memory."""
 
 
 def parse_json(text: str | bytes) -> Any:  # noqa: ANN401  (JSON is anything)
@@ -24,6 +26,22 @@ def parse_json(text: str | bytes) -> Any:  # noqa: ANN401  (JSON is anything)
         return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
     except RecursionError as error:
         raise ValueError("JSON nested too deeply") from error
+
+
+def read_json(path: Path) -> Any:  # noqa: ANN401  (JSON is anything)
+    """Read a JSON file that may be damaged or hostile.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not JSON, or longer than `MAX_JSON_BYTES`.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no file")
+    with path.open("rb") as file:
+        content = file.read(MAX_JSON_BYTES + 1)
+    if len(content) > MAX_JSON_BYTES:
+        raise ValueError(f"it is longer than {MAX_JSON_BYTES:,} bytes")
+    return parse_json(content)
 
 
 def write_text(path: Path, text: str) -> None:

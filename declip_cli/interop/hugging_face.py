@@ -64,6 +64,7 @@ def read_hugging_face(
         ModelError: it is another kind of model, or its pictures are prepared in a way that declip has not.
     """
     if config is not None:
+        config = _with_old_names(config)
         _check_config(config)
     state = _translate(checkpoint.state)
     vision, text = ((config or {}).get(f"{name}_config") or {} for name in ("vision", "text"))
@@ -92,6 +93,13 @@ def read_hugging_face(
             f"its processor makes pictures of {pixels['crop']} px, its weights are for {side} px", remedy=DAMAGED
         )
     return found
+
+
+def _with_old_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Let `text_config_dict` and `vision_config_dict` of early configurations win, as transformers does."""
+    names = ("text_config", "vision_config")
+    old = {name: config[f"{name}_dict"] for name in names if config.get(f"{name}_dict") is not None}
+    return dict(config) | old
 
 
 def _check_config(config: Mapping[str, Any]) -> None:

@@ -44,7 +44,9 @@ _DTYPES = {
 _INERT_MODULES = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "numpy.dtypes", "pathlib", "_codecs")
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _MAX_DIMS = 8
-_MAX_DEPTH = 40
+_MAX_MODULES = 10_000
+_MAX_PICKLE_BYTES = 2**24
+"""Of all but the numbers; checkpoints of the largest models have a tenth of it. A byte can become a dict of 64."""
 
 
 class Record:
@@ -97,7 +99,7 @@ class _Reader(pickle.Unpickler):
             raise ValueError("an unknown kind of storage")
         if len(pid) > 5 and pid[5] is not None:
             raise ValueError("a view of a storage")
-        return self._storages(str(key), dtype, numel)
+        return _sealed(self._storages(str(key), dtype, numel))
 
 
 def _rebuild(storage: object, offset: object, size: object, stride: object, *_: object) -> Tensor:
@@ -114,8 +116,29 @@ def _rebuild(storage: object, offset: object, size: object, stride: object, *_: 
     if numel and (end > len(storage) or numel > len(storage)):
         raise ValueError("a tensor beyond the end of its storage")
     if storage.is_meta or not numel:
-        return torch.empty(size, dtype=storage.dtype, device=storage.device)
-    return torch.as_strided(storage, size, stride, offset)  # type: ignore[arg-type]
+        return _sealed(torch.empty(size, dtype=storage.dtype, device=storage.device))
+    return _sealed(torch.as_strided(storage, size, stride, offset))  # type: ignore[arg-type]
+
+
+def _sealed(tensor: Tensor) -> Tensor:
+    """Keep a pickle from giving a tensor another storage or size, for which PyTorch would take memory."""
+    vars(tensor)["__setstate__"] = _refuse_state
+    return tensor
+
+
+def _refuse_state(state: object) -> None:
+    raise ValueError("a tensor that is changed after it was made")
+
+
+def _tuple(values: object = ()) -> tuple[object, ...]:
+    """Make a tuple, not of a tensor: one with no numbers in 2**40 rows has as many rows."""
+    if not isinstance(values, tuple | list):
+        raise ValueError("a size that is no tuple")
+    return tuple(values)
+
+
+def _ordered(values: object = ()) -> OrderedDict[Any, Any]:
+    return OrderedDict(_tuple(values))  # type: ignore[arg-type]
 
 
 def _first(value: object, *_: object) -> object:
@@ -126,10 +149,10 @@ _KNOWN: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
     ("torch._utils", "_rebuild_tensor"): _rebuild,
     ("torch._utils", "_rebuild_parameter"): _first,
-    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "OrderedDict"): _ordered,
     ("collections", "defaultdict"): lambda *_: {},
     ("copyreg", "_reconstructor"): lambda *_: Record(),
-    ("torch", "Size"): tuple,
+    ("torch", "Size"): _tuple,
     ("torch", "device"): Record,
 }
 
@@ -193,13 +216,15 @@ def _load(data: bytes, storages: _Storages) -> Any:  # noqa: ANN401
 def _read_zip(file: BinaryIO, num_bytes: int, *, shapes_only: bool) -> tuple[Any, str]:
     with zipfile.ZipFile(file) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
-        _check_entries(entries, num_bytes)
         roots = [
             name.removesuffix("/data.pkl") for name in entries if name.count("/") == 1 and name.endswith("/data.pkl")
         ]
         if len(roots) != 1:
             raise ValueError("an archive without data.pkl")
         root = roots[0]
+        _check_entries(entries, root, num_bytes)
+        if entries[f"{root}/data.pkl"].file_size > _MAX_PICKLE_BYTES:
+            raise ValueError("a pickle without end")
         order = f"{root}/byteorder"
         if order in entries and archive.read(order) != b"little":
             raise ValueError("numbers in another byte order")
@@ -221,14 +246,15 @@ def _read_zip(file: BinaryIO, num_bytes: int, *, shapes_only: bool) -> tuple[Any
         return content, "torchscript" if f"{root}/constants.pkl" in entries else "zip"
 
 
-def _check_entries(entries: Mapping[str, zipfile.ZipInfo], num_bytes: int) -> None:
+def _check_entries(entries: Mapping[str, zipfile.ZipInfo], root: str, num_bytes: int) -> None:
     """Refuse archives that PyTorch does not write and that could fill the memory or leave the folder."""
+    code = f"{root}/code/"  # of TorchScript, compressed, never read
     for name, entry in entries.items():
         if name.startswith(("/", "\\")) or ".." in name.split("/") or ":" in name:
             raise ValueError(f"a path that leads out of the archive: {name[:60]}")
-        if entry.compress_type != zipfile.ZIP_STORED and "/code/" not in name:
+        if entry.compress_type != zipfile.ZIP_STORED and not name.startswith(code):
             raise ValueError("compressed entries")
-    if sum(entry.file_size for entry in entries.values() if "/code/" not in entry.filename) > num_bytes:
+    if sum(entry.file_size for entry in entries.values() if not entry.filename.startswith(code)) > num_bytes:
         raise ValueError("entries that are longer than the file")
 
 
@@ -243,6 +269,7 @@ def _check_length(num_bytes: int, dtype: torch.dtype, numel: int) -> None:
 def _read_legacy(file: BinaryIO, num_bytes: int, *, shapes_only: bool) -> Any:  # noqa: ANN401
     """Read pickles of a magic number, the version, the system, the object, the storages' keys; then the storages."""
     file.seek(0)
+    pickles = io.BytesIO(file.read(_MAX_PICKLE_BYTES))
     places: dict[str, tuple[torch.dtype, int]] = {}
     memo: dict[str, Tensor] = {}
 
@@ -253,13 +280,14 @@ def _read_legacy(file: BinaryIO, num_bytes: int, *, shapes_only: bool) -> Any:  
             memo[key] = torch.empty(numel, dtype=dtype, device="meta" if shapes_only else "cpu")
         return memo[key]
 
-    if _next_pickle(file, promised) != _LEGACY_MAGIC:
+    if _next_pickle(pickles, promised) != _LEGACY_MAGIC:
         raise ValueError("no checkpoint of PyTorch")
-    _next_pickle(file, promised)
-    _next_pickle(file, promised)
-    content = _next_pickle(file, promised)
+    _next_pickle(pickles, promised)
+    _next_pickle(pickles, promised)
+    content = _next_pickle(pickles, promised)
     if not shapes_only:
-        keys = _next_pickle(file, promised)
+        keys = _next_pickle(pickles, promised)
+        file.seek(pickles.tell())
         _fill(file, [str(key) for key in keys], places, memo)
     return content
 
@@ -292,18 +320,22 @@ def _fill(
 # --- what a checkpoint holds
 
 
-def walk_tensors(content: object, visit: Callable[[str, Tensor], None], *, name: str = "", depth: int = 0) -> None:
+def walk_tensors(content: object, visit: Callable[[str, Tensor], None]) -> None:
     """Visit the tensors of nested modules of a TorchScript archive by their dotted names.
 
     Raises:
         ValueError: the modules are nested without end.
     """
-    if depth > _MAX_DEPTH:
-        raise ValueError("modules nested without end")
-    values = content.values() if isinstance(content, Record) else content if isinstance(content, Mapping) else {}
-    for key, value in values.items():
-        inner = f"{name}.{key}" if name else str(key)
-        if isinstance(value, Tensor):
-            visit(inner, value)
-        elif isinstance(value, Record):
-            walk_tensors(value, visit, name=inner, depth=depth + 1)
+    pending, num_modules = [("", content)], 0
+    while pending:
+        name, module = pending.pop()
+        num_modules += 1
+        if num_modules > _MAX_MODULES:
+            raise ValueError("modules nested without end")
+        values = module.values() if isinstance(module, Record) else module if isinstance(module, Mapping) else {}
+        for key, value in values.items():
+            inner = f"{name}.{key}" if name else str(key)
+            if isinstance(value, Tensor):
+                visit(inner, value)
+            elif isinstance(value, Record):
+                pending.append((inner, value))

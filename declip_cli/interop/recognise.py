@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from declip_cli.errors import ModelError
-from declip_cli.files import parse_json
+from declip_cli.files import read_json
 from declip_cli.interop.assumptions import Assumptions
 from declip_cli.interop.foreign import ForeignModel
 from declip_cli.interop.hugging_face import read_hugging_face
@@ -88,7 +88,7 @@ def _configs_beside(weights: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        config = parse_json(path.read_bytes())
+        config = read_json(path)
         if not isinstance(config, dict):
             raise ValueError("no JSON object")
         if path.name == OPEN_CLIP_CONFIG:

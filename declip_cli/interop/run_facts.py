@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from declip_cli.files import parse_json
+from declip_cli.files import parse_json, read_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +34,7 @@ def read_run_facts(path: Path) -> RunFacts:
     """
     for folder in (path, path.parent):
         try:
-            content = parse_json((folder / "config.json").read_bytes())
+            content = read_json(folder / "config.json")
             config, run = content["config"], content["run"]
         except (OSError, ValueError, KeyError, TypeError):
             continue

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from declip_cli.errors import ModelError
-from declip_cli.files import parse_json
+from declip_cli.files import MAX_JSON_BYTES, parse_json, read_json
 from declip_cli.interop.pickles import Record, read_pickled, walk_tensors
 
 _AGAIN = "copy the file again"
-_MAX_HEADER_BYTES = 100_000_000
-"""As the safetensors library allows."""
+_MAX_HEADER_BYTES = MAX_JSON_BYTES
+"""The safetensors library allows more, but a thousand parameters take a tenth of a megabyte."""
 _SHORTEST = 16
 """Bytes of the smallest file of safetensors and more."""
 _SAFETENSORS_DTYPES = {
@@ -65,6 +65,8 @@ def read_checkpoint(path: Path, *, shapes_only: bool = False) -> Checkpoint:
     Raises:
         ModelError: it cannot be read, is damaged, or holds no parameters by name.
     """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ModelError(f"{path} is no file", remedy="name a checkpoint file or a folder")
     if path.name.endswith(".index.json"):
         return _read_parts(path, shapes_only=shapes_only)
     if _is_safetensors(path):
@@ -92,7 +94,8 @@ def _named(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _parameters(content: object, path: Path) -> dict[str, Tensor]:
     """Find the parameters in what `torch.save` was given: itself, or under `model` or `state_dict`."""
     for wrapper in ("model", "state_dict"):
-        content = content.get(wrapper, content) if isinstance(content, Mapping) else content
+        inner = content.get(wrapper) if isinstance(content, Mapping) else None
+        content = inner if isinstance(inner, Mapping) else content
     if not isinstance(content, Mapping):
         raise ModelError(
             f"{path} holds a {type(content).__name__}, not parameters by name",
@@ -115,8 +118,10 @@ def _facts(content: object) -> dict[str, Any]:
     return facts
 
 
-def _is_plain(value: object) -> bool:
-    is_list = isinstance(value, list | tuple) and len(value) <= 16 and all(_is_plain(item) for item in value)
+def _is_plain(value: object, depth: int = 0) -> bool:
+    """Tell whether a value is a number, a text or a short list of them; lists of one list many times have no end."""
+    is_short = isinstance(value, list | tuple) and len(value) <= 16 and depth < 2
+    is_list = is_short and all(_is_plain(item, depth + 1) for item in value)  # type: ignore[attr-defined]
     return is_list or isinstance(value, bool | int | float | str)
 
 
@@ -188,7 +193,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_parts(path: Path, *, shapes_only: bool) -> Checkpoint:
     """Read weights that lie in several files, as an index names them."""
     try:
-        names = sorted(set(parse_json(path.read_bytes())["weight_map"].values()))
+        names = sorted(set(read_json(path)["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path} is damaged: {error}", remedy=_AGAIN) from error
     if not names or not all(isinstance(name, str) and _PART.fullmatch(name) for name in names):

@@ -15,7 +15,7 @@ from torch import Tensor
 from declip_cli import __version__
 from declip_cli.config import MethodName, ModelConfig
 from declip_cli.errors import ModelError
-from declip_cli.files import SUMS_FILE, check_folder, existing_folder, new_folder, parse_json
+from declip_cli.files import SUMS_FILE, check_folder, existing_folder, new_folder, read_json
 from declip_cli.model.clip import DualEncoder
 from declip_cli.model.dims import Architecture, describe_architecture, read_architecture
 from declip_cli.model.heads import TOKEN_WISE_DIM
@@ -299,7 +299,7 @@ def _sums(folder: Path) -> bytes:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = parse_json(path.read_bytes())
+        config = read_json(path)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot read {path}: {error}", remedy=_AGAIN) from error
     if not isinstance(config, dict):

@@ -110,6 +110,53 @@ def test_a_zip_bomb_is_not_unpacked(tmp_path, weights):
     refused(path, "compressed entries")
 
 
+def test_a_zip_bomb_among_the_numbers_is_not_unpacked_whatever_its_name(tmp_path, weights):
+    torch.save(weights, tmp_path / "good.pt")
+
+    def hidden(entry, content):
+        return (entry.replace("/data/0", "/data/code/0"), content)
+
+    path = rewritten(tmp_path / "good.pt", tmp_path / "bad.pt", hidden, compression=zipfile.ZIP_DEFLATED)
+    refused(path, "compressed entries")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.pt")
+    refused(tmp_path / "x.pt", "is no file")
+
+
+@pytest.mark.parametrize("name", ["x.pt", "config.json", "open_clip_config.json", "declip.json"])
+def test_long_files_of_nothing_are_not_taken_into_memory(tmp_path, name):
+    for weights in ("model.safetensors", "open_clip_model.safetensors"):
+        (tmp_path / weights).write_bytes(b"x")
+    with (tmp_path / name).open("wb") as file:
+        file.write(b"c" if name == "x.pt" else b'{"a": "')
+        file.truncate(2**33)
+    tracemalloc.start()
+    refused(tmp_path / name if name == "x.pt" else tmp_path, "not a model that declip can read|is longer than")
+    assert tracemalloc.get_traced_memory()[1] < 2**27
+    tracemalloc.stop()
+
+
+def test_values_that_are_named_again_and_again_do_not_multiply(tmp_path):
+    lists = modules = b""
+    for number in range(38):
+        before, after = b"h" + bytes([number]), b"q" + bytes([number + 1])
+        lists += b"0](" + before + before + b"e" + after
+        pair = b"}(X\x01\x00\x00\x00a" + before + b"X\x01\x00\x00\x00b" + before + b"ub"
+        modules += b"0c__torch__\nA\n)\x81" + pair + after
+    for name, content in {
+        "lists": b"\x80\x02K\x01q\x00" + lists + b"0}X\x05\x00\x00\x00epochh\x26s.",
+        "modules": b"\x80\x02}q\x00" + modules + b".",
+    }.items():
+        with zipfile.ZipFile(tmp_path / f"{name}.pt", "w") as archive:
+            archive.writestr("x/data.pkl", content)
+            if name == "modules":
+                archive.writestr("x/constants.pkl", b"")
+    refused(tmp_path / "lists.pt", "no CLIP text tower")
+    refused(tmp_path / "modules.pt", "nested without end")
+
+
 def test_entries_that_overlap_are_not_read_over_and_over(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
         archive.writestr("x/data.pkl", b"\x80\x02}.")
@@ -161,6 +208,21 @@ def tensor_pickle(size, stride, numel=4):
     file = io.BytesIO()
     Pickler(file, protocol=2).dump({"token_embedding.weight": Tensor()})
     return file.getvalue()
+
+
+@pytest.mark.parametrize("around", ["torch\nSize", "collections\nOrderedDict", "a change of the tensor"])
+def test_a_tensor_without_numbers_is_not_taken_apart_or_made_larger(tmp_path, around):
+    content = tensor_pickle((2**40, 0), (1, 1), numel=0)
+    start, end = content.index(b"ctorch._utils"), content.rindex(b"R") + 1
+    tensor = content[start:end]
+    call = b"c" + around.encode() + b"\n" + tensor + b"\x85R"
+    if around not in ("torch\nSize", "collections\nOrderedDict"):
+        call = tensor + b"(h\x00K\x00\x8a\x05" + (2**34).to_bytes(5, "little") + b"\x85K\x01\x85tb"
+        call = tensor + b"q\xff0h\xff" + call.removeprefix(tensor).replace(b"h\x00", b"h\xff")
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("x/data.pkl", b"\x80\x02}X\x01\x00\x00\x00w" + call + b"s.")
+        archive.writestr("x/data/0", b"")
+    refused(tmp_path / "x.pt", "a size that is no tuple|changed after it was made")
 
 
 @pytest.mark.parametrize(

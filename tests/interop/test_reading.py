@@ -1,6 +1,7 @@
 """Checkpoints of other projects give here the features that they give there, from the same picture file."""
 
 import argparse
+import json
 import warnings
 
 import pytest
@@ -255,6 +256,16 @@ def test_a_part_that_hugging_face_s_model_has_not_is_refused(tmp_path):
     save_file(state | {"vision_model.head.probe": torch.zeros(2)}, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match="a part that CLIP's towers have not: vision_model.head.probe"):
         load_model(tmp_path)
+
+
+def test_configurations_under_their_early_names_are_followed(tmp_path):
+    peer = hugging_face_model(text={"hidden_act": "gelu"}, vision={"hidden_act": "gelu"})
+    pixel_values = hugging_face_folder(peer, tmp_path, size={"shortest_edge": 32}, crop_size=32)
+    config = json.loads((tmp_path / "config.json").read_text())
+    early = {f"{name}_dict": config.pop(name) for name in ("text_config", "vision_config")}
+    peers.write_json(tmp_path / "config.json", config | early)
+    again = transformers.CLIPModel.from_pretrained(tmp_path).eval()
+    assert peers.largest_difference(load_model(tmp_path), *hugging_face_features(again, pixel_values)) <= TOLERANCE
 
 
 def test_a_siglip_model_is_refused_with_the_reason(tmp_path):
