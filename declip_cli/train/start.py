@@ -16,6 +16,7 @@ from declip_cli.interop.read import describe_model, load_model
 from declip_cli.methods.base import Method
 from declip_cli.model.architectures import OF_INIT, find_architecture, name_of
 from declip_cli.model.dims import Architecture, ResNetDims, VitDims, describe_architecture
+from declip_cli.model.preprocessing import Preprocessing
 
 _TOWER_SIZES = ("patch_side_px", "num_blocks", "width", "num_layers", "mlp_ratio")
 _OPTION = "--init"
@@ -25,8 +26,8 @@ def take_over(asked: RunConfig, say: Callable[[str], None] = lambda line: None) 
     """Let a run have the architecture and the preprocessing of the model that it starts from.
 
     Its size is compared with `--arch`, or taken over with `--arch init`. All else is taken over (activation, heads,
-    epsilon, layer norm before the blocks, context length, filter), and settings must not contradict it. Another image
-    side is no contradiction for a ViT: its positions are interpolated.
+    epsilon, layer norm before the blocks, context length, resizing, filter), and settings must not contradict it.
+    Another image side is no contradiction for a ViT: its positions are interpolated.
 
     Args:
         asked: of a new run; without `train.init` it is returned as it is.
@@ -48,6 +49,14 @@ def take_over(asked: RunConfig, say: Callable[[str], None] = lambda line: None) 
     if model.arch != OF_INIT:
         _check_sizes(find_architecture(model), theirs, asked)
     side = model.image_side_px or theirs.image_side_px
+    resize = model.resize_px or _resize_px(start.preprocessing, side)
+    if resize and not model.resize_px:
+        say(
+            f"pictures are resized to {resize} px before the crop to {side}, as for {asked.train.init}; OpenCLIP "
+            f"cannot say that, and reads the run's model with --set model.resize_px={side} only"
+        )
+    if start.preprocessing.crop_at == "floor":
+        say("half of an odd margin is rounded to even here, down there: crops may lie one pixel apart")
     taken = replace(
         model,
         arch=(name_of(theirs) or OF_INIT) if model.arch == OF_INIT else model.arch,
@@ -55,10 +64,17 @@ def take_over(asked: RunConfig, say: Callable[[str], None] = lambda line: None) 
         image_side_px=side,
         context_length=theirs.text.context_length,
         embed_dim=theirs.embed_dim,
+        resize_px=resize,
         resize_mode=model.resize_mode or start.preprocessing.resize_mode,
         interpolation=model.interpolation or start.preprocessing.interpolation,
     )
     return replace(asked, model=taken)
+
+
+def _resize_px(preprocessing: Preprocessing, side: int) -> int | None:
+    """Scale the length to which the shorter side is resized to another image side; None where it is that side."""
+    resize = round(preprocessing.resize_px * side / preprocessing.image_side_px)
+    return resize if resize != side else None
 
 
 def _check_sizes(mine: Architecture, theirs: Architecture, asked: RunConfig) -> None:

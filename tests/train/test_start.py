@@ -55,6 +55,16 @@ def test_towers_preprocessing_and_weights_are_taken_over_and_kept_when_the_run_g
     assert take_over(take_over(longer)) == take_over(longer)
 
 
+@pytest.mark.parametrize(("settings", "expected"), [({}, 40), ({"image_side_px": 64}, 80), ({"resize_px": 32}, 32)])
+def test_the_size_to_which_pictures_are_resized_is_taken_over_and_follows_the_side(tmp_path, settings, expected):
+    write_slip(tmp_path / "slip.pt")
+    train = {"init": str(tmp_path / "slip.pt"), "assume": ["resize=40"]} | ONE_STEP
+    said = []
+    config = take_over(small_config(model={"arch": "init"} | settings, train=train), said.append)
+    assert config.model.resize_px == expected
+    assert any("OpenCLIP cannot say that" in line for line in said) == ("resize_px" not in settings)
+
+
 def test_a_folder_of_open_clip_is_a_start_with_its_filter_and_its_mean(tmp_path):
     config = peers.open_clip_config()
     peer = peers.open_clip_model(config)
