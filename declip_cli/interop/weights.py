@@ -95,7 +95,8 @@ def _parameters(content: object, path: Path) -> dict[str, Tensor]:
     """Find the parameters in what `torch.save` was given: itself, or under `model` or `state_dict`."""
     for wrapper in ("model", "state_dict"):
         inner = content.get(wrapper) if isinstance(content, Mapping) else None
-        content = inner if isinstance(inner, Mapping) else content
+        if inner is not None and not isinstance(inner, str):  # under `model` some write its name
+            content = inner
     if not isinstance(content, Mapping):
         raise ModelError(
             f"{path} holds a {type(content).__name__}, not parameters by name",

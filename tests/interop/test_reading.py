@@ -394,3 +394,11 @@ def test_what_is_read_can_be_kept_in_a_folder_of_ours_and_is_the_same_there(tmp_
         third = load_model(ours)
         for one, other in zip(peers.ours(first), peers.ours(third), strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_a_models_name_beside_its_parameters_is_no_harm(tmp_path):
+    peer = peers.open_clip_model(peers.open_clip_config())
+    torch.save({"model": "ViT-S", "state_dict": peer.state_dict()}, tmp_path / "named.pt")
+    torch.save({"state_dict": peer.state_dict()}, tmp_path / "plain.pt")
+    named, plain = (load_model(tmp_path / f"{name}.pt").encoder.state_dict() for name in ("named", "plain"))
+    assert all(torch.equal(named[name], value) for name, value in plain.items())
