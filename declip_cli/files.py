@@ -49,6 +49,11 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def write_json(path: Path, content: Any) -> None:  # noqa: ANN401  (JSON is anything)
+    """Write JSON for people and programs to read, whole, as `write_bytes` does."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file whole: under another name first, flushed to the disk, then renamed.
 

@@ -133,15 +133,7 @@ def _prepare(
             digest = _digest(image)
             if is_known(digest):
                 return Encoded(number, digest), None
-        how = model.preprocessing
-        view = evaluation_view(
-            image,
-            side_px=how.image_side_px,
-            resize_px=how.resize_px,
-            interpolation=how.interpolation,
-            is_squashed=how.resize_mode == "squash",
-            is_floored=how.crop_at == "floor",
-        )
+        view = evaluation_view(image, **model.preprocessing.view_options())
     except DataError as error:
         return Encoded(number, digest, cause=error.cause), None
     return Encoded(number, digest), torch.from_numpy(view)

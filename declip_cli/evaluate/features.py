@@ -192,10 +192,8 @@ def _with_store(
     """Work with the store of a kind of features, or without where it is not wanted or cannot be used."""
     if not options.caches(model):
         return computed()
-    how = model.preprocessing
-    view = f"{how.image_side_px} {how.resize_px} {how.interpolation}"
-    view += "".join(f" {word}" for word in (how.resize_mode, how.crop_at) if word in ("squash", "floor"))
-    key = content_key([kind, model.fingerprint, view, resolve_precision(options.precision, model.device)])
+    precision = resolve_precision(options.precision, model.device)
+    key = content_key([kind, model.fingerprint, repr(model.preprocessing), precision])
     folder = Path(default_cache_dir()) / "vectors" / key[:32]
     try:
         return use_store(folder, key, model.name, stored, say=options.say)

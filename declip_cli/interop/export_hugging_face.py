@@ -1,6 +1,5 @@
 """A model as Hugging Face's `CLIPModel`, with its processor; written without transformers, for versions 4 and 5."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from declip_cli.data.tokenizer import END, START, Tokenizer, vocabulary_files
 from declip_cli.errors import ModelError
+from declip_cli.files import write_json
 from declip_cli.interop.pictures import Embedded, Sample, views_of
 from declip_cli.model.checkpoint import PretrainedModel
 from declip_cli.model.clip import DualEncoder
@@ -205,20 +205,16 @@ def write_tokenizer(folder: Path, context_length: int) -> None:
     start, end = "<|startoftext|>", "<|endoftext|>"
     special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
     settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": context_length, "do_lower_case": True}
-    _write_json(folder / "vocab.json", ids)
+    write_json(folder / "vocab.json", ids)
     (folder / "merges.txt").write_text(merges, encoding="utf-8")
-    _write_json(folder / "tokenizer_config.json", settings | {"errors": "replace"} | special)
-    _write_json(folder / "special_tokens_map.json", special)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", settings | {"errors": "replace"} | special)
+    write_json(folder / "special_tokens_map.json", special)
 
 
 def write(model: PretrainedModel, folder: Path) -> None:
     """Write model, tokenizer and processor."""
-    _write_json(folder / "config.json", hugging_face_config(model.encoder.architecture))
-    _write_json(folder / "preprocessor_config.json", processor_config(model.preprocessing))
+    write_json(folder / "config.json", hugging_face_config(model.encoder.architecture))
+    write_json(folder / "preprocessor_config.json", processor_config(model.preprocessing))
     write_tokenizer(folder, model.context_length)
     save_file(hugging_face_state(model.encoder), folder / "model.safetensors", metadata={"format": "pt"})
 

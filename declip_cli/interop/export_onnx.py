@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from declip_cli import __version__
 from declip_cli.data.tokenizer import Tokenizer
+from declip_cli.files import write_json
 from declip_cli.interop.export_hugging_face import processor_config, write_tokenizer
 from declip_cli.interop.pictures import Embedded, Sample, views_of
 from declip_cli.model.checkpoint import PretrainedModel
@@ -79,9 +80,7 @@ def write(model: PretrainedModel, folder: Path) -> None:
     _write_graph(image_graph, pixels, {"pixels": {0: batch}}, image_outputs, metadata, folder / IMAGE_FILE)
     dynamic = {"input_ids": {0: batch, 1: length}}
     _write_graph(text_graph, tokens, dynamic, text_outputs, metadata, folder / TEXT_FILE)
-    (folder / "preprocessor_config.json").write_text(
-        json.dumps(processor_config(model.preprocessing), indent=2) + "\n", encoding="utf-8"
-    )
+    write_json(folder / "preprocessor_config.json", processor_config(model.preprocessing))
     write_tokenizer(folder, model.context_length)
 
 

@@ -1,11 +1,11 @@
 """A model as OpenCLIP's folder: two files, opened there as `local-dir:` or from the Hub."""
 
-import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from declip_cli.files import write_json
 from declip_cli.interop.pictures import Embedded, Sample
 from declip_cli.model.checkpoint import OPEN_CLIP_CONFIG_FILE, WEIGHTS_FILE, PretrainedModel
 from declip_cli.model.clip import unit
@@ -24,7 +24,7 @@ def write(model: PretrainedModel, folder: Path) -> None:
     state = {name: value.contiguous() for name, value in model.encoder.state_dict().items()}
     weights, _ = open_clip_state(state)
     config = open_clip_config(model.encoder.architecture, model.preprocessing)
-    (folder / OPEN_CLIP_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / OPEN_CLIP_CONFIG_FILE, config)
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 

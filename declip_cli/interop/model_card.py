@@ -7,6 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from declip_cli import __version__
+from declip_cli.config_files import flatten
 from declip_cli.interop.run_facts import RunFacts
 from declip_cli.interop.snippets import snippet
 from declip_cli.model.checkpoint import PretrainedModel
@@ -146,18 +147,11 @@ def _training(facts: RunFacts) -> list[str]:
 
 
 def _scores(facts: RunFacts) -> list[str]:
-    rows = [(name, key, f"{value:.4g}") for name, scores in facts.evaluations.items() for key, value in _flat(scores)]
+    found = ((name, *one) for name, scores in facts.evaluations.items() for one in flatten(scores).items())
+    rows = [(name, key, f"{value:.4g}") for name, key, value in found if type(value) in (int, float)]
     if not rows:
         return []
     return [f"## Scores\n\nAfter step {facts.evaluated_at_step:,}.", _table(("data set", "score", "value"), rows)]
-
-
-def _flat(scores: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    for key, value in scores.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield prefix + key, value
 
 
 def _table(head: tuple[str, ...], rows: Any) -> str:  # noqa: ANN401  (an iterable of tuples as long as the head)

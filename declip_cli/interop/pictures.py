@@ -74,14 +74,7 @@ def view_of(picture: Image.Image | bytes, how: Preprocessing) -> Pixels:
     Raises:
         DataError: it cannot be decoded.
     """
-    return evaluation_view(
-        picture if isinstance(picture, bytes) else pixels_of(picture),
-        side_px=how.image_side_px,
-        resize_px=how.resize_px,
-        interpolation=how.interpolation,
-        is_squashed=how.resize_mode == "squash",
-        is_floored=how.crop_at == "floor",
-    )
+    return evaluation_view(picture if isinstance(picture, bytes) else pixels_of(picture), **how.view_options())
 
 
 def views_of(pictures: Sequence[Image.Image], how: Preprocessing) -> Tensor:

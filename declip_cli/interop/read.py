@@ -135,7 +135,7 @@ def _tell(foreign: ForeignModel, path: Path, say: Callable[[str], None]) -> None
 def _finished(foreign: ForeignModel, *, name: str) -> PretrainedModel:
     encoder = foreign.build()
     weights = foreign.paths[0]
-    files = fingerprint_of(*foreign.paths, *config_paths(weights))
+    files = fingerprint_of(*foreign.paths, *config_paths(weights).values())
     facts = [files, describe_architecture(foreign.architecture), asdict(foreign.preprocessing)]
     return PretrainedModel(
         encoder=encoder,

@@ -19,6 +19,7 @@ _OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bi
 _HUGGING_FACE_CONFIG = "config.json"
 _HUGGING_FACE_WEIGHTS: tuple[str, ...] = ("model.safetensors", "model.safetensors.index.json")
 _HUGGING_FACE_WEIGHTS += ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_HUGGING_FACE_PROCESSORS = {"processor": "preprocessor_config.json", "whole": "processor_config.json"}
 _READ = "declip reads CLIP models of OpenAI, OpenCLIP, Hugging Face (CLIPModel), DeCLIP's original code and SLIP"
 
 
@@ -67,19 +68,7 @@ def _find_in_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _configs_beside(weights: Path) -> dict[str, Any]:
-    """Read the configurations that belong to a file of weights with the name that its project gives it."""
-    if weights.name in _OPEN_CLIP_WEIGHTS:
-        names = {"open_clip": OPEN_CLIP_CONFIG}
-    elif weights.name in _HUGGING_FACE_WEIGHTS:
-        names = {
-            "config": _HUGGING_FACE_CONFIG,
-            "processor": "preprocessor_config.json",
-            "whole": "processor_config.json",
-        }
-    else:
-        return {}
-    found = {key: weights.parent / name for key, name in names.items() if (weights.parent / name).is_file()}
-    configs = {key: _read_json(path) for key, path in found.items()}
+    configs = {key: _read_json(path) for key, path in config_paths(weights).items()}
     whole = configs.pop("whole", {}).get("image_processor")
     if whole is not None and "processor" not in configs:
         configs["processor"] = whole
@@ -101,11 +90,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     return config
 
 
-def config_paths(weights: Path) -> tuple[Path, ...]:
-    """Name the configurations that are read together with a file of weights."""
-    names = (OPEN_CLIP_CONFIG, _HUGGING_FACE_CONFIG, "preprocessor_config.json", "processor_config.json")
-    is_known = weights.name in (*_OPEN_CLIP_WEIGHTS, *_HUGGING_FACE_WEIGHTS)
-    return tuple(path for path in (weights.parent / name for name in names) if is_known and path.is_file())
+def config_paths(weights: Path) -> dict[str, Path]:
+    """Name the configurations that lie beside a file of weights with the name that its project gives it."""
+    names: dict[str, str] = {}
+    if weights.name in _OPEN_CLIP_WEIGHTS:
+        names = {"open_clip": OPEN_CLIP_CONFIG}
+    elif weights.name in _HUGGING_FACE_WEIGHTS:
+        names = {"config": _HUGGING_FACE_CONFIG} | _HUGGING_FACE_PROCESSORS
+    paths = {key: weights.parent / name for key, name in names.items()}
+    return {key: path for key, path in paths.items() if path.is_file()}
 
 
 def _translate(checkpoint: Checkpoint, configs: Mapping[str, Any], assumptions: Assumptions) -> ForeignModel:

@@ -1,7 +1,6 @@
 """A model folder: safetensors and metadata, written whole, read strictly; OpenCLIP reads it too where it can."""
 
 import hashlib
-import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 from declip_cli import __version__
 from declip_cli.config import MethodName, ModelConfig
 from declip_cli.errors import ModelError
-from declip_cli.files import SUMS_FILE, check_folder, existing_folder, new_folder, read_json
+from declip_cli.files import SUMS_FILE, check_folder, existing_folder, new_folder, read_json, write_json
 from declip_cli.model.clip import DualEncoder
 from declip_cli.model.dims import Architecture, describe_architecture, read_architecture
 from declip_cli.model.heads import TOKEN_WISE_DIM
@@ -114,17 +113,13 @@ def save_model(
         save_file(weights, new / WEIGHTS_FILE)
         save_file(extra, new / EXTRA_FILE)
         if not why_not_open_clip(encoder.architecture, preprocessing):
-            _write_json(open_clip_config(encoder.architecture, preprocessing), new / OPEN_CLIP_CONFIG_FILE)
-        _write_json(own, new / OWN_CONFIG_FILE)
+            write_json(new / OPEN_CLIP_CONFIG_FILE, open_clip_config(encoder.architecture, preprocessing))
+        write_json(new / OWN_CONFIG_FILE, own)
 
 
 def _digits(values: Tensor) -> list[float]:
     """Write float32 values with as few decimal digits as give them back."""
     return [float(str(value)) for value in values.float().cpu().numpy()]
-
-
-def _write_json(content: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def runs_root() -> Path:

@@ -39,6 +39,16 @@ class Preprocessing:
     std: tuple[float, float, float] = IMAGE_STD
     """Of each channel, in [0, 1]; divided by."""
 
+    def view_options(self) -> dict[str, Any]:
+        """Return all that `evaluation_view` is told of a picture's way to the square."""
+        return {
+            "side_px": self.image_side_px,
+            "resize_px": self.resize_px,
+            "interpolation": self.interpolation,
+            "is_squashed": self.resize_mode == "squash",
+            "is_floored": self.crop_at == "floor",
+        }
+
     def to_json(self) -> dict[str, Any]:
         """Return it as plain values."""
         values = asdict(self)
