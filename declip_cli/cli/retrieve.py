@@ -26,13 +26,20 @@ def retrieve(
     assume: Assume = None,
     data_root: DataRoot = None,
     query: Annotated[
-        Optional[str],  # noqa: UP007, UP045
-        typer.Option(help="Search for this text instead of scoring."),
+        Optional[list[str]],  # noqa: UP007, UP045
+        typer.Option(help="Search for this text instead of scoring; several are added up."),
     ] = None,
     query_image: Annotated[
         Optional[Path],  # noqa: UP007, UP045
-        typer.Option(help="Search for images like this one."),
+        typer.Option(help="Search for images like this one; with --query, for both together."),
     ] = None,
+    minus: Annotated[
+        Optional[list[str]],  # noqa: UP007, UP045
+        typer.Option(metavar="TEXT", help="Search for images unlike this text, too; may be repeated."),
+    ] = None,
+    within: Annotated[
+        str, typer.Option(metavar="GLOB", help='Search only this folder, or paths such as "holiday/*.jpg".')
+    ] = "",
     k: Annotated[int, typer.Option("-k", min=1, help="How many hits.")] = 10,
     index: Annotated[
         str, typer.Option(help='Description for faiss, such as "HNSW32" or "IVF4096,PQ64". Default: exact.')
@@ -54,13 +61,10 @@ def retrieve(
 
     Examples: `declip retrieve flickr30k`, `declip retrieve photos/ --query "a red bus in the rain" -k 3`
     """
-    text = (query or "").strip()
-    if query is not None and not text:
-        raise typer.BadParameter("--query is empty")
-    if text and query_image is not None:
-        raise typer.BadParameter("give --query or --query-image, not both")
-    is_search = bool(text) or query_image is not None
-    of_search = {"--index": index, "--index-dir": index_dir, "--html": html, "reading stdin": source == "-"}
+    texts, unwanted = _stripped("--query", query), _stripped("--minus", minus)
+    is_search = bool(texts) or query_image is not None
+    of_search = {"--minus": bool(unwanted), "--within": bool(within), "--index": bool(index)}
+    of_search |= {"--index-dir": index_dir is not None, "--html": html is not None, "reading stdin": source == "-"}
     for option, value in of_search.items():
         if value and not is_search:
             raise typer.BadParameter(f"{option} needs --query TEXT or --query-image FILE")
@@ -86,8 +90,10 @@ def retrieve(
                 batch_size=batch_size, threads=threads, use_cache=not no_cache, progress=tell, say=note
             )
             if is_search:
-                asked = Query(text=text, image=query_image)
-                found = search(opened, dataset, asked, k=k, index=index, folder=index_dir, options=options)
+                asked = Query(texts=texts, image=query_image, minus=unwanted)
+                found = search(
+                    opened, dataset, asked, k=k, within=within, index=index, folder=index_dir, options=options
+                )
             else:
                 assert dataset is not None
                 scores = evaluation.retrieve(opened, dataset, options=options)
@@ -100,6 +106,13 @@ def retrieve(
             write_gallery(html, found, query_image=query_image.read_bytes() if query_image else b"")
             note(f"the hits are in {html}")
         _show(found, k, as_json=as_json)
+
+
+def _stripped(option: str, texts: list[str] | None) -> tuple[str, ...]:
+    found = tuple(text.strip() for text in texts or ())
+    if not all(found):
+        raise typer.BadParameter(f"{option} is empty")
+    return found
 
 
 def _show(report: "SearchReport", k: int, *, as_json: bool) -> None:

@@ -47,10 +47,11 @@ def search_exact(vectors: Vectors, rows: Rows, query: Vectors, k: int) -> tuple[
         is_whole = block[-1] - block[0] + 1 == len(block)
         part = vectors[block[0] : block[-1] + 1] if is_whole else vectors[block]  # (n, D)
         scores[first : first + len(block)] = part @ query
-    return _best(scores, rows, k)
+    return best(scores, rows, k)
 
 
-def _best(scores: Vectors, rows: Rows, k: int) -> tuple[Vectors, Rows]:
+def best(scores: Vectors, rows: Rows, k: int) -> tuple[Vectors, Rows]:
+    """Take the k best of scores (N,) and their rows (N,); order as of `search_exact`."""
     if k < len(scores):
         good = (scores >= np.partition(scores, -k)[-k]).nonzero()[0]
         scores, rows = scores[good], rows[good]
@@ -123,7 +124,7 @@ class ApproximateIndex:
             found = self._index.search(query[None], wanted)[1][0].astype(np.int64)
             found = np.intersect1d(found, rows)  # sorted, each once
             if len(found) >= min(k, len(rows)) or wanted >= num_all:
-                return _best(vectors[found] @ query, found, k)
+                return best(vectors[found] @ query, found, k)
             wanted *= 4
 
     def _train(self, vectors: Vectors, rows: Rows) -> None:

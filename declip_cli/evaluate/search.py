@@ -1,42 +1,35 @@
-"""Search: the images of a collection that a text or an image describes best."""
+"""Search: the images of a collection that texts and an image describe best."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from declip_cli.data.dataset import Dataset, Pixels, Skips
 from declip_cli.data.files_dataset import FilesDataset
-from declip_cli.data.sources.records import read_picture
-from declip_cli.errors import DataError, EvaluateError
+from declip_cli.evaluate.collection import Collection, Term, open_collection
 from declip_cli.evaluate.encoding import DEFAULTS, FeatureOptions
-from declip_cli.evaluate.features import embedder, image_features, update_store
-from declip_cli.evaluate.nearest import EXACT, ApproximateIndex, saved_index, search_exact
+from declip_cli.evaluate.features import image_features
 from declip_cli.evaluate.report import FLAT, Report
 from declip_cli.evaluate.texts import text_features
 from declip_cli.evaluate.token_wise import encode_image_tokens, encode_text_tokens
-from declip_cli.evaluate.vectors import Rows, Vectors, VectorStore, use_store
 from declip_cli.model.checkpoint import PretrainedModel
-
-_CHUNK_IMAGES = 1024
-"""Images compared with a query token by token at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Query:
-    """What is looked for: a text, or an image."""
+    """What is looked for: texts, an image, or both; and what is not."""
 
-    text: str = ""
+    texts: tuple[str, ...] = ()
     image: Path | None = None
+    minus: tuple[str, ...] = ()
 
     @property
     def words(self) -> str:
-        """The text, or the image's path."""
-        return self.text if self.image is None else str(self.image)
+        """The query in one line: `dir/image.jpg + a dog - a cat`."""
+        image = () if self.image is None else (str(self.image),)
+        return " - ".join((" + ".join((*image, *self.texts)), *self.minus))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +39,7 @@ class Hit(Report):
     rank: int
     """1 is the best."""
     score: float
-    """Cosine similarity (token-wise models: their token-wise score)."""
+    """As of `Collection.find`."""
     path: str
     caption: str | None
     read: Callable[[], bytes | Pixels] = field(repr=False)
@@ -63,9 +56,11 @@ class SearchReport(Report):
     """As given to faiss's index factory; `Flat` is exact."""
     hits: list[Hit]
     num_indexed: int
-    """Images that were searched."""
+    """Images of the collection."""
+    num_within: int | None = None
+    """Those of them that `within` left to be searched; None without it."""
     changes: dict[str, int] = field(metadata=FLAT)
-    """`num_added`, `num_changed`, `num_removed`, `num_encoded` of a saved index; empty without one."""
+    """As of `Collection`."""
     skipped: Skips
     seconds: float
 
@@ -76,6 +71,7 @@ def search(
     query: Query,
     *,
     k: int = 10,
+    within: str = "",
     index: str = "",
     folder: Path | None = None,
     options: FeatureOptions = DEFAULTS,
@@ -83,160 +79,62 @@ def search(
     """Find the images of a data set that are most like a query.
 
     Args:
-        model: a trained model; token-wise ones (FILIP) compare token by token, always exactly.
-        dataset: the collection; None searches the index saved in `folder` as it is.
-        query: text or image.
+        model: as of `open_collection`, as `dataset`, `index`, `folder` and `options` are.
+        dataset: the collection.
+        query: texts and an image.
         k: how many hits are wanted; there are fewer in a smaller collection.
-        index: `Flat`, or another description for FAISS's index factory; empty takes that of `folder`, else `Flat`.
-        folder: where an index is saved and brought up to date with the data set; None saves none.
+        within: as of `Collection.find`.
+        index: kind of index.
+        folder: where an index is saved.
         options: how features are computed.
 
     Raises:
-        EvaluateError: no image can be read, the index cannot be made, or belongs to another model.
+        EvaluateError: as of `open_collection`, `encode_query` and `Collection.find`.
     """
     started = time.perf_counter()
-    if model.token_wise and (folder is not None or index not in ("", EXACT)):
-        raise EvaluateError(
-            f"{f'--index {index}' if index else '--index-dir'} needs one vector per image; a token-wise model (FILIP) "
-            "has one per patch",
-            remedy="omit it, or use a model of another method",
-        )
-    if model.token_wise:
-        assert dataset is not None
-        found = _search_tokens(model, dataset, query, k, options)
-    elif folder is not None:
-        found = _search_saved(model, dataset, query_vector(model, query, options), k, index, folder, options)
-    else:
-        assert dataset is not None
-        found = _search_once(model, dataset, query_vector(model, query, options), k, index or EXACT, options)
+    terms = encode_query(model, query, options=options)
+    collection = open_collection(model, dataset, index=index, folder=folder, options=options)
+    numbers, scores = collection.find(terms, k, within=within)
     return SearchReport(
         query=query.words,
-        collection=dataset.name if dataset is not None else str(folder),
+        collection=collection.name,
         model=model.name,
-        index=found.index,
-        hits=found.hits,
-        num_indexed=found.num_indexed,
-        changes=found.changes,
-        skipped=found.skipped,
+        index=collection.index,
+        hits=[describe_hit(collection, *found) for found in zip(range(1, k + 1), numbers, scores, strict=False)],
+        num_indexed=len(collection),
+        num_within=collection.num_within(within) if within else None,
+        changes=collection.changes,
+        skipped=collection.skipped,
         seconds=time.perf_counter() - started,
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
-    hits: list[Hit]
-    num_indexed: int
-    index: str
-    skipped: Skips
-    changes: dict[str, int] = field(default_factory=dict)
+def describe_hit(collection: Collection, rank: int, number: int, score: float) -> Hit:
+    """Say what was found: an image of a collection, by its number."""
+    return Hit(
+        rank=rank,
+        score=score,
+        path=collection.path(number),
+        caption=collection.caption(number) or None,
+        read=partial(collection.read, number),
+    )
 
 
-def _search_once(
-    model: PretrainedModel, dataset: Dataset, query: Vectors, k: int, index: str, options: FeatureOptions
-) -> _Found:
-    images = image_features(model, dataset, options=options)
-    vectors, rows = images.features.numpy(), np.arange(len(images.kept))  # (N', D), (N',)
-    made = ApproximateIndex.build(index, vectors, rows) if index != EXACT else None
-    found, scores = _nearest(made, vectors, rows, query, k)
-    hits = _hits([_described(dataset, images.kept[row]) for row in found], scores)
-    return _Found(hits, len(rows), index, _together(dataset.skipped, images.skipped))
-
-
-def _search_saved(
-    model: PretrainedModel,
-    dataset: Dataset | None,
-    query: Vectors,
-    k: int,
-    index: str,
-    folder: Path,
-    options: FeatureOptions,
-) -> _Found:
-    """Search a saved index; where there is a data set, let it hold exactly the images of that first."""
-
-    def work(store: VectorStore) -> _Found:
-        changes, skipped = _follow(store, model, dataset, options) if dataset is not None else ({}, store.skipped())
-        listed, vectors = store.listed(), store.vectors()  # (V, D)
-        rows = np.array([row for _, _, row in listed], dtype=np.int64)  # (N,)
-        made = saved_index(store, vectors, np.unique(rows), index)
-        numbers, scores = _nearest(made, vectors, rows, query, k)
-        found = [(path, caption, partial(read_picture, path)) for path, caption, _ in (listed[n] for n in numbers)]
-        return _Found(_hits(found, scores), len(listed), made.spec if made is not None else EXACT, skipped, changes)
-
-    if dataset is not None:
-        return use_store(folder, model.fingerprint, model.name, work, say=options.say)
-    with VectorStore(folder, model=model.fingerprint, model_name=model.name) as store:  # no images to make it anew from
-        return work(store)
-
-
-def _follow(
-    store: VectorStore, model: PretrainedModel, dataset: Dataset, options: FeatureOptions
-) -> tuple[dict[str, int], Skips]:
-    """Make a saved index hold exactly the images of a data set; say what changed and what was skipped."""
-    found = update_store(store, model, dataset, embedder(model), options, is_shared=False)
-    changes = {
-        "num_added": found.num_read - found.num_changed,
-        "num_changed": found.num_changed,
-        "num_removed": store.keep_asked(),
-        "num_encoded": found.num_encoded,
-    }
-    return changes, _together(dataset.skipped, found.skipped)
-
-
-def _search_tokens(model: PretrainedModel, dataset: Dataset, query: Query, k: int, options: FeatureOptions) -> _Found:
-    """Score images by the best patch for each token, or patch, of the query, averaged over these."""
-    if query.image is None:
-        tokens = encode_text_tokens(model, [query.text], options=options.alone()).tokens  # (L, Q)
-    else:
-        tokens = encode_image_tokens(model, FilesDataset([query.image]), options=options.alone()).features[0]  # (P, Q)
-    found = encode_image_tokens(model, dataset, options=options)
-    parts = [(patches @ tokens.T).amax(1).mean(1) for patches in found.features.split(_CHUNK_IMAGES)]
-    scores = torch.cat(parts).numpy()  # (N',)
-    order = np.argsort(-scores, kind="stable")[:k]
-    images = [_described(dataset, found.kept[row]) for row in order.tolist()]
-    skipped = _together(dataset.skipped, found.skipped)
-    return _Found(_hits(images, scores[order].tolist()), len(scores), EXACT, skipped)
-
-
-def _nearest(
-    index: ApproximateIndex | None, vectors: Vectors, rows: Rows, query: Vectors, k: int
-) -> tuple[list[int], list[float]]:
-    """Find the best images by their rows (N,): their numbers, of the same content in order, and scores."""
-    search_rows = search_exact if index is None else index.search
-    scores, found = search_rows(vectors, np.unique(rows), query, k)  # (K,), (K,)
-    by_row = np.argsort(rows, kind="stable")
-    firsts, lasts = (np.searchsorted(rows[by_row], found, side) for side in ("left", "right"))
-    numbers = [number for first, last in zip(firsts, lasts, strict=True) for number in by_row[first:last].tolist()]
-    return numbers[:k], np.repeat(scores, lasts - firsts)[:k].tolist()
-
-
-def _hits(images: Sequence[tuple[str, str, Callable[[], bytes | Pixels]]], scores: Sequence[float]) -> list[Hit]:
-    return [
-        Hit(rank=rank, score=score, path=path, caption=caption or None, read=read)
-        for rank, ((path, caption, read), score) in enumerate(zip(images, scores, strict=True), start=1)
-    ]
-
-
-def _described(dataset: Dataset, number: int) -> tuple[str, str, Callable[[], bytes | Pixels]]:
-    """Return an image's path, its caption and what reads it."""
-    try:
-        caption = next(iter(dataset.captions(number)), "")
-    except DataError:
-        caption = ""
-    return dataset.named(number), caption, lambda: dataset.read(number).image
-
-
-def _together(first: Skips, second: Skips) -> Skips:
-    both = Skips(first)
-    both.add_all(second)
-    return both
-
-
-def query_vector(model: PretrainedModel, query: Query, options: FeatureOptions) -> Vectors:
-    """Encode what is looked for with a model of one embedding per image and text: unit length, float32, (D,).
+def encode_query(model: PretrainedModel, query: Query, *, options: FeatureOptions = DEFAULTS) -> list[Term]:
+    """Encode the parts of a query.
 
     Raises:
         EvaluateError: the image cannot be read.
     """
-    if query.image is None:
-        return text_features(model, [query.text], options=options.alone())[0].numpy()
-    return image_features(model, FilesDataset([query.image]), options=options.alone()).features[0].numpy()
+    alone, terms = options.alone(), list[Term]()
+    if query.image is not None:
+        encode = encode_image_tokens if model.token_wise else image_features
+        features = encode(model, FilesDataset([query.image]), options=alone).features.numpy()  # (1, D) or (1, P, Q)
+        terms.append(Term(1, features.reshape(-1, features.shape[-1])))
+    for sign, texts in ((1, query.texts), (-1, query.minus)):
+        for text in texts:
+            if model.token_wise:
+                terms.append(Term(sign, encode_text_tokens(model, [text], options=alone).tokens.numpy()))  # (L, Q)
+            else:
+                terms.append(Term(sign, text_features(model, [text], options=alone).numpy()))  # (1, D)
+    return terms

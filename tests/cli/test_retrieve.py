@@ -89,18 +89,34 @@ def test_gallery_is_written(photos: Path, tiny_run: Path, tmp_path: Path):
     assert (tmp_path / "hits.html").read_text().count("<li>") == 6
 
 
-@pytest.mark.parametrize("option", [("--index", "HNSW8"), ("--index-dir", "x"), ("--html", "x.html")])
+@pytest.mark.parametrize(
+    "option", [("--index", "HNSW8"), ("--index-dir", "x"), ("--html", "x.html"), ("--minus", "x"), ("--within", "x")]
+)
 def test_options_of_a_search_are_refused_without_a_query(photos: Path, tiny_run: Path, option):
     result = run(photos, "--model", tiny_run, *option)
     assert result.exit_code == 2
     assert option[0] in result.stderr
 
 
-def test_stdin_and_two_queries_are_wrong_usage(photos: Path, tiny_run: Path):
+def test_stdin_without_a_query_is_wrong_usage(tiny_run: Path):
     assert run("-", "--model", tiny_run).exit_code == 2
-    both = run(photos, "--model", tiny_run, "--query", "x", "--query-image", photos / "0.jpg")
-    assert both.exit_code == 2
-    assert "not both" in both.stderr
+
+
+def test_texts_an_image_and_what_is_not_wanted_are_one_query(photos: Path, tiny_run: Path):
+    queries = ("--query", "a bus", "--query", "rain", "--query-image", photos / "0.jpg", "--minus", "night")
+    report = json.loads(run(photos, "--model", tiny_run, *queries, "--json").stdout)
+    assert report["query"] == f"{photos / '0.jpg'} + a bus + rain - night"
+    assert len(report["hits"]) == 6
+
+
+def test_only_a_folder_or_pattern_is_searched(photos: Path, tiny_run: Path):
+    result = run(photos, "--model", tiny_run, "--query", "a bus", "--within", "[0-2].jpg", "--json")
+    report = json.loads(result.stdout)
+    assert sorted(Path(hit["path"]).name for hit in report["hits"]) == ["0.jpg", "1.jpg", "2.jpg"]
+    assert (report["num_indexed"], report["num_within"]) == (6, 3)
+    none = run(photos, "--model", tiny_run, "--query", "a bus", "--within", "elsewhere")
+    assert none.exit_code == 1
+    assert "has a path like 'elsewhere'" in none.stderr
 
 
 def test_missing_folder_is_an_error_with_a_fix(tiny_run: Path):

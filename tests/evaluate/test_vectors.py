@@ -263,7 +263,7 @@ def test_paths_of_other_folders_are_told_apart(many, tiny_model, tmp_path, monke
 def search(tiny_model, tmp_path):
     def work(dataset, *, index="", k=3, text="x", model=tiny_model):
         return search_images(
-            model, dataset, Query(text=text), folder=tmp_path / "index", k=k, index=index, options=OPTIONS
+            model, dataset, Query(texts=(text,)), folder=tmp_path / "index", k=k, index=index, options=OPTIONS
         )
 
     return work
