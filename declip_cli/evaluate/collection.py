@@ -162,13 +162,13 @@ class Collection:
 def _sum_of(terms: Sequence[Term]) -> Vectors:
     """Add up unit vectors (1, D) by their signs, → unit length, (D,)."""
     if len(terms) == 1 and terms[0].sign > 0:
-        return terms[0].features[0]
+        only: Vectors = terms[0].features[0]
+        return only
     total: Vectors = np.sum([term.sign * term.features[0] for term in terms], axis=0)
     norm = float(np.linalg.norm(total))
     if norm < _MIN_NORM:
         raise EvaluateError("what is looked for and what is not are the same", remedy="give --minus another text")
-    total /= norm
-    return total
+    return total / np.float32(norm)
 
 
 def open_collection(
