@@ -1,19 +1,24 @@
 """Ranks, and sums over ranks with their gradients: the same code for one process and for many.
 
-Every rank minimises its own loss over its rows of the full batch, and `average_gradients` takes the mean over the
+Every rank minimises its own loss over its rows of the full batch, and `gradient_average` takes the mean over the
 ranks. Backward of a gather or a sum over ranks therefore adds the gradients of all ranks: what each rank ends with
 is the gradient of the mean of all ranks' losses, which is the full-batch gradient (open_clip issues 616 and 894).
 torch.distributed.nn.functional has the same gather and sum, deprecated in favour of functions without a public name.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_BUCKET_ELEMENTS = 2**24
+TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits for the others, to start and in every collective."""
+# Before torch 2.14 they have other names.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 def world_size() -> int:
@@ -29,15 +34,15 @@ def rank() -> int:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor) -> Tensor:  # noqa: ANN401  (autograd's own type is untyped)
-        parts = [torch.empty_like(local) for _ in range(world_size())]
-        dist.all_gather(parts, local.contiguous())
-        return torch.cat(parts)
+        gathered = local.new_empty(world_size() * len(local), *local.shape[1:])
+        _all_gather(gathered, local.contiguous())
+        return gathered
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]  # noqa: ANN401
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        return gradient.chunk(world_size())[rank()]
+        own = gradient.new_empty(len(gradient) // world_size(), *gradient.shape[1:])
+        _reduce_scatter(own, gradient.contiguous())
+        return own
 
 
 class _Sum(torch.autograd.Function):
@@ -75,42 +80,35 @@ def rows_of_rank(num_local: int, device: torch.device) -> Tensor:
     return torch.arange(num_local, device=device) + rank() * num_local
 
 
-def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replace every gradient by its mean over the ranks, in few large messages.
-
-    Parameters come in the same order on every rank; one without gradient counts as zero where another rank has one.
-    """
-    if world_size() == 1:
-        return
-    trained = [p for p in parameters if p.requires_grad]
-    flags = torch.tensor([p.grad is not None for p in trained], dtype=torch.int32)
-    dist.all_reduce(flags)  # on the CPU: no device waits
-    bucket: list[Tensor] = []
-    num_elements = 0
-    for parameter, flag in zip(trained, flags.tolist(), strict=True):
-        if not flag:
-            continue
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        bucket.append(parameter.grad)
-        num_elements += parameter.numel()
-        if num_elements >= _BUCKET_ELEMENTS:
-            _average(bucket)
-            bucket, num_elements = [], 0
-    if bucket:
-        _average(bucket)
-
-
-def _average(gradients: list[Tensor]) -> None:
-    flat = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(flat)
-    flat /= world_size()
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
-
-
 def copy_from_main(tensors: Iterable[Tensor]) -> None:
     """Overwrite tensors, in the same order on every rank, with those of rank 0."""
     if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor.data, src=0)
+
+
+class LaggedMaximum:
+    """The largest of all ranks' whole numbers, one call late: the message travels while the ranks work.
+
+    Ranks are at the same call at the same time, so what they get is the same on all. The first call, and the first
+    after `restart`, waits for its own numbers, which the next one gets once more.
+    """
+
+    def __init__(self) -> None:
+        self._pending: tuple[Tensor, dist.Work | None] | None = None
+
+    def exchange(self, values: Sequence[int]) -> list[int]:
+        """Give this rank's numbers and get the maxima of the call before."""
+        if world_size() == 1:
+            return list(values)
+        numbers = torch.tensor(values, dtype=torch.int64)  # on the CPU: no device waits
+        pending = (numbers, dist.all_reduce(numbers, op=dist.ReduceOp.MAX, async_op=True))
+        found, work = self._pending or pending
+        if work is not None:
+            work.wait()
+        self._pending = pending
+        return found.tolist()
+
+    def restart(self) -> None:
+        """Forget what was given, on every rank alike: something has been done about it."""
+        self._pending = None

@@ -15,11 +15,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from declip_cli.distributed import rank, world_size
+from declip_cli.distributed import TIMEOUT, rank, world_size
 from declip_cli.errors import DeclipError, TrainError
 
-TIMEOUT = timedelta(minutes=10)
-"""How long a rank waits for the others, to start and in every collective."""
 _POLL_S = 1.0
 _SILENCE_S = 45.0
 """A rank that gives no sign of life for so long counts as killed."""

@@ -46,7 +46,7 @@ def quick_ranks() -> Iterator[None]:
 
     They keep the environment and the stdout and stderr which that process was started with.
     """
-    names = ("tests.train.ranks", "tests.methods.small_methods", "tests.evaluate.two_ranks")
+    names = ("tests.four_ranks", "tests.train.ranks", "tests.methods.small_methods", "tests.evaluate.two_ranks")
     multiprocessing.set_forkserver_preload(list(names))
     start = functools.partial(torch.multiprocessing.start_processes, start_method="forkserver")
     with pytest.MonkeyPatch.context() as patch:

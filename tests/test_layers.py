@@ -8,7 +8,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "declip_cli"
 FLOOR_0 = {"errors", "files", "config", "presets", "config_files", "batch"}
-FLOOR_0 |= {"assets", "cores", "distributed", "process_group"}
+FLOOR_0 |= {"assets", "cores", "distributed", "gradient_average", "process_group"}
 MAY_IMPORT = {
     # floor 0: what everybody may know
     "errors": set(),
@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "config_files": {"errors", "files", "assets"},
     "batch": set(),
     "distributed": set(),
+    "gradient_average": {"distributed"},
     "process_group": {"errors", "distributed"},
     # floor 1: bytes and strings, parameters, functions of tensors; they do not know each other
     "losses": set(),

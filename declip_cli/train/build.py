@@ -17,6 +17,7 @@ from declip_cli.data.loader import StreamConfig
 from declip_cli.data.stream import TrainStream
 from declip_cli.distributed import copy_from_main, rank, world_size
 from declip_cli.errors import TrainError, require
+from declip_cli.gradient_average import GradientAverage
 from declip_cli.methods.base import Method
 from declip_cli.methods.registry import build_method
 from declip_cli.model.batch_norm import use_full_batch_norm
@@ -36,7 +37,10 @@ class Training:
     method: Method
     stream: TrainStream
     optimizers: list[torch.optim.Optimizer]
+    gradient_average: GradientAverage
+    """Over the ranks."""
     average: WeightAverage | None
+    """Over the steps."""
     schedule: Schedule
     step: int = 0
     samples_seen: int = 0
@@ -172,6 +176,7 @@ def build_training(run: ResolvedRun, samples: Dataset, *, path: Path, is_resumed
         method=method,
         stream=stream,
         optimizers=build_optimizers(method, config),
+        gradient_average=GradientAverage(method.parameters()),
         average=WeightAverage(method.encoder, decay=decay) if decay else None,
         schedule=schedule_of(run),
         bad_steps=torch.zeros(2, dtype=torch.int64, device=accelerator.device),

@@ -1,7 +1,7 @@
 """The full-batch objective from small forward passes, with its exact gradient."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 
 import torch
@@ -30,6 +30,7 @@ def forward_backward(
     micro_batch_size: int,
     autocast: Autocast,
     scale_loss: Callable[[Tensor], Tensor] = lambda loss: loss,
+    last_backward: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> StepResult:
     """Add the gradient of the objective over the whole batch to the parameters.
 
@@ -43,6 +44,7 @@ def forward_backward(
         micro_batch_size: pairs per forward pass; 0 or at least the batch embeds once.
         autocast: context in which forward passes run.
         scale_loss: for float16, the gradient scaler's.
+        last_backward: context of the backward pass after which the gradients are complete, and of that one only.
 
     Returns:
         Loss terms and embeddings.
@@ -53,7 +55,8 @@ def forward_backward(
         with autocast():
             embeddings = method.embed(batch)
             terms = method.objective(embeddings)
-        scale_loss(terms.total).backward()
+        with last_backward():
+            scale_loss(terms.total).backward()
         return StepResult(terms=_detach_terms(terms), embeddings=_detach(embeddings))
     parts = batch.split(micro_batch_size)
     with torch.no_grad(), _running_statistics_kept(method), autocast():
@@ -62,17 +65,30 @@ def forward_backward(
     with autocast():
         terms = method.objective(Embeddings(**leaves))
     scale_loss(terms.total).backward()
-    wanted = [name for name, leaf in leaves.items() if leaf.grad is not None]
+    gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    _pass_on(method, parts, gradients, autocast=autocast, last_backward=last_backward)
+    return StepResult(terms=_detach_terms(terms), embeddings=_detach(cached))
+
+
+def _pass_on(
+    method: Method,
+    parts: list[Batch],
+    gradients: dict[str, Tensor],
+    *,
+    autocast: Autocast,
+    last_backward: Callable[[], AbstractContextManager[None]],
+) -> None:
+    """Embed each micro-batch again and send its rows of the embeddings' gradients back through the towers."""
     start = 0
-    for part in parts:
+    for number, part in enumerate(parts, start=1):
         with autocast():
             embeddings = method.embed(part)
-        trained = [name for name in wanted if getattr(embeddings, name).requires_grad]  # not a frozen tower's
+        trained = [name for name in gradients if getattr(embeddings, name).requires_grad]  # not a frozen tower's
         outputs = [getattr(embeddings, name) for name in trained]
-        gradients = [leaves[name].grad[start : start + len(part)] for name in trained]  # type: ignore[index]
-        torch.autograd.backward(outputs, gradients)
+        rows = [gradients[name][start : start + len(part)] for name in trained]
+        with last_backward() if number == len(parts) else nullcontext():
+            torch.autograd.backward(outputs, rows)
         start += len(part)
-    return StepResult(terms=_detach_terms(terms), embeddings=_detach(cached))
 
 
 def _leaf(value: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from declip_cli.distributed import average_gradients, world_size
+from declip_cli.distributed import world_size
 from declip_cli.train.build import Training
 from declip_cli.train.checkpoint import Evaluate, Keeper, set_training_mode
 from declip_cli.train.grad_cache import forward_backward
@@ -56,8 +56,8 @@ def take_step(training: Training, rate: float) -> StepOutcome:
         micro_batch_size=training.config.train.micro_batch_size or 0,
         autocast=accelerator.autocast,
         scale_loss=scaler.scale if scaler is not None else lambda loss: loss,
+        last_backward=training.gradient_average.last_backward,
     )
-    average_gradients(method.parameters())
     set_learning_rates(training.optimizers, rate)
     for optimizer in training.optimizers if scaler is not None else ():
         scaler.unscale_(optimizer)

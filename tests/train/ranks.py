@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from declip_cli.distributed import average_gradients
 from declip_cli.errors import TrainError
+from declip_cli.gradient_average import GradientAverage
 from declip_cli.methods.registry import METHODS
 from declip_cli.model.batch_norm import FullBatchNorm, use_full_batch_norm
 from declip_cli.process_group import joined
@@ -29,10 +29,15 @@ def step(name, *, rank, num_ranks, micro_batch_size=0, **options):
         method, batch = golden_method(golden, **options), golden_batch(golden, rank, num_ranks)
     if num_ranks > 1 and method.config.batch_norm == "global":
         use_full_batch_norm(method, is_accelerator=False)
-    result = forward_backward(method, batch, micro_batch_size=micro_batch_size, autocast=nullcontext)
+    result = forward_backward(
+        method,
+        batch,
+        micro_batch_size=micro_batch_size,
+        autocast=nullcontext,
+        last_backward=GradientAverage(method.parameters()).last_backward,
+    )
     terms = torch.stack([*result.terms.terms.values(), result.terms.total])
     if num_ranks > 1:
-        average_gradients(method.parameters())
         dist.all_reduce(terms)
         terms /= num_ranks
     method.update_queue(result.embeddings, torch.tensor(True))

@@ -1,0 +1,124 @@
+"""What each of four processes does in test_gradient_average.py."""
+
+import os
+from collections import Counter
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from declip_cli import distributed
+from declip_cli.distributed import LaggedMaximum, gather
+from declip_cli.gradient_average import GradientAverage
+
+NUM_RANKS = 4
+NUM_STEPS = 6
+NUMBERS = [[3, 0], [1, 7], [9, 2], [4, 4]]
+"""What each rank gives away first, for the maximum over ranks."""
+
+
+class Uneven(nn.Module):
+    """Parameters that have a gradient now and then, on some ranks."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 6, 2).to(memory_format=torch.channels_last)
+        self.linear = nn.Linear(6, 5)
+        self.head = nn.Parameter(torch.randn(3))  # in the first of two passes only
+        self.unused = nn.Parameter(torch.ones(2))
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+        self.sometimes = nn.Parameter(torch.randn(7))  # not on rank 1 in step 1
+        self.late = nn.Parameter(torch.randn(2, 2))  # on rank 2 from step 2 on
+        self.other_format = nn.Parameter(torch.randn(4, dtype=torch.float64))
+
+    def losses(self, step, rank):
+        """Compute the losses of the two passes of a step."""
+        generator = torch.Generator().manual_seed(10 * step + rank)
+        images = torch.randn(2, 3, 3, 3, generator=generator)
+        features = self.linear(self.conv(images).mean((2, 3))).square().sum() * (1 + self.other_format.sum().float())
+        if (rank, step) != (1, 1):
+            features = features + (self.sometimes * images.sum()).sin().sum()
+        if rank == 2 and step >= 2:
+            features = features + self.late.exp().sum()
+        return (self.head * (rank + step)).exp().sum() + self.linear(torch.ones(6)).sum(), features
+
+    def gradients(self):
+        return {name: None if p.grad is None else p.grad.clone() for name, p in self.named_parameters()}
+
+
+@contextmanager
+def recorded():
+    """Record every collective of this process: its name, its bytes in full, whether it may go on without waiting."""
+    calls = []
+
+    def follow(name, function, largest):
+        def call(*args, **kwargs):
+            calls.append((name, args[largest].nbytes, kwargs.get("async_op", False)))
+            return function(*args, **kwargs)
+
+        return call
+
+    with (
+        mock.patch.object(dist, "all_reduce", follow("all_reduce", dist.all_reduce, 0)),
+        mock.patch.object(dist, "broadcast", follow("broadcast", dist.broadcast, 0)),
+        mock.patch.object(distributed, "_all_gather", follow("all_gather", distributed._all_gather, 0)),
+        mock.patch.object(distributed, "_reduce_scatter", follow("reduce_scatter", distributed._reduce_scatter, 1)),
+    ):
+        yield calls
+
+
+def average(rank, bucket_bytes):
+    """Take steps of two passes, → averages of each step, calls before and after the end of its last pass."""
+    model, steps = Uneven(), []
+    averaged = GradientAverage(model.parameters(), bucket_bytes=bucket_bytes)
+    for step in range(NUM_STEPS):
+        model.zero_grad(set_to_none=True)
+        first, second = model.losses(step, rank)
+        first.backward()
+        with recorded() as calls, averaged.last_backward():
+            second.backward()
+            num_during = len(calls)
+        are_laid_out = all(p.grad.stride() == p.stride() for p in model.parameters() if p.grad is not None)
+        steps.append((model.gradients(), calls[:num_during], calls[num_during:], are_laid_out))
+    return steps
+
+
+def gathered(rank):
+    """Gather two rows of each rank, transposed in memory, and pull a different weight back on each."""
+    rows = (torch.arange(6.0).view(3, 2).T + 10 * rank).requires_grad_()
+    everything = gather(rows)
+    (everything * everything * (rank + 1)).sum().backward()
+    return everything.detach(), rows.grad, gather(torch.tensor([rank], dtype=torch.uint8))
+
+
+def lagged(rank):
+    """Give numbers away four times, and forget them once in between."""
+    maximum, found = LaggedMaximum(), []
+    for call in range(4):
+        if call == 3:
+            maximum.restart()
+        found.append(maximum.exchange([number + 10 * call for number in NUMBERS[rank]]))
+    return found
+
+
+def run(folder):
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", rank=rank, world_size=NUM_RANKS)
+    found = {
+        "small": average(rank, bucket_bytes=1),
+        "large": average(rank, bucket_bytes=2**20),
+        "gathered": gathered(rank),
+        "lagged": lagged(rank),
+    }
+    torch.save(found, f"{folder}/{rank}.pt")
+
+
+def by_name(calls):
+    sizes = Counter()
+    for name, num_bytes, _ in calls:
+        sizes[name] += num_bytes
+    return dict(sizes)
