@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from contextlib import contextmanager
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -12,6 +13,9 @@ from torch import nn
 from declip_cli import distributed
 from declip_cli.distributed import LaggedMaximum, gather
 from declip_cli.gradient_average import GradientAverage
+from declip_cli.train.loop import _decide
+from declip_cli.train.optim import schedule_of
+from tests.train.small_runs import resolved, small_config
 
 NUM_RANKS = 4
 NUM_STEPS = 6
@@ -104,6 +108,25 @@ def lagged(rank):
     return found
 
 
+def decisions(rank):
+    """Decide after each of 7 steps: rank 3 wants to save after 2, rank 1 to stop from 5 on, rank 0's clock is ahead."""
+    run = resolved(small_config(train={"time_limit_s": 100.0, "checkpoint_every_steps": 7, "steps": 999}))
+    facts = {"schedule": schedule_of(run), "startup_seconds": 0.0, "samples_seen": 0, "num_rollbacks": 0}
+    agreed, found = LaggedMaximum(), []
+    for step in range(1, 8):
+        decision = _decide(
+            SimpleNamespace(run=run, config=run.config, step=step, **facts),
+            SimpleNamespace(seconds=lambda: step * (10.0 if rank == 0 else 1.0)),  # noqa: B023
+            SimpleNamespace(is_due=lambda: (rank, step) == (3, 2)),  # noqa: B023
+            agreed,
+            wants_stop=rank == 1 and step >= 5,
+        )
+        if decision.must_save:
+            agreed.restart()
+        found.append((decision.must_stop, decision.must_save, decision.share))
+    return found
+
+
 def run(folder):
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
@@ -113,6 +136,7 @@ def run(folder):
         "large": average(rank, bucket_bytes=2**20),
         "gathered": gathered(rank),
         "lagged": lagged(rank),
+        "decisions": decisions(rank),
     }
     torch.save(found, f"{folder}/{rank}.pt")
 

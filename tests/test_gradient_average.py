@@ -91,3 +91,11 @@ def test_the_maximum_over_ranks_comes_a_call_late_and_at_once_after_a_restart(ra
     largest = [max(numbers) for numbers in zip(*NUMBERS, strict=True)]
     expected = [[number + 10 * call for number in largest] for call in (0, 0, 1, 3)]
     assert [found["lagged"] for found in ranks] == [expected] * NUM_RANKS
+
+
+def test_ranks_decide_alike_a_step_after_one_of_them_asked(ranks):
+    assert [found["decisions"] for found in ranks] == [ranks[0]["decisions"]] * NUM_RANKS
+    stops, saves, shares = zip(*ranks[0]["decisions"], strict=True)
+    assert stops == (False, False, False, False, False, True, True)
+    assert saves == (False, False, True, False, False, False, True)  # asked for after step 2; every 7 steps
+    assert shares == pytest.approx((0.1, 0.1, 0.2, 0.4, 0.4, 0.5, 0.6))  # after a saving, of the same step

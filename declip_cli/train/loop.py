@@ -4,9 +4,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 
-from declip_cli.distributed import world_size
+from declip_cli.distributed import LaggedMaximum, world_size
 from declip_cli.train.build import Training
 from declip_cli.train.checkpoint import Evaluate, Keeper, set_training_mode
 from declip_cli.train.grad_cache import forward_backward
@@ -104,23 +103,25 @@ def train(
     """
     meter = Meter(training)
     keeper = Keeper(training, run_dir, meter, evaluate)
+    agreed = LaggedMaximum()
     set_training_mode(training)
     clamp_logit_scales(training.method, training.logit_scale_bounds)
-    decision, rate = _decide(training, meter, keeper, wants_stop=False), 0.0
+    decision, rate = _decide(training, meter, keeper, agreed, wants_stop=False), 0.0
     while not decision.is_over:
         rate = decision.rate
         meter.add(take_step(training, rate))
-        decision = _decide(training, meter, keeper, wants_stop=should_stop())
+        decision = _decide(training, meter, keeper, agreed, wants_stop=should_stop())
         must_evaluate, must_report = (_is_due(training, key) for key in ("eval_every_steps", "log_every_steps"))
         if not (decision.is_over or decision.must_save or must_evaluate or must_report):
             continue
         problem = meter.problem() or (keeper.problem() if decision.is_over or decision.must_save else "")
         if problem:
             keeper.go_back(problem)
-            decision = _decide(training, meter, keeper, wants_stop=should_stop())
+            decision = _decide(training, meter, keeper, agreed, wants_stop=should_stop())
         elif not decision.is_over:
             if decision.must_save or must_evaluate:  # a scheduler may end the run while it is scored
                 keeper.save()
+                agreed.restart()
             scores = keeper.scores() if must_evaluate else {}
             if scores or must_report:
                 yield meter.report(rate=rate, share=decision.share, evaluations=scores)
@@ -136,16 +137,13 @@ def _is_due(training: Training, key: str) -> bool:
     return every is not None and training.step > 0 and training.step % every == 0
 
 
-def _decide(training: Training, meter: Meter, keeper: Keeper, *, wants_stop: bool) -> _Decision:
-    """Agree on what comes next: the rank that is furthest decides."""
-    is_due = keeper.is_due() or _is_due(training, "checkpoint_every_steps")
+def _decide(training: Training, meter: Meter, keeper: Keeper, agreed: LaggedMaximum, *, wants_stop: bool) -> _Decision:
+    """Agree on what comes next: the rank that was furthest a step ago decides, so that none waits for a message."""
     limit, started = training.config.train.time_limit_s, training.startup_seconds
     spent = (meter.seconds() - started) / max(1e-9, limit - started) if limit else 0.0
-    flags = torch.tensor([wants_stop, is_due, round(min(1.0, spent) * _SHARE_UNITS)], dtype=torch.int64)
-    if world_size() > 1:
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)  # on the CPU: no device waits
-    stop, save, units = flags.tolist()
+    stop, save, units = agreed.exchange([wants_stop, keeper.is_due(), round(min(1.0, spent) * _SHARE_UNITS)])
+    must_save = bool(save) or _is_due(training, "checkpoint_every_steps")
     schedule, seen, time_share = training.schedule, training.samples_seen, units / _SHARE_UNITS
     share = schedule.share(seen, time_share)
     rate = schedule.rate(seen + training.run.global_batch, time_share) * 0.5**training.num_rollbacks
-    return _Decision(is_done=share >= 1, must_stop=bool(stop), must_save=bool(save), rate=rate, share=share)
+    return _Decision(is_done=share >= 1, must_stop=bool(stop), must_save=must_save, rate=rate, share=share)
