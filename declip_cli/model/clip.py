@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from declip_cli.model.dims import Architecture, VitDims
 from declip_cli.model.heads import TokenWiseHeads
 from declip_cli.model.preprocessing import IMAGE_MEAN, IMAGE_STD
-from declip_cli.model.resnet import ModifiedResNet
+from declip_cli.model.resnet import ModifiedResNet, normalise
 from declip_cli.model.text_transformer import END_ID, TextTransformer
 from declip_cli.model.transformer import Transformer
 from declip_cli.model.vision_transformer import ImageStates, VisionTransformer
@@ -22,7 +22,7 @@ INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 class DualEncoder(nn.Module):
     """Map images and texts into one space.
 
-    Images arrive as uint8 and are cast, scaled and normalized here and nowhere else.
+    Images arrive as uint8 and are cast, scaled and normalized in the image tower and nowhere else.
 
     Args:
         architecture: the dimensions.
@@ -50,22 +50,16 @@ class DualEncoder(nn.Module):
         self.pixel_std.copy_(torch.tensor(std))
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Turn bytes into what the image tower takes.
+        """Normalise images as the towers do: uint8 RGB, (B, S, S, 3) → float32, (B, 3, S, S)."""
+        return normalise(images, self.pixel_mean, self.pixel_std)
+
+    def image_states(self, images: Tensor) -> ImageStates:
+        """Run the image tower up to its features and patches.
 
         Args:
             images: uint8 RGB, (B, S, S, 3); float images, (B, 3, S, S), count as normalized.
-
-        Returns:
-            Zero mean and unit variance over ImageNet, float32, (B, 3, S, S).
         """
-        if images.is_floating_point():
-            return images
-        pixels = (images.float() / 255 - self.pixel_mean) / self.pixel_std  # (B, S, S, 3)
-        return pixels.permute(0, 3, 1, 2).contiguous()  # (B, 3, S, S)
-
-    def image_states(self, images: Tensor) -> ImageStates:
-        """Run the image tower up to its features and patches; `images` as in `normalise`."""
-        states: ImageStates = self.visual(self.normalise(images))
+        states: ImageStates = self.visual(images, self.pixel_mean, self.pixel_std)
         return states
 
     def project_image(self, states: ImageStates) -> Tensor:

@@ -100,6 +100,22 @@ class AttentionPool(nn.Module):
         return pooled
 
 
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Turn bytes into zero mean and unit variance.
+
+    Args:
+        images: uint8 RGB, (B, S, S, 3); float images, (B, 3, S, S), count as normalized.
+        mean: of each channel, in [0, 1], (3,).
+        std: of each channel, in [0, 1], (3,).
+
+    Returns:
+        Float32, (B, 3, S, S), with channels last in memory as the bytes had them: convolutions are faster so.
+    """
+    if images.is_floating_point():
+        return images
+    return torch.addcmul(-mean / std, images.float(), 1 / (255 * std)).permute(0, 3, 1, 2)
+
+
 class ModifiedResNet(nn.Module):
     """CLIP's ResNet: three-convolution stem, average-pool strides, attention pool.
 
@@ -137,16 +153,18 @@ class ModifiedResNet(nn.Module):
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
         self.attnpool = AttentionPool(image_side_px // 32, self.feature_dim, num_heads=num_heads, embed_dim=embed_dim)
 
-    def forward(self, pixels: Tensor) -> ImageStates:
-        """Describe pictures.
+    def forward(self, images: Tensor, mean: Tensor, std: Tensor) -> ImageStates:
+        """Describe images.
 
         Args:
-            pixels: normalised, (B, 3, S, S).
+            images: as in `normalise`.
+            mean: of each channel, in [0, 1], (3,).
+            std: of each channel, in [0, 1], (3,).
 
         Returns:
             The mean of the last feature map, (B, E), and its positions as patches, (B, P, E).
         """
-        maps = pixels
+        maps = normalise(images, mean, std)
         for number in (1, 2, 3):
             maps = F.relu(getattr(self, f"bn{number}")(getattr(self, f"conv{number}")(maps)))
         maps = self.avgpool(maps)

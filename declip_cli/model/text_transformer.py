@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from declip_cli.model.dims import TextDims
-from declip_cli.model.transformer import Transformer
+from declip_cli.model.transformer import LayerNorm, Transformer, working_dtype
 
 END_ID = 49407
 """Id of the end-of-text token, at whose position a text is read off; equal to the tokenizer's."""
@@ -38,7 +38,7 @@ class TextTransformer(nn.Module):
             mlp_width=dims.mlp_width,
             norm_eps=dims.norm_eps,
         )
-        self.ln_final = nn.LayerNorm(width, eps=dims.norm_eps)
+        self.ln_final = LayerNorm(width, eps=dims.norm_eps)
         self.text_projection = nn.Linear(width, embed_dim)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.text_projection.weight, std=width**-0.5)
@@ -55,9 +55,7 @@ class TextTransformer(nn.Module):
         """
         states = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]  # (B, L, E)
         # Autocast leaves embeddings alone; without this the residual stream would stay in float32.
-        if torch.is_autocast_enabled(tokens.device.type):
-            states = states.to(torch.get_autocast_dtype(tokens.device.type))
-        out: Tensor = self.ln_final(self.transformer(states))
+        out: Tensor = self.ln_final(self.transformer(states.to(working_dtype(states))))
         return out
 
     def pool_at_end(self, states: Tensor, tokens: Tensor) -> Tensor:

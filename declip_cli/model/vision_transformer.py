@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from declip_cli.model.dims import VitDims
-from declip_cli.model.transformer import Transformer
+from declip_cli.model.transformer import LayerNorm, Transformer, working_dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class VisionTransformer(nn.Module):
         self.conv1 = nn.Conv2d(3, width, patch_side_px, stride=patch_side_px, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(num_patches + 1, width))
-        self.ln_pre = nn.LayerNorm(width, eps=dims.norm_eps) if dims.has_pre_norm else nn.Identity()
+        self.ln_pre = LayerNorm(width, eps=dims.norm_eps) if dims.has_pre_norm else nn.Identity()
         self.transformer = Transformer(
             width,
             dims.num_layers,
@@ -52,34 +52,49 @@ class VisionTransformer(nn.Module):
             mlp_width=dims.mlp_width,
             norm_eps=dims.norm_eps,
         )
-        self.ln_post = nn.LayerNorm(width, eps=dims.norm_eps)
+        self.ln_post = LayerNorm(width, eps=dims.norm_eps)
         self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
-    def forward(self, pixels: Tensor) -> ImageStates:
-        """Describe pictures.
+    def forward(self, images: Tensor, mean: Tensor, std: Tensor) -> ImageStates:
+        """Describe images.
 
         Args:
-            pixels: normalised, (B, 3, S, S).
+            images: uint8 RGB, (B, S, S, 3); float images, (B, 3, S, S), count as normalized.
+            mean: of each channel, in [0, 1], (3,).
+            std: of each channel, in [0, 1], (3,).
 
         Returns:
             Features after the last layer norm, patch states before it (as the original's FILIP reads them).
         """
-        states = self._embed_patches(pixels)  # (B, P, E)
+        states = self._embed_patches(images, mean, std)  # (B, P, E)
         # `shape` rather than `len`, here and in the text tower: an exporter would take a length for a constant.
         first = self.class_embedding.to(states.dtype).expand(states.shape[0], 1, -1)
         states = torch.cat([first, states], dim=1) + self.positional_embedding.to(states.dtype)  # (B, 1 + P, E)
-        states = self.transformer(self.ln_pre(states).to(states.dtype))
+        states = self.transformer(self.ln_pre(states))
         return ImageStates(features=self.ln_post(states[:, 0]), patches=states[:, 1:])
 
-    def _embed_patches(self, pixels: Tensor) -> Tensor:
+    def _embed_patches(self, images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         # A convolution whose stride is its kernel is a linear layer on cut-out patches; as such its
         # backward pass is eleven times as fast in bfloat16 on CPUs.
-        batch, channels, side, _ = pixels.shape
-        grid, patch = side // self.patch_side_px, self.patch_side_px
-        cut = pixels.view(batch, channels, grid, patch, grid, patch).permute(0, 2, 4, 1, 3, 5)
-        cut = cut.reshape(batch, grid * grid, channels * patch * patch)  # (B, P, 3·patch²)
-        return F.linear(cut, self.conv1.weight.flatten(1))
+        patch, weight = self.patch_side_px, self.conv1.weight  # (E, 3, patch, patch)
+        if images.is_floating_point():
+            return F.linear(_cut(images, patch), weight.flatten(1))
+        # Bytes are cut as bytes and become numbers in [-1, 1), exact in every number format; the weight and a bias
+        # do the normalization: (byte / 255 - mean) / std = number · 128 / (255 std) + (128 / 255 - mean) / std.
+        numbers = _cut(images.permute(0, 3, 1, 2), patch)  # (B, P, 3·patch²)
+        minus_one = torch.full((), -1.0, dtype=working_dtype(weight), device=weight.device)
+        numbers = torch.add(minus_one, numbers, alpha=1 / 128)
+        scale, shift = 128 / (255 * std), (128 / 255 - mean) / std
+        bias = (weight.sum((2, 3)) * shift).sum(1)  # (E,)
+        return F.linear(numbers, (weight * scale[:, None, None]).flatten(1), bias)
 
     def project(self, features: Tensor) -> Tensor:
         """Map features into the shared embedding, (B, E) → (B, D)."""
         return features @ self.proj
+
+
+def _cut(images: Tensor, side: int) -> Tensor:
+    """Cut images into square patches, (B, 3, S, S) → (B, P, 3·side²)."""
+    grid = images.unflatten(3, (-1, side)).unflatten(2, (-1, side))  # (B, 3, S / side, side, S / side, side)
+    patches: Tensor = grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    return patches

@@ -149,6 +149,7 @@ def build_training(run: ResolvedRun, samples: Dataset, *, path: Path, is_resumed
     # TF32 is what float32 meant in the original's PyTorch; other devices have none.
     torch.set_float32_matmul_precision("high" if config.train.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = config.train.tf32
+    torch.backends.cudnn.benchmark = True  # every batch has the same shape
     os.environ.setdefault("OMP_NUM_THREADS", str(run.machine.threads))  # else Accelerate chooses on CPUs, and warns
     accelerator = _build_accelerator(run, path)
     torch.set_num_threads(run.machine.threads)

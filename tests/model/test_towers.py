@@ -3,6 +3,7 @@
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock as PeerBlock
 from torch import nn
 
@@ -14,7 +15,7 @@ from declip_cli.model.clip import DualEncoder
 from declip_cli.model.open_clip_layout import open_clip_config, open_clip_state
 from declip_cli.model.preprocessing import Preprocessing
 from declip_cli.model.text_transformer import END_ID
-from declip_cli.model.transformer import Attention, ResidualAttentionBlock, Transformer
+from declip_cli.model.transformer import Attention, LayerNorm, ResidualAttentionBlock, Transformer
 
 TEXT = TextDims(context_length=11, width=24, num_layers=2, num_heads=3)
 VIT = Architecture(
@@ -121,6 +122,89 @@ def test_pixels_are_normalised_with_the_statistics_of_imagenet():
     )
     torch.testing.assert_close(found[1, :, 5, 7].double(), expected.double(), rtol=1e-5, atol=1e-6)
     assert encoder.normalise(found) is found
+
+
+def normalised(images):
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return ((images.double() / 255 - mean) / std).permute(0, 3, 1, 2)
+
+
+def test_patches_of_bytes_are_embedded_as_a_convolution_embeds_normalised_pixels():
+    encoder, images = shaken(DualEncoder(VIT)), pictures(24)
+    tower = encoder.visual
+    weight = tower.conv1.weight.detach().double().requires_grad_()
+    expected = F.conv2d(normalised(images), weight, stride=8).flatten(2).transpose(1, 2)  # (B, P, E)
+    found = tower._embed_patches(images, encoder.pixel_mean, encoder.pixel_std)
+    towards = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
+    (found * towards).sum().backward()
+    (expected * towards).sum().backward()
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(tower.conv1.weight.grad, weight.grad.float(), rtol=1e-5, atol=1e-4)
+    pixels = tower._embed_patches(normalised(images).float(), encoder.pixel_mean, encoder.pixel_std)
+    torch.testing.assert_close(pixels, found, rtol=1e-5, atol=1e-5)
+
+
+def test_patches_of_bytes_lose_no_more_in_bfloat16_than_the_weights_do():
+    encoder, images = DualEncoder(VIT), pictures(24)
+    tower = encoder.visual
+    weight = tower.conv1.weight.detach()
+    exact = F.conv2d(normalised(images), weight.double(), stride=8).flatten(2).transpose(1, 2)
+    rounded = F.conv2d(normalised(images), weight.bfloat16().double(), stride=8).flatten(2).transpose(1, 2)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = tower._embed_patches(images, encoder.pixel_mean, encoder.pixel_std)
+    assert found.dtype == torch.bfloat16
+    # The result is rounded, too.
+    assert (found.double() - exact).norm() < 1.2 * ((rounded - exact).norm() + (exact.bfloat16() - exact).norm())
+
+
+def test_convolutions_see_channels_last():
+    encoder, seen = DualEncoder(RESNET), []
+    convolutions = [module for module in encoder.visual.modules() if isinstance(module, nn.Conv2d)]
+    for module in convolutions:
+        module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    encoder.encode_image(pictures(64))
+    assert len(seen) == len(convolutions)
+    assert all(maps.is_contiguous(memory_format=torch.channels_last) for maps in seen)
+
+
+@pytest.mark.parametrize("coarse", [("cpu",), ()], ids=["cpu", "gpu"])
+def test_a_layer_norm_under_autocast_rounds_its_weights_and_its_result_only(coarse, monkeypatch):
+    monkeypatch.setattr(transformer, "_COARSE_SUMS", coarse)
+    norm, peer = shaken(LayerNorm(512)), nn.LayerNorm(512, dtype=torch.float64)
+    peer.load_state_dict(norm.state_dict())
+    # Statistics in bfloat16 would be off by 2^-8 of the mean, which is 8 deviations.
+    states = (8 + torch.randn(40, 512, generator=torch.Generator().manual_seed(0))).bfloat16()
+    calls, layer_norm = [], F.layer_norm
+    monkeypatch.setattr(
+        F, "layer_norm", lambda *a, **k: calls.append(torch.is_autocast_enabled("cpu")) or layer_norm(*a, **k)
+    )
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = norm(states)
+    expected = peer(states.double()).detach()
+    assert found.dtype == torch.bfloat16
+    assert calls[:1] == [False]  # a GPU's autocast would cast to float32 and back
+    # Weight, bias and result are each rounded to 8 bits; without the built-in weights what they scale is, too.
+    scaled = (expected - peer.bias).abs()
+    bound = 2.0**-8 * (scaled * (1 + len(coarse)) + peer.bias.abs() + expected.abs())
+    assert bool(((found.double() - expected).abs() <= 1.01 * bound).all())
+
+
+def test_gradients_of_a_layer_norm_in_bfloat16_are_summed_in_float32():
+    norm, peer = shaken(LayerNorm(8)), nn.LayerNorm(8, dtype=torch.float64)
+    peer.load_state_dict(norm.state_dict())
+    states = torch.randn(8000, 8, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    wide = states.detach().double().requires_grad_()
+    towards = (0.2 + 0.2 * states.detach() + torch.randn(8000, 8)).bfloat16()  # alike in all tokens
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        norm(states).backward(towards)
+    peer(wide).backward(towards.double())
+    for ours, theirs in (
+        (states.grad, wide.grad),
+        (norm.weight.grad, peer.weight.grad),
+        (norm.bias.grad, peer.bias.grad),
+    ):
+        assert (ours.double() - theirs).norm() < 2.0**-8 * theirs.norm()
+    assert norm.weight.grad.dtype == torch.float32
 
 
 def test_texts_cut_to_the_longest_have_the_features_of_padded_ones():
