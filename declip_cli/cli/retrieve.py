@@ -1,6 +1,7 @@
 """`declip retrieve`: score retrieval on a data set, or search images by text or image."""
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -11,6 +12,7 @@ from declip_cli.cli.options import Assume, BatchSize, DataRoot, Json, Model, NoC
 
 if TYPE_CHECKING:
     from declip_cli.evaluate.search import SearchReport
+    from declip_cli.serve.server import SearchServer
 
 
 def retrieve(
@@ -52,30 +54,41 @@ def retrieve(
         Optional[Path],  # noqa: UP007, UP045
         typer.Option(help="Also write the hits as a page for a browser."),
     ] = None,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Search in a browser, on a page of this machine, until Ctrl-C.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of --serve; 0 takes a free one.")] = 0,
     batch_size: BatchSize = 128,
     threads: Threads = 0,
     no_cache: NoCache = False,
     as_json: Json = False,
 ) -> None:
-    """Score how well images and captions find each other; with a query, search images.
+    """Score how well images and captions find each other; with a query, or on a page, search images.
 
     Examples: `declip retrieve flickr30k`, `declip retrieve photos/ --query "a red bus in the rain" -k 3`
     """
     texts, unwanted = _stripped("--query", query), _stripped("--minus", minus)
-    is_search = bool(texts) or query_image is not None
-    of_search = {"--minus": bool(unwanted), "--within": bool(within), "--index": bool(index)}
-    of_search |= {"--index-dir": index_dir is not None, "--html": html is not None, "reading stdin": source == "-"}
-    for option, value in of_search.items():
-        if value and not is_search:
-            raise typer.BadParameter(f"{option} needs --query TEXT or --query-image FILE")
+    has_query = bool(texts) or query_image is not None
+    of_query = {"--minus": bool(unwanted), "--within": bool(within), "--html": html is not None}
+    of_search = {"--index": bool(index), "--index-dir": index_dir is not None, "reading stdin": source == "-"}
+    if serve and (has_query or any(of_query.values())):
+        raise typer.BadParameter("--serve takes queries from the page: omit those of the command line, and --html")
+    for option, value in (of_query if serve else of_query | of_search).items():
+        more = ", or --serve" if option in of_search else ""
+        if value and not has_query:
+            raise typer.BadParameter(f"{option} needs --query TEXT or --query-image FILE{more}")
+    is_search = has_query or serve
     with user_errors():
         from declip_cli.data.catalogue import open_dataset
         from declip_cli.data.files_dataset import open_list
         from declip_cli.evaluate import retrieve as evaluation
+        from declip_cli.evaluate.collection import open_collection
         from declip_cli.evaluate.encoding import FeatureOptions
         from declip_cli.evaluate.gallery import write_gallery
         from declip_cli.evaluate.search import Query, search
         from declip_cli.evaluate.vectors import is_store
+        from declip_cli.serve.searcher import Searcher
+        from declip_cli.serve.server import SearchServer
 
         if is_search and index_dir is None and is_store(Path(source)):
             dataset, index_dir = None, Path(source)  # a saved index
@@ -89,7 +102,9 @@ def retrieve(
             options = FeatureOptions(
                 batch_size=batch_size, threads=threads, use_cache=not no_cache, progress=tell, say=note
             )
-            if is_search:
+            if serve:
+                collection = open_collection(opened, dataset, index=index, folder=index_dir, options=options)
+            elif is_search:
                 asked = Query(texts=texts, image=query_image, minus=unwanted)
                 found = search(
                     opened, dataset, asked, k=k, within=within, index=index, folder=index_dir, options=options
@@ -97,6 +112,10 @@ def retrieve(
             else:
                 assert dataset is not None
                 scores = evaluation.retrieve(opened, dataset, options=options)
+        if serve:
+            tell_skipped(name, collection.skipped)
+            _serve(SearchServer(Searcher(opened, collection, options), port=port, say=note), as_json=as_json)
+            return
         if not is_search:
             tell_skipped(name, scores.skipped)
             emit(scores.to_json(), as_json=as_json)
@@ -106,6 +125,14 @@ def retrieve(
             write_gallery(html, found, query_image=query_image.read_bytes() if query_image else b"")
             note(f"the hits are in {html}")
         _show(found, k, as_json=as_json)
+
+
+def _serve(server: "SearchServer", *, as_json: bool) -> None:
+    """Say where the page is, and serve it until Ctrl-C, which is its usual end."""
+    with server, suppress(KeyboardInterrupt):
+        emit({"address": server.address}, as_json=as_json)
+        note("open the address in a browser, or ask it for JSON: ADDRESS + search?text=…&k=…; Ctrl-C ends it")
+        server.serve_forever()
 
 
 def _stripped(option: str, texts: list[str] | None) -> tuple[str, ...]:

@@ -147,7 +147,8 @@ class Collection:
         if within:
             glob = within.rstrip("/")
             patterns = (glob, f"*/{glob}", f"{glob}/*", f"*/{glob}/*")
-            is_inside = re.compile("|".join(map(translate, patterns))).match
+            expressions = [f"{re.escape(glob)}/", *map(translate, patterns)]  # a folder's name may look like a pattern
+            is_inside = re.compile("|".join(expressions)).match
             numbers = numbers[[bool(is_inside(self.path(number))) for number in range(len(self))]]
         if not len(numbers):
             raise EvaluateError(

@@ -105,12 +105,20 @@ def _render_hit(hit: Hit) -> str:
 
 
 def _thumbnail(data: bytes | Pixels) -> str:
-    """Return a JPEG of a picture as a data URI."""
+    return "data:image/jpeg;base64," + base64.b64encode(shrink(data, THUMBNAIL_SIDE_PX)).decode("ascii")
+
+
+def shrink(data: bytes | Pixels, side_px: int) -> bytes:
+    """Return an image as a JPEG whose longer side is at most so many pixels.
+
+    Raises:
+        DataError: it cannot be decoded.
+    """
     image = decode_image(data) if isinstance(data, bytes) else data  # (H, W, 3)
-    scale = THUMBNAIL_SIDE_PX / max(image.shape[:2])
+    scale = side_px / max(image.shape[:2])
     small: Any = image
     if scale < 1:
         size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
         small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     _, jpeg = cv2.imencode(".jpg", small[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg.tobytes()).decode("ascii")
+    return bytes(jpeg.tobytes())

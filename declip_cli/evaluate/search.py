@@ -1,7 +1,7 @@
 """Search: the images of a collection that texts and an image describe best."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,12 @@ class Query:
     def words(self) -> str:
         """The query in one line: `dir/image.jpg + a dog - a cat`."""
         image = () if self.image is None else (str(self.image),)
-        return " - ".join((" + ".join((*image, *self.texts)), *self.minus))
+        return in_words((*image, *self.texts), self.minus)
+
+
+def in_words(wanted: Sequence[str], minus: Sequence[str]) -> str:
+    """Write a query in one line."""
+    return " - ".join((" + ".join(wanted), *minus))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

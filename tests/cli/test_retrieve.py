@@ -1,12 +1,15 @@
 """`declip retrieve` as a user types it."""
 
 import json
+import threading
+import urllib.request
 from functools import partial
 from pathlib import Path
 
 import fsspec
 import pytest
 
+from declip_cli.serve.server import SearchServer
 from tests.command_line import declip
 
 run = partial(declip, "retrieve")
@@ -107,6 +110,34 @@ def test_texts_an_image_and_what_is_not_wanted_are_one_query(photos: Path, tiny_
     report = json.loads(run(photos, "--model", tiny_run, *queries, "--json").stdout)
     assert report["query"] == f"{photos / '0.jpg'} + a bus + rain - night"
     assert len(report["hits"]) == 6
+
+
+def test_the_address_of_the_page_is_the_result_and_ctrl_c_its_usual_end(photos: Path, tiny_run: Path, monkeypatch):
+    seen = []
+
+    def serve(server):
+        with urllib.request.urlopen(f"{server.address}page.css") as response:
+            seen.append(response.read())
+
+    def serve_until_interrupted(server):
+        thread = threading.Thread(target=serve, args=(server,))
+        thread.start()
+        server.handle_request()
+        thread.join()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SearchServer, "serve_forever", serve_until_interrupted)
+    result = run(photos, "--model", tiny_run, "--serve", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["address"].startswith("http://127.0.0.1:")
+    assert seen
+
+
+@pytest.mark.parametrize("option", [("--query", "x"), ("--minus", "x"), ("--html", "x.html"), ("--within", "x")])
+def test_queries_are_for_the_page_where_it_is_served(photos: Path, tiny_run: Path, option):
+    result = run(photos, "--model", tiny_run, "--serve", *option)
+    assert result.exit_code == 2
+    assert "from the page" in result.stderr
 
 
 def test_only_a_folder_or_pattern_is_searched(photos: Path, tiny_run: Path):

@@ -1,0 +1,1 @@
+"""Search as a local page: what it answers, and the server it is reached by."""
