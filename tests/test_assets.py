@@ -80,7 +80,7 @@ def test_the_vocabulary_has_the_merges_that_clip_uses():
 def test_the_notice_names_every_asset_of_others_and_its_licence():
     root = asset_path("prompts").parent
     notice = (root.parent / "NOTICE").read_text("utf-8")
-    named = {"recipes", "catalogue.toml"}  # ours
+    named = {"recipes", "catalogue.toml", "serve"}  # ours
     for path in root.iterdir():
         assert f"assets/{path.name}" in notice or path.name in named
     for licence in (root / "licences").iterdir():
