@@ -3,10 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-
-_PAIR_ELEMENTS = 2**25
-"""Token similarities held at once in the token-wise loss: 128 MiB in float32."""
 
 
 def info_nce(
@@ -90,68 +86,3 @@ def masked_cross_entropy(logits: Tensor, labels: Tensor, owners: Tensor, *, num_
     """
     losses = F.cross_entropy(logits.float(), labels, reduction="none")  # (K,)
     return torch.zeros(num_owners, device=losses.device).index_add(0, owners, losses)
-
-
-def most_relevant_tokens(
-    tokens: Tensor, partners: Tensor, *, mask: Tensor, partner_mask: Tensor, top_k: int
-) -> tuple[Tensor, Tensor]:
-    """Keep the tokens that have most to do with the pair's other side, so that few need to be gathered.
-
-    Args:
-        tokens: features to choose from, unit length, (B, L, Q).
-        partners: features of the other side of the same pairs, unit length, (B, P, Q).
-        mask: True where a token counts, bool, (B, L).
-        partner_mask: likewise for the partners, (B, P).
-        top_k: tokens to keep, K; where L is smaller, all are kept and rows that do not count are added.
-
-    Returns:
-        The kept features, (B, K, Q), and True where they count, (B, K).
-
-    Source: prototype/model/filip.py: similarity with the own pair, summed over the partner's tokens.
-    """
-    num_missing = top_k - tokens.shape[1]
-    if num_missing >= 0:  # every rank gathers K tokens, however long its own texts are
-        return F.pad(tokens, (0, 0, 0, num_missing)), F.pad(mask, (0, num_missing))
-    with torch.no_grad():
-        counted = (partners * partner_mask[..., None]).sum(1, keepdim=True)  # (B, 1, Q)
-        relevance = (tokens * counted).sum(2).masked_fill(~mask, float("-inf"))  # (B, L)
-        best = relevance.topk(top_k, dim=1).indices  # (B, K)
-    kept = tokens.gather(1, best[..., None].expand(-1, -1, tokens.shape[2]))
-    return kept, mask.gather(1, best)
-
-
-def token_wise_similarity(queries: Tensor, keys: Tensor, *, query_mask: Tensor, key_mask: Tensor) -> Tensor:
-    """Score each image-text pair by its best-matching tokens.
-
-    Each token of the query takes its best match among the key's tokens; the mean over the query's tokens is the
-    score. Works through the queries in chunks that are computed again in backward, so that memory does not grow
-    with B · M.
-
-    Args:
-        queries: token features, unit length, (B, P, Q).
-        keys: token features of all ranks, unit length, (M, K, Q).
-        query_mask: True where a query token counts, bool, (B, P).
-        key_mask: likewise for the keys, (M, K).
-
-    Returns:
-        Scores in [-1, 1], (B, M).
-
-    Source: FILIP, arXiv 2111.07783, equations 3 to 5.
-    """
-    size = max(1, _PAIR_ELEMENTS // (queries.shape[1] * keys.shape[0] * keys.shape[1]))
-    rows = []
-    for query, mask in zip(queries.split(size), query_mask.split(size), strict=True):
-        if torch.is_grad_enabled() and len(queries) > size:
-            rows.append(checkpoint(_pair_scores, query, keys, mask, key_mask, use_reentrant=False))
-        else:
-            rows.append(_pair_scores(query, keys, mask, key_mask))
-    return torch.cat(rows)
-
-
-def _pair_scores(query: Tensor, keys: Tensor, query_mask: Tensor, key_mask: Tensor) -> Tensor:
-    num_queries, num_keys = len(query), len(keys)
-    similarity = query.flatten(0, 1) @ keys.flatten(0, 1).T  # (B·P, M·K)
-    similarity = similarity.view(num_queries, -1, num_keys, keys.shape[1])  # (B, P, M, K)
-    best = similarity.masked_fill(~key_mask, -2.0).amax(3).float()  # (B, P, M)
-    weight = query_mask.float() / query_mask.sum(1, keepdim=True).clamp_min(1)  # (B, P)
-    return (best * weight[..., None]).sum(1)  # (B, M)

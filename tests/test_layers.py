@@ -24,15 +24,16 @@ MAY_IMPORT = {
     "process_group": {"errors", "distributed"},
     # floor 1: bytes and strings, parameters, functions of tensors; they do not know each other
     "losses": set(),
+    "token_wise_losses": set(),
     "data": FLOOR_0,
     "model": FLOOR_0,
     # floor 2: models of other projects; two embeddings at once
     "interop": FLOOR_0 | {"data", "model"},
-    "methods": FLOOR_0 | {"losses", "model"},
+    "methods": FLOOR_0 | {"losses", "token_wise_losses", "model"},
     # what was asked becomes one resolved run
     "resolve": FLOOR_0 | {"model", "methods"},
     # floor 3: steps, scores; they do not know each other
-    "train": FLOOR_0 | {"losses", "data", "model", "interop", "methods", "resolve"},
+    "train": FLOOR_0 | {"losses", "data", "model", "interop", "methods", "resolve", "token_wise_losses"},
     "evaluate": FLOOR_0 | {"losses", "data", "model"},
     # a page over what is found
     "serve": FLOOR_0 | {"data", "model", "evaluate"},

@@ -6,14 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from declip_cli import losses
 from declip_cli.losses import (
     info_nce,
     masked_cross_entropy,
-    most_relevant_tokens,
     negative_cosine,
     nt_xent,
-    token_wise_similarity,
 )
 
 
@@ -123,72 +120,3 @@ def test_masked_cross_entropy_of_no_masked_token_is_zero_with_gradient():
     assert found.tolist() == [0.0, 0.0, 0.0]
     found.sum().backward()
     assert logits.grad.shape == (0, 11)
-
-
-def test_most_relevant_tokens_are_those_with_the_largest_summed_similarity():
-    tokens, partners = unit(3, 9, 5), unit(3, 4, 5, seed=1)
-    mask = torch.arange(9) < torch.tensor([[9], [6], [5]])
-    partner_mask = torch.arange(4) < torch.tensor([[4], [2], [1]])
-    kept, kept_mask = most_relevant_tokens(tokens, partners, mask=mask, partner_mask=partner_mask, top_k=6)
-    assert kept.shape == (3, 6, 5)
-    for b in range(3):
-        relevance = {
-            t: sum(dot(tokens[b, t], partners[b, p]) for p in range(4) if partner_mask[b, p])
-            for t in range(9)
-            if mask[b, t]
-        }
-        best = sorted(relevance, key=relevance.get, reverse=True)[:6]
-        rows = {tuple(row) for row, counts in zip(kept[b].tolist(), kept_mask[b], strict=True) if counts}
-        assert rows == {tuple(tokens[b, t].tolist()) for t in best}
-        assert int(kept_mask[b].sum()) == len(best)
-
-
-def test_most_relevant_tokens_pads_short_texts_with_rows_that_do_not_count():
-    tokens, mask = unit(2, 3, 5), torch.tensor([[True, True, True], [True, False, False]])
-    kept, kept_mask = most_relevant_tokens(
-        tokens, unit(2, 4, 5), mask=mask, partner_mask=torch.ones(2, 4, dtype=torch.bool), top_k=7
-    )
-    assert kept.shape == (2, 7, 5)
-    assert torch.equal(kept[:, :3], tokens)
-    assert kept_mask.tolist() == [[True, True, True] + [False] * 4, [True] + [False] * 6]
-
-
-def token_case():
-    queries, keys = unit(5, 4, 6).requires_grad_(), unit(7, 3, 6, seed=1).requires_grad_()
-    query_mask = torch.arange(4) < torch.tensor([[4], [1], [2], [3], [4]])
-    key_mask = torch.arange(3) < torch.tensor([[3], [2], [1], [3], [1], [2], [3]])
-    return queries, keys, {"query_mask": query_mask, "key_mask": key_mask}
-
-
-def test_token_wise_similarity_equals_equations_3_to_5_of_filip():
-    queries, keys, masks = token_case()
-    expected = torch.zeros(5, 7)
-    for i in range(5):
-        for j in range(7):
-            best = []
-            for k in range(4):
-                if masks["query_mask"][i, k]:
-                    counted = [r for r in range(3) if masks["key_mask"][j, r]]
-                    best.append(max(dot(queries[i, k], keys[j, r]) for r in counted))
-            expected[i, j] = sum(best) / len(best)
-    found = token_wise_similarity(queries, keys, **masks)
-    assert found.shape == (5, 7)
-    torch.testing.assert_close(found.detach(), expected)
-
-
-def test_token_wise_similarity_in_chunks_has_the_same_values_and_gradients(monkeypatch):
-    results = []
-    for elements in (2**25, 4 * 7 * 3 * 2):  # all queries at once; two at a time
-        monkeypatch.setattr(losses, "_PAIR_ELEMENTS", elements)
-        queries, keys, masks = token_case()
-        scores = token_wise_similarity(queries, keys, **masks)
-        scores.pow(2).sum().backward()
-        results.append((scores.detach(), queries.grad, keys.grad))
-    for whole, chunked in zip(*results, strict=True):
-        torch.testing.assert_close(chunked, whole)
-
-
-def test_a_text_without_tokens_scores_zero_and_not_nan():
-    queries, keys, masks = token_case()
-    masks["query_mask"] = masks["query_mask"] & (torch.arange(5) != 2)[:, None]
-    assert token_wise_similarity(queries, keys, **masks)[2].tolist() == [0.0] * 7

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from declip_cli.distributed import gather, rows_of_rank, sum_over_ranks, world_size
-from declip_cli.losses import info_nce, most_relevant_tokens, negative_cosine, token_wise_similarity
+from declip_cli.losses import info_nce, negative_cosine
 from declip_cli.model.heads import SimSiamPredictor, SimSiamProjector
 
 PAIRS: dict[int, tuple[tuple[int, int], ...]] = {
@@ -113,40 +112,3 @@ def mlm_loss(losses: Tensor, counts: Tensor, *, over_all_ranks: bool) -> Tensor:
         # Gradients are averaged over the ranks later, so this rank's share is scaled up by their number.
         return world_size() * losses.sum() / sum_over_ranks(counts.sum().detach()).clamp_min(1)
     return losses.sum() / counts.detach().sum().clamp_min(1)
-
-
-def token_wise_loss(
-    image_tokens: Tensor,
-    text_tokens: Tensor,
-    text_mask: Tensor,
-    *,
-    scale: Tensor,
-    top_k: int,
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """Tell pairs apart by their best-matching tokens, in both directions.
-
-    Args:
-        image_tokens: unit length, (B, P, Q).
-        text_tokens: unit length, (B, L, Q).
-        text_mask: True where a text token counts, bool, (B, L); every patch counts.
-        scale: exponentiated dense logit scale, ().
-        top_k: tokens of each image and text that are gathered and compared with.
-        label_smoothing: in [0, 1].
-
-    Returns:
-        Mean over both directions, in nats, ().
-
-    Source: FILIP, arXiv 2111.07783, section 3.2; prototype/model/filip.py.
-    """
-    images = (image_tokens, torch.ones_like(image_tokens[..., 0], dtype=torch.bool))
-    texts = (text_tokens, text_mask)
-    rows = rows_of_rank(len(image_tokens), image_tokens.device)
-    losses = []
-    for (query, query_mask), (key, key_mask) in ((images, texts), (texts, images)):
-        kept, kept_mask = most_relevant_tokens(key, query, mask=key_mask, partner_mask=query_mask, top_k=top_k)
-        similarity = token_wise_similarity(
-            query, gather(kept), query_mask=query_mask, key_mask=gather(kept_mask.to(torch.uint8)).bool()
-        )
-        losses.append(F.cross_entropy(scale * similarity, rows, label_smoothing=label_smoothing))
-    return torch.stack(losses).mean()

@@ -3,14 +3,16 @@
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from declip_cli.batch import Embeddings
 from declip_cli.config import MethodConfig
+from declip_cli.distributed import gather, rows_of_rank
 from declip_cli.methods.base import Method
-from declip_cli.methods.terms import token_wise_loss
 from declip_cli.model.clip import INITIAL_LOGIT_SCALE, DualEncoder, text_token_mask, unit
 from declip_cli.model.vision_transformer import ImageStates
+from declip_cli.token_wise_losses import most_relevant_tokens, token_wise_similarity
 
 
 class TokenWise(Method):
@@ -60,3 +62,38 @@ class TokenWise(Method):
         """Return the dense logit scale where the token-wise loss weighs most, ()."""
         others = max(self.weights.get(name, 0.0) for name in ("clip", "nn"))
         return self.logit_scale_dense if self.weights["filip"] > others else self.encoder.logit_scale
+
+
+def token_wise_loss(
+    image_tokens: Tensor,
+    text_tokens: Tensor,
+    text_mask: Tensor,
+    *,
+    scale: Tensor,
+    top_k: int,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Tell pairs apart by their best-matching tokens, in both directions.
+
+    Args:
+        image_tokens: unit length, (B, P, Q).
+        text_tokens: unit length, (B, L, Q).
+        text_mask: True where a text token counts, bool, (B, L); every patch counts.
+        scale: exponentiated dense logit scale, ().
+        top_k: tokens of each image and text that are gathered and compared with.
+        label_smoothing: in [0, 1].
+
+    Returns:
+        Mean over both directions, in nats, ().
+
+    Source: FILIP, arXiv 2111.07783, section 3.2; prototype/model/filip.py.
+    """
+    images = (image_tokens, torch.ones_like(image_tokens[..., 0], dtype=torch.bool))
+    texts = (text_tokens, text_mask)
+    rows = rows_of_rank(len(image_tokens), image_tokens.device)
+    losses = []
+    for (query, query_mask), (key, key_mask) in ((images, texts), (texts, images)):
+        kept = most_relevant_tokens(key, query, mask=key_mask, partner_mask=query_mask, top_k=top_k)  # (B, K, Q)
+        similarity = token_wise_similarity(query, gather(kept), query_mask=query_mask)  # (B, M)
+        losses.append(F.cross_entropy(scale * similarity, rows, label_smoothing=label_smoothing))
+    return torch.stack(losses).mean()

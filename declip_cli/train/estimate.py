@@ -11,9 +11,10 @@ from declip_cli.methods.base import Method
 from declip_cli.methods.registry import build_method
 from declip_cli.model.text_transformer import END_ID
 from declip_cli.resolve import ResolvedRun
+from declip_cli.token_wise_losses import BLOCK_ELEMENTS, BLOCK_ELEMENTS_ON_A_GPU
 
 _SIMILARITIES_AT_ONCE = 3
-"""Copies of a chunk of token similarities that are alive together."""
+"""Copies of a block of token similarities that are alive together."""
 _LOGITS_AT_ONCE = 2
 """Copies of a matrix of logits that a cross-entropy keeps: the logits and their softmax."""
 
@@ -41,7 +42,8 @@ def estimate_memory(run: ResolvedRun) -> dict[str, float]:
     size = min(config.train.micro_batch_size or config.train.batch_size, config.train.batch_size)
     logits = _num_logit_matrices(method) * _LOGITS_AT_ONCE * config.train.batch_size * run.global_batch * 4
     if method.is_active("filip"):
-        logits += _SIMILARITIES_AT_ONCE * 4 * 2**25  # `losses.token_wise_similarity` works in chunks of so many
+        logits += _SIMILARITIES_AT_ONCE * 4 * BLOCK_ELEMENTS.get(run.machine.device, BLOCK_ELEMENTS_ON_A_GPU)
+        logits += _num_tokens(method) * config.train.batch_size * run.global_batch  # a byte of each best match
     cached = 2 * embedded * config.train.batch_size if size < config.train.batch_size else 0
     sizes = {
         "weights": num_bytes,
@@ -60,6 +62,13 @@ def _num_logit_matrices(method: Method) -> int:
     neighbours = len(views.images) * len(views.texts) * (2 if config.nn_symmetric else 1)
     terms = {"clip": 2 * num_pairs, "nn": neighbours, "simclr": 4, "filip": 2}
     return sum(count for term, count in terms.items() if method.is_active(term))
+
+
+def _num_tokens(method: Method) -> int:
+    """Count the tokens of an image and a text together."""
+    architecture = method.encoder.architecture
+    side_px = getattr(architecture.vision, "patch_side_px", 32)  # a ResNet's states are 32 px apart
+    return (architecture.image_side_px // side_px) ** 2 + architecture.text.context_length
 
 
 def _kept_for_backward(method: Method, run: ResolvedRun, num_pairs: int) -> tuple[int, int]:
