@@ -1,5 +1,7 @@
 """`declip zeroshot`: classify images by the words of their classes."""
 
+import sys
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -12,7 +14,10 @@ from declip_cli.errors import EvaluateError
 
 if TYPE_CHECKING:
     from declip_cli.data.dataset import Dataset
+    from declip_cli.evaluate.encoding import FeatureOptions
+    from declip_cli.evaluate.label import LabelReport
     from declip_cli.evaluate.zeroshot import ZeroshotReport
+    from declip_cli.model.checkpoint import PretrainedModel
 
 
 class Precision(StrEnum):
@@ -26,7 +31,10 @@ class Precision(StrEnum):
 def zeroshot(
     datasets: Annotated[
         Optional[list[str]],  # noqa: UP007, UP045
-        typer.Argument(metavar="DATASET", help="Known names, `demo`, or folders of class folders."),
+        typer.Argument(
+            metavar="DATASET",
+            help="Known names, `demo`, or folders of class folders. With --labels: any images, `-` for paths on stdin.",
+        ),
     ] = None,
     model: Model = None,
     assume: Assume = None,
@@ -41,6 +49,13 @@ def zeroshot(
     classes: Annotated[
         Optional[Path],  # noqa: UP007, UP045
         typer.Option(help="File of class names, one a line, or `folder<TAB>name`."),
+    ] = None,
+    labels: Annotated[
+        Optional[str],  # noqa: UP007, UP045
+        typer.Option(
+            metavar="LABELS",
+            help="Label images of unknown classes, a row each: `cat,dog`, or a file with one label a line.",
+        ),
     ] = None,
     predictions: Annotated[
         Optional[Path],  # noqa: UP007, UP045
@@ -66,34 +81,28 @@ def zeroshot(
             _show_list(data_root, as_json=as_json)
             return
         names = list(dict.fromkeys(datasets or []))
-        if not names:
-            raise typer.BadParameter("name a data set, `demo` or a folder; --list shows the known ones")
-        if classes is not None and len(names) > 1:
-            raise EvaluateError(
-                f"--classes names the classes of one data set (got {len(names)})",
-                remedy="score the data sets one at a time",
-            )
+        _check(names, labels, classes, has_scores=predictions is not None or report)
         from declip_cli.data.benchmarks.torchvision_sets import download as download_set
         from declip_cli.evaluate import zeroshot as evaluation
         from declip_cli.evaluate.encoding import FeatureOptions
         from declip_cli.evaluate.report import write_predictions
 
+        options = FeatureOptions(
+            batch_size=batch_size, precision=precision.value, threads=threads, use_cache=not no_cache, say=note
+        )
         for name in names if download else ():
             note(f"{name} is in {download_set(name, data_root=data_root)}")
+        if labels is not None:
+            unlabelled = _open_any(names[0], data_root)
+            opened = open_model(model, assume=assume, threads=threads)
+            _show_labels(_label(opened, unlabelled, labels, templates, options), as_json=as_json)
+            return
         found = [_open(name, data_root, classes) for name in names]
         opened = open_model(model, assume=assume, threads=threads)
         reports = []
         for dataset in found:
             with progress_of(dataset.name) as tell:
-                options = FeatureOptions(
-                    batch_size=batch_size,
-                    precision=precision.value,
-                    threads=threads,
-                    use_cache=not no_cache,
-                    progress=tell,
-                    say=note,
-                )
-                one = evaluation.zeroshot(opened, dataset, templates=templates, options=options)
+                one = evaluation.zeroshot(opened, dataset, templates=templates, options=replace(options, progress=tell))
             if cut := one.num_prompts_cut:
                 note(f"{one.dataset}: {cut} prompts are longer than {opened.context_length} tokens and were cut")
             tell_skipped(one.dataset, one.skipped)
@@ -102,6 +111,20 @@ def zeroshot(
             count = write_predictions(predictions, {one.dataset: one.predictions for one in reports})
             note(f"{count} predictions are in {predictions}")
         emit(_result(reports, with_report=report), as_json=as_json)
+
+
+def _check(names: list[str], labels: str | None, classes: Path | None, *, has_scores: bool) -> None:
+    if not names:
+        raise typer.BadParameter("name a data set, `demo` or a folder; --list shows the known ones")
+    if labels is None and "-" in names:
+        raise typer.BadParameter("reading stdin needs --labels")
+    if labels is not None and (len(names) > 1 or classes is not None or has_scores):
+        raise typer.BadParameter("--labels takes one collection, and no --classes, --predictions or --report")
+    if classes is not None and len(names) > 1:
+        raise EvaluateError(
+            f"--classes names the classes of one data set (got {len(names)})",
+            remedy="score the data sets one at a time",
+        )
 
 
 def _open(name: str, data_root: Path | None, classes: Path | None) -> "Dataset":
@@ -113,6 +136,33 @@ def _open(name: str, data_root: Path | None, classes: Path | None) -> "Dataset":
             f"{name} has captions and no classes, so there is nothing to classify", remedy=f"declip retrieve {name}"
         )
     return classified(open_dataset(name, evaluation_split(name), data_root=data_root), classes)
+
+
+def _open_any(name: str, data_root: Path | None) -> "Dataset":
+    from declip_cli.data.catalogue import open_dataset
+    from declip_cli.data.files_dataset import open_list
+
+    return open_list(sys.stdin) if name == "-" else open_dataset(name, data_root=data_root)
+
+
+def _label(
+    model: "PretrainedModel", dataset: "Dataset", labels: str, templates: str, options: "FeatureOptions"
+) -> "LabelReport":
+    from declip_cli.evaluate.label import label_images, read_labels
+
+    with progress_of(dataset.name) as tell:
+        return label_images(
+            model, dataset, read_labels(labels), templates=templates, options=replace(options, progress=tell)
+        )
+
+
+def _show_labels(found: "LabelReport", *, as_json: bool) -> None:
+    tell_skipped(found.dataset, found.skipped)
+    if as_json:
+        emit(found.to_json(), as_json=True)
+        return
+    for one in found.predictions:
+        emit_row((one.path, one.label, f"{one.probability:.4f}"))
 
 
 def _show_list(data_root: Path | None, *, as_json: bool) -> None:

@@ -1,7 +1,7 @@
 """Zero-shot classification: images against the prompts of classes."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -123,40 +123,39 @@ def _predict(
             f"{dataset.name} has only the class {names[0]!r}, there is nothing to tell apart",
             remedy="add a second class",
         )
-    rank = _rank_token_wise if model.token_wise else _rank_whole
-    ranked, scores, images = rank(model, dataset, prompts, options)
+    chunks, images = class_scores(model, dataset, prompts, options)
+    best = [chunk.topk(min(_TOP_K, len(names))) for chunk in chunks]  # (n, C) -> (n, K)
     predictions = Predictions(
         keys=[dataset.named(number) for number in images.kept],
         labels=torch.tensor([dataset.labels[number] for number in images.kept]),  # (N',)
-        ranked=ranked,
-        scores=scores,
+        ranked=torch.cat([b.indices for b in best]),
+        scores=torch.cat([b.values for b in best]),
         class_names=names,
     )
     return predictions, images.skipped
 
 
-def _rank_whole(
+def class_scores(
     model: PretrainedModel, dataset: Dataset, prompts: Prompts, options: FeatureOptions
-) -> tuple[Tensor, Tensor, ImageFeatures]:
-    """Return the best classes of each image, (N', K), and their cosines, without one large score matrix."""
+) -> tuple[Iterator[Tensor], ImageFeatures]:
+    """Score images by the prompts of C classes.
+
+    Returns:
+        The cosine of each image with each class (token-wise models: their token-wise score), some images at once,
+        (n, C), without one large score matrix; and which images could be read.
+
+    Raises:
+        EvaluateError: no image can be read.
+    """
+    if model.token_wise:
+        token_classes = build_token_classifier(model, prompts, options=options).to(model.device)
+
+        def encode(pixels: Tensor) -> Tensor:  # (B, S, S, 3) -> (B, C)
+            return token_classes.score(model.encoder.encode_image_tokens(pixels))
+
+        label = content_key(["token-wise scores", *map(content_key, prompts.by_class)])
+        images = map_images(model, dataset, encode, label=label, options=options)
+        return iter(images.features.split(_CHUNK_SIZE)), images
     classes = build_classifier(model, prompts, options=options)  # (C, D)
     images = image_features(model, dataset, options=options)
-    best = [
-        (chunk @ classes.T).topk(min(_TOP_K, len(classes)))  # (N'', C) -> (N'', K)
-        for chunk in images.features.split(_CHUNK_SIZE)
-    ]
-    return torch.cat([b.indices for b in best]), torch.cat([b.values for b in best]), images
-
-
-def _rank_token_wise(
-    model: PretrainedModel, dataset: Dataset, prompts: Prompts, options: FeatureOptions
-) -> tuple[Tensor, Tensor, ImageFeatures]:
-    classes = build_token_classifier(model, prompts, options=options).to(model.device)
-
-    def encode(pixels: Tensor) -> Tensor:  # (B, S, S, 3) -> (B, C)
-        return classes.score(model.encoder.encode_image_tokens(pixels))
-
-    label = content_key(["token-wise scores", *map(content_key, prompts.by_class)])
-    images = map_images(model, dataset, encode, label=label, options=options)
-    scores, ranked = images.features.topk(min(_TOP_K, images.features.shape[1]))
-    return ranked, scores, images
+    return (chunk @ classes.T for chunk in images.features.split(_CHUNK_SIZE)), images

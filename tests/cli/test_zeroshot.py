@@ -120,3 +120,33 @@ def test_list_shows_every_set(tmp_path: Path):
     assert listed[-1]["task"] == "retrieval"
     assert listed[0]["name"] == "demo"
     assert listed[0]["is_there"] is True
+
+
+def test_images_of_unknown_classes_get_a_row_each(photos: Path, tiny_run: Path):
+    (photos / "broken.png").write_bytes(b"broken")
+    result = run(photos, "--model", tiny_run, "--labels", "red panda,cat,house")
+    assert result.exit_code == 0, result.stderr
+    rows = [line.split("\t") for line in result.stdout.splitlines()]
+    assert len(rows) == 6
+    assert all(Path(path).is_file() and label in ("red panda", "cat", "house") for path, label, _ in rows)
+    assert all(1 / 3 <= float(probability) <= 1 for _, _, probability in rows)
+    assert "skipped 1 images, not a picture" in result.stderr
+
+
+def test_labels_of_a_file_for_paths_on_stdin_are_json(photos: Path, tiny_run: Path, tmp_path: Path):
+    (tmp_path / "labels.txt").write_text("cat\ndog\n")
+    paths = sorted(map(str, photos.glob("cat/*")))
+    words = ("-", "--model", tiny_run, "--labels", tmp_path / "labels.txt", "--templates", "1", "--json")
+    report = json.loads(run(*words, stdin="\n".join(paths)).stdout)
+    assert [row["path"] for row in report["predictions"]] == paths
+    assert report["predictions"][0].keys() == {"path", "label", "probability"}
+    assert (report["labels"], report["num_images"]) == (["cat", "dog"], 2)
+
+
+@pytest.mark.parametrize("more", [("--report",), ("--predictions", "x.jsonl"), ("--classes", "x.txt")])
+def test_options_for_known_classes_are_refused_with_labels(photos: Path, tiny_run: Path, more):
+    assert run(photos, "--model", tiny_run, "--labels", "cat,dog", *more).exit_code == 2
+
+
+def test_stdin_needs_labels(tiny_run: Path):
+    assert run("-", "--model", tiny_run).exit_code == 2
