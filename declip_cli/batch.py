@@ -8,9 +8,13 @@ D  width of the shared embedding                              Q  width of token-
 """
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from declip_cli.distributed import Gathered
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +55,7 @@ class Batch:
         return [Batch(**dict(zip(pieces, piece, strict=True))) for piece in zip(*pieces.values(), strict=True)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Embeddings:
     """What a method's `embed` hands to its `objective`: one row per pair in every field.
 
@@ -80,6 +84,23 @@ class Embeddings:
 
     def __len__(self) -> int:
         return self.images.shape[0]
+
+    @cached_property
+    def unit_images(self) -> Gathered:
+        """`images` scaled to unit length, for all terms of a step, (B, V, D) and (M, V, D)."""
+        return Gathered(F.normalize(self.images.float(), dim=-1))
+
+    @cached_property
+    def unit_texts(self) -> Gathered:
+        """`texts` scaled to unit length, for all terms of a step, (B, T, D) and (M, T, D)."""
+        return Gathered(F.normalize(self.texts.float(), dim=-1))
+
+    def detached(self) -> "Embeddings":
+        """Leave the graph behind, and keep what is gathered."""
+        other = Embeddings(**{f.name: getattr(self, f.name).detach() for f in fields(Embeddings)})
+        shared = {name: value.detached() for name, value in vars(self).items() if isinstance(value, Gathered)}
+        vars(other).update(shared)
+        return other
 
     @staticmethod
     def join(parts: "list[Embeddings]") -> "Embeddings":

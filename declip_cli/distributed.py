@@ -6,8 +6,9 @@ is the gradient of the mean of all ranks' losses, which is the full-batch gradie
 torch.distributed.nn.functional has the same gather and sum, deprecated in favour of functions without a public name.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -65,6 +66,32 @@ def gather(local: Tensor) -> Tensor:
         return local
     gathered: Tensor = _Gather.apply(local)  # type: ignore[no-untyped-call]
     return gathered
+
+
+class Gathered:
+    """Rows of this rank, and those of all ranks, which are gathered when they are first asked for, and once only.
+
+    Args:
+        own: (B, …).
+        find_all: makes those of all ranks where they need not be gathered.
+    """
+
+    def __init__(self, own: Tensor, find_all: Callable[[], Tensor] | None = None) -> None:
+        self.own = own
+        self._find_all = find_all or partial(gather, own)
+
+    @cached_property
+    def all(self) -> Tensor:
+        """With gradient, rank 0 first, (M, …); every rank asks for it, or none."""
+        return self._find_all()
+
+    def first(self, num_views: int) -> "Gathered":
+        """Keep the first views only, (B, V, …)."""
+        return Gathered(self.own[:, :num_views], lambda: self.all[:, :num_views])
+
+    def detached(self) -> "Gathered":
+        """Leave the graph behind, and keep what is gathered."""
+        return Gathered(self.own.detach(), self.all.detach if "all" in vars(self) else None)
 
 
 def sum_over_ranks(local: Tensor) -> Tensor:

@@ -5,31 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def info_nce(
-    query: Tensor, keys: Tensor, targets: Tensor, *, logit_scale: Tensor, label_smoothing: float = 0.0
-) -> Tensor:
-    """Tell each query's own key from all the others.
-
-    One direction of CLIP's symmetric loss. The original pair, the other views and the
-    nearest neighbour all use it: only the arguments differ. Computed in float32 under autocast too.
-
-    Args:
-        query: unit length, (B, D).
-        keys: unit length, gathered from all ranks, (M, D), M >= B.
-        targets: the row of `keys` that matches each query, int64, (B,).
-        logit_scale: what the cosine is multiplied by, already exponentiated, ().
-        label_smoothing: share of the target spread evenly over all keys, in [0, 1].
-
-    Returns:
-        Mean cross-entropy over the B queries, in nats, ().
-
-    Source: CLIP, arXiv 2103.00020, fig. 3.
-    """
-    with torch.autocast(query.device.type, enabled=False):
-        logits = logit_scale.float() * query.float() @ keys.float().T  # (B, M)
-        return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
-
-
 def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
     """Pull the prediction from one view towards the projection of the other, whose gradient is stopped.
 

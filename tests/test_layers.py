@@ -18,18 +18,19 @@ MAY_IMPORT = {
     "config": {"errors"},
     "presets": {"config"},
     "config_files": {"errors", "files", "assets"},
-    "batch": set(),
+    "batch": {"distributed"},
     "distributed": set(),
     "gradient_average": {"distributed"},
     "process_group": {"errors", "distributed"},
     # floor 1: bytes and strings, parameters, functions of tensors; they do not know each other
     "losses": set(),
     "token_wise_losses": set(),
+    "contrastive_losses": set(),
     "data": FLOOR_0,
     "model": FLOOR_0,
     # floor 2: models of other projects; two embeddings at once
     "interop": FLOOR_0 | {"data", "model"},
-    "methods": FLOOR_0 | {"losses", "token_wise_losses", "model"},
+    "methods": FLOOR_0 | {"losses", "contrastive_losses", "token_wise_losses", "model"},
     # what was asked becomes one resolved run
     "resolve": FLOOR_0 | {"model", "methods"},
     # floor 3: steps, scores; they do not know each other

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from declip_cli.losses import (
-    info_nce,
     masked_cross_entropy,
     negative_cosine,
     nt_xent,
@@ -24,42 +23,6 @@ def dot(a, b):
 
 def log_sum_exp(values):
     return math.log(sum(math.exp(value) for value in values))
-
-
-@pytest.mark.parametrize(("b", "m"), [(1, 1), (4, 4), (3, 12)])
-def test_info_nce_equals_the_loop_of_the_paper(b, m):
-    query, keys, targets = unit(b, 5), unit(m, 5, seed=1), torch.arange(b) + (m - b)
-    expected = 0.0
-    for row in range(b):
-        logits = [14.3 * dot(query[row], key) for key in keys]
-        expected += (log_sum_exp(logits) - logits[targets[row]]) / b
-    loss = info_nce(query, keys, targets, logit_scale=torch.tensor(14.3))
-    assert loss.shape == ()
-    assert loss.item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
-
-
-def test_info_nce_spreads_a_share_of_the_target_when_smoothed():
-    query, keys, targets = unit(3, 5), unit(7, 5, seed=1), torch.tensor([4, 0, 6])
-    expected = 0.0
-    for row in range(3):
-        logits = [9.0 * dot(query[row], key) for key in keys]
-        wanted = [0.2 / 7 + (0.8 if column == targets[row] else 0.0) for column in range(7)]
-        expected += sum(w * (log_sum_exp(logits) - logit) for w, logit in zip(wanted, logits, strict=True)) / 3
-    loss = info_nce(query, keys, targets, logit_scale=torch.tensor(9.0), label_smoothing=0.2)
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_info_nce_is_log_m_when_nothing_is_told_apart():
-    same = unit(1, 8).expand(6, 8)
-    loss = info_nce(same, same, torch.arange(6), logit_scale=torch.tensor(14.3))
-    assert loss.item() == pytest.approx(math.log(6), rel=1e-6)
-
-
-def test_info_nce_is_computed_in_float32_under_autocast():
-    query, keys, rows = unit(4, 64), unit(9, 64, seed=1), torch.arange(4)
-    expected = info_nce(query, keys, rows, logit_scale=torch.tensor(100.0))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(info_nce(query, keys, rows, logit_scale=torch.tensor(100.0)), expected)
 
 
 def test_negative_cosine_gives_the_target_no_gradient():

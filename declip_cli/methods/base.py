@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import ClassVar, TypeAlias
 
 import torch
@@ -12,8 +13,8 @@ from declip_cli.config import MethodConfig, Views
 from declip_cli.errors import ChoiceError, require
 from declip_cli.losses import masked_cross_entropy
 from declip_cli.methods.length_groups import encode_by_length
-from declip_cli.methods.terms import PAIRS, contrastive_pairs
-from declip_cli.model.clip import DualEncoder, unit
+from declip_cli.methods.terms import Contrast, contrastive_loss, own_ids
+from declip_cli.model.clip import DualEncoder
 from declip_cli.model.text_transformer import VOCABULARY_SIZE
 from declip_cli.model.vision_transformer import ImageStates, VisionTransformer
 from declip_cli.presets import settle_switches
@@ -124,15 +125,15 @@ class Method(nn.Module, ABC):
             return scale - (scale - scale.clamp(max=100.0)).detach()
         return scale
 
-    def clip_term(self, embeddings: Embeddings, *, pairs: int = 1) -> Tensor:
-        """Compute CLIP's symmetric loss, the mean over `pairs` pairs of views, in nats, ()."""
-        return contrastive_pairs(
-            unit(embeddings.images),
-            unit(embeddings.texts),
-            pairs=PAIRS[pairs],
-            scale=self.exp_logit_scale(),
-            label_smoothing=self.config.label_smoothing,
-        ).mean()
+    def contrast(self, embeddings: Embeddings) -> Contrast:
+        """Say how whole images and texts are told apart in this step, without label smoothing."""
+        return Contrast(ids=own_ids(len(embeddings), embeddings.images.device), scale=self.exp_logit_scale())
+
+    def clip_term(self, embeddings: Embeddings, *, num_images: int = 1, num_texts: int = 1) -> Tensor:
+        """Match the first views of images with those of texts, the mean over all pairs of them, in nats, ()."""
+        contrast = replace(self.contrast(embeddings), label_smoothing=self.config.label_smoothing)
+        images, texts = embeddings.unit_images.first(num_images), embeddings.unit_texts.first(num_texts)
+        return contrastive_loss(images, texts, contrast)
 
     def encode_images(self, images: Tensor) -> list[ImageStates]:
         """Run the image tower on each view.

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from declip_cli.batch import Batch, Embeddings
 from declip_cli.config import ImageView, MethodConfig, TextView, Views
-from declip_cli.distributed import gather
+from declip_cli.distributed import Gathered, gather
 from declip_cli.methods.base import Method, Term, embeddings_of
-from declip_cli.methods.terms import mlm_loss, neighbour_loss, simsiam_loss
-from declip_cli.model.clip import DualEncoder, unit
+from declip_cli.methods.terms import contrastive_loss, mlm_loss, simsiam_loss
+from declip_cli.model.clip import DualEncoder
 from declip_cli.model.heads import SimSiamPredictor, SimSiamProjector
 from declip_cli.model.neighbours import NeighbourQueue
 from declip_cli.model.vision_transformer import ImageStates
@@ -71,7 +71,8 @@ class DeClip(Method):
 
     def terms(self) -> dict[str, Term]:
         """Name the paper's four supervisions."""
-        clip_term = partial(self.clip_term, pairs=self.config.pairs)
+        num_images, num_texts = {1: (1, 1), 2: (2, 1), 4: (2, 2)}[self.config.pairs]
+        clip_term = partial(self.clip_term, num_images=num_images, num_texts=num_texts)
         return {"clip": clip_term, "simsiam": self.simsiam_term, "mlm": self.mlm_term, "nn": self.nn_term}
 
     def simsiam_term(self, embeddings: Embeddings) -> Tensor:
@@ -85,17 +86,15 @@ class DeClip(Method):
 
     def nn_term(self, embeddings: Embeddings) -> Tensor:
         """Match images with the earlier texts nearest to their own, in nats, (); 0 while the queue is empty."""
-        images, texts = unit(embeddings.images), unit(embeddings.texts)
+        images, texts = embeddings.unit_images, embeddings.unit_texts.own
         if self.queue.count() == 0:
-            return images.sum() * 0.0
+            return images.own.sum() * 0.0
         numbers = embeddings.numbers.repeat_interleave(texts.shape[1])  # (B·T,)
         found = self.queue.nearest(texts.flatten(0, 1), numbers if self.config.nn_exclude_own else None)
-        return neighbour_loss(
-            images,
-            found.view_as(texts),
-            scale=self.exp_logit_scale(),
-            is_symmetric=bool(self.config.nn_symmetric),
-        )
+        # Every view of an image with the neighbour of every view of its text; never label-smoothed. The original only
+        # goes from the image to the neighbour (prototype/model/declip.py:281-300).
+        neighbours, contrast = Gathered(found.view_as(texts)), self.contrast(embeddings)
+        return contrastive_loss(images, neighbours, contrast, is_symmetric=bool(self.config.nn_symmetric))
 
     @torch.no_grad()
     def update_queue(self, embeddings: Embeddings, is_good: Tensor) -> None:
@@ -107,8 +106,8 @@ class DeClip(Method):
         """
         if not self.is_active("nn"):
             return
-        texts, numbers = unit(embeddings.texts), embeddings.numbers
+        texts, numbers = embeddings.unit_texts.own, embeddings.numbers
         if self.config.queue_scope == "global":
-            texts, numbers = gather(texts), gather(numbers)
+            texts, numbers = embeddings.unit_texts.all, gather(numbers)
         for view in reversed(range(texts.shape[1])):
             self.queue.push(texts[:, view], numbers, is_good)

@@ -1,12 +1,14 @@
 """Terms that several methods share: what is gathered, which rows match, which directions count."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from declip_cli.distributed import gather, rows_of_rank, sum_over_ranks, world_size
-from declip_cli.losses import info_nce, negative_cosine
+from declip_cli.contrastive_losses import sigmoid_loss, softmax_loss, symmetric_softmax_loss
+from declip_cli.distributed import Gathered, rows_of_rank, sum_over_ranks, world_size
+from declip_cli.losses import negative_cosine
 from declip_cli.model.heads import SimSiamPredictor, SimSiamProjector
 
 PAIRS: dict[int, tuple[tuple[int, int], ...]] = {
@@ -17,15 +19,56 @@ PAIRS: dict[int, tuple[tuple[int, int], ...]] = {
 """(image view, text view) of each contrastive pair, in the original's order (prototype/model/declip.py)."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contrast:
+    """How pairs of images and texts are told apart."""
+
+    ids: Gathered
+    """Identities of each pair, int64, (B, I); pairs that share one are positives of each other."""
+    scale: Tensor
+    """Exponentiated logit scale, ()."""
+    bias: Tensor | None = None
+    """Logit bias of the sigmoid loss, (); None takes the softmax."""
+    label_smoothing: float = 0.0
+    """Of the softmax, in [0, 1]."""
+
+
+def own_ids(num_local: int, device: torch.device) -> Gathered:
+    """Give every pair of a step an identity of its own: its row of the gathered batch, int64, (B, 1) and (M, 1)."""
+    rows = rows_of_rank(num_local, device)
+    return Gathered(rows[:, None], lambda: torch.arange(num_local * world_size(), device=device)[:, None])
+
+
+def contrastive_loss(images: Gathered, texts: Gathered, contrast: Contrast, *, is_symmetric: bool = True) -> Tensor:
+    """Compare every view of every image with every view of every text.
+
+    Args:
+        images: unit length, (B, V, D).
+        texts: unit length, (B, T, D).
+        contrast: how.
+        is_symmetric: from image to text and from text to image; else the former only. The sigmoid loss has no
+            direction.
+
+    Returns:
+        Mean over all V · T pairs of views, and over the directions, in nats, ().
+
+    Source: CLIP, arXiv 2103.00020, fig. 3; SigLIP, arXiv 2303.15343; multi-view: DeCLIP, arXiv 2110.05208, section 3.3.
+    """
+    scale, smoothing, ids = contrast.scale, contrast.label_smoothing, (contrast.ids.own, contrast.ids.all)
+    if contrast.bias is not None:
+        return sigmoid_loss(images.own, texts.all, ids, logit_scale=scale, logit_bias=contrast.bias)
+    if is_symmetric and world_size() == 1:
+        return symmetric_softmax_loss(images.own, texts.own, ids[0], logit_scale=scale, label_smoothing=smoothing)
+    to_text = softmax_loss(images.own, texts.all, ids, logit_scale=scale, label_smoothing=smoothing)
+    if not is_symmetric:
+        return to_text
+    return (to_text + softmax_loss(texts.own, images.all, ids, logit_scale=scale, label_smoothing=smoothing)) / 2
+
+
 def contrastive_pairs(
-    images: Tensor,
-    texts: Tensor,
-    *,
-    pairs: Sequence[tuple[int, int]],
-    scale: Tensor,
-    label_smoothing: float = 0.0,
+    images: Tensor, texts: Tensor, *, pairs: Sequence[tuple[int, int]], scale: Tensor, label_smoothing: float = 0.0
 ) -> Tensor:
-    """Compute CLIP's symmetric loss for each chosen pair of views.
+    """Compute CLIP's symmetric loss for each chosen pair of views by itself.
 
     Args:
         images: unit length, (B, V, D).
@@ -36,21 +79,10 @@ def contrastive_pairs(
 
     Returns:
         Loss of each pair, in nats, (number of pairs,).
-
-    Source: CLIP, arXiv 2103.00020, fig. 3; multi-view: DeCLIP, arXiv 2110.05208, section 3.3.
     """
-    all_images, all_texts = gather(images), gather(texts)  # (M, V, D), (M, T, D)
-    rows = rows_of_rank(len(images), images.device)
-    losses = []
-    for view, text in pairs:
-        to_text = info_nce(
-            images[:, view], all_texts[:, text], rows, logit_scale=scale, label_smoothing=label_smoothing
-        )
-        to_image = info_nce(
-            texts[:, text], all_images[:, view], rows, logit_scale=scale, label_smoothing=label_smoothing
-        )
-        losses.append((to_text + to_image) / 2)
-    return torch.stack(losses)
+    how = Contrast(ids=own_ids(len(images), images.device), scale=scale, label_smoothing=label_smoothing)
+    chosen = [(Gathered(images[:, [view]]), Gathered(texts[:, [text]])) for view, text in pairs]
+    return torch.stack([contrastive_loss(*pair, how) for pair in chosen])
 
 
 def simsiam_loss(embeds: Tensor, projector: SimSiamProjector, predictor: SimSiamPredictor) -> Tensor:
@@ -69,29 +101,6 @@ def simsiam_loss(embeds: Tensor, projector: SimSiamProjector, predictor: SimSiam
     z1, z2 = projector(embeds[:, 0]), projector(embeds[:, 1])  # (B, 1024) each; BatchNorm sees one view
     p1, p2 = predictor(z1), predictor(z2)
     return (negative_cosine(p1, z2) + negative_cosine(p2, z1)) / 2
-
-
-def neighbour_loss(images: Tensor, neighbours: Tensor, *, scale: Tensor, is_symmetric: bool) -> Tensor:
-    """Match every view of an image with the neighbour of every view of its text; never label-smoothed.
-
-    Args:
-        images: unit length, (B, V, D).
-        neighbours: the row of the queue nearest to each text, unit length, without gradient, (B, T, D).
-        scale: exponentiated logit scale, ().
-        is_symmetric: also from the neighbour to the image, as in the contrastive loss; the original only goes from
-            the image to the neighbour.
-
-    Returns:
-        Mean over views, texts and directions, in nats, ().
-
-    Source: DeCLIP, arXiv 2110.05208, section 3.4; prototype/model/declip.py:281-300.
-    """
-    pairs = [(view, text) for view in range(images.shape[1]) for text in range(neighbours.shape[1])]
-    if is_symmetric:
-        return contrastive_pairs(images, neighbours, pairs=pairs, scale=scale).mean()
-    keys = gather(neighbours)  # (M, T, D)
-    rows = rows_of_rank(len(images), images.device)
-    return torch.stack([info_nce(images[:, v], keys[:, t], rows, logit_scale=scale) for v, t in pairs]).mean()
 
 
 def mlm_loss(losses: Tensor, counts: Tensor, *, over_all_ranks: bool) -> Tensor:

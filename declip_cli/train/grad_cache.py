@@ -57,17 +57,18 @@ def forward_backward(
             terms = method.objective(embeddings)
         with last_backward():
             scale_loss(terms.total).backward()
-        return StepResult(terms=_detach_terms(terms), embeddings=_detach(embeddings))
+        return StepResult(terms=_detach_terms(terms), embeddings=embeddings.detached())
     parts = batch.split(micro_batch_size)
     with torch.no_grad(), _running_statistics_kept(method), autocast():
         cached = Embeddings.join([method.embed(part) for part in parts])
-    leaves = {f.name: _leaf(getattr(cached, f.name)) for f in fields(Embeddings)}
+    joined = Embeddings(**{f.name: _leaf(getattr(cached, f.name)) for f in fields(Embeddings)})
     with autocast():
-        terms = method.objective(Embeddings(**leaves))
+        terms = method.objective(joined)
     scale_loss(terms.total).backward()
+    leaves = {f.name: getattr(joined, f.name) for f in fields(Embeddings)}
     gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     _pass_on(method, parts, gradients, autocast=autocast, last_backward=last_backward)
-    return StepResult(terms=_detach_terms(terms), embeddings=_detach(cached))
+    return StepResult(terms=_detach_terms(terms), embeddings=joined.detached())
 
 
 def _pass_on(
@@ -93,10 +94,6 @@ def _pass_on(
 
 def _leaf(value: Tensor) -> Tensor:
     return value.requires_grad_() if value.is_floating_point() and value.numel() else value
-
-
-def _detach(embeddings: Embeddings) -> Embeddings:
-    return Embeddings(**{f.name: getattr(embeddings, f.name).detach() for f in fields(Embeddings)})
 
 
 def _detach_terms(terms: LossTerms) -> LossTerms:
