@@ -13,7 +13,9 @@ UNKNOWN = -1
 _NOBODY = -2
 """Number of a query that belongs to no pair: no row has it."""
 _BLOCK_ROWS = 8192
-"""Rows compared at once: with `max` per block 16 to 39 times as fast as one product and a top-k."""
+"""Rows compared at once on a CPU: with `max` per block 16 to 39 times as fast as one product and a top-k."""
+_MAX_SCORES = 2**27
+"""Largest number of scores at once on a GPU: 256 MiB in half precision; 65,536 rows and 2,048 queries."""
 _GROUP_ROWS, _NUM_GROUPS = 16, 8
 """Screening keeps the best `_NUM_GROUPS` groups of `_GROUP_ROWS` consecutive rows; `_BLOCK_ROWS` is a multiple."""
 _HALF_ERROR = 2.0**-9
@@ -50,6 +52,7 @@ class NeighbourQueue(nn.Module):
         self.register_buffer("next_row", torch.zeros((), dtype=torch.int64))
         self.register_buffer("num_filled", torch.zeros((), dtype=torch.int64))
         self._was_full = False
+        self._half_rows: Tensor | None = None
 
     def count(self) -> int:
         """Return the number of rows that hold a feature; waits for the device only until all of them do."""
@@ -60,13 +63,14 @@ class NeighbourQueue(nn.Module):
         return len(self.rows)
 
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:  # noqa: ANN401
-        self._was_full = False
+        self._was_full, self._half_rows = False, None
         super()._load_from_state_dict(*arguments, **options)
 
     def fill_randomly(self) -> None:
         """Start with random directions that count as features, as the original does."""
         self.rows.copy_(F.normalize(torch.randn_like(self.rows), dim=1))
         self.num_filled.fill_(len(self.rows))
+        self._half_rows = None
 
     @torch.no_grad()
     def nearest(self, queries: Tensor, numbers: Tensor | None = None) -> Tensor:
@@ -90,9 +94,18 @@ class NeighbourQueue(nn.Module):
         queries = queries.detach().float()
         if numbers is not None:
             numbers = torch.where(numbers == UNKNOWN, _NOBODY, numbers)
-        search = _find_screened if self._is_screened(queries.device) else _find_exactly
+        is_screened = self._is_screened(queries.device)  # asks autocast, which is off from here on
         with torch.autocast(queries.device.type, enabled=False), _whole_float32():
-            return self.rows[search(queries, rows, numbers, owners)]
+            if is_screened:
+                half_rows = self._rows_in_half_precision()[:num_filled]
+                return self.rows[_find_screened(queries, rows, half_rows, numbers, owners)]
+            return self.rows[_find_exactly(queries, rows, numbers, owners)]
+
+    def _rows_in_half_precision(self) -> Tensor:
+        """Return a float16 copy of all rows, made at the first search and kept up to date by `push`."""
+        if self._half_rows is None or self._half_rows.device != self.rows.device:
+            self._half_rows = self.rows.half()
+        return self._half_rows
 
     def _is_screened(self, device: torch.device) -> bool:
         """Tell whether half precision is faster here and allowed."""
@@ -112,6 +125,8 @@ class NeighbourQueue(nn.Module):
         places = (self.next_row + torch.arange(len(features), device=self.rows.device)) % size
         self.rows[places] = torch.where(is_good, features, self.rows[places])
         self.numbers[places] = torch.where(is_good, numbers, self.numbers[places])
+        if self._half_rows is not None:
+            self._half_rows[places] = self.rows[places].half()
         num_new = len(features) * is_good.to(torch.int64)
         self.next_row.copy_((self.next_row + num_new) % size)
         self.num_filled.copy_((self.num_filled + num_new).clamp_max(size))
@@ -126,6 +141,13 @@ def _whole_float32() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def _block_rows(num_queries: int, device: torch.device) -> int:
+    """Return how many rows to compare at once: what a CPU caches, or a GPU has room for."""
+    if device.type == "cpu":
+        return _BLOCK_ROWS
+    return max(_BLOCK_ROWS, _MAX_SCORES // max(1, num_queries) // _GROUP_ROWS * _GROUP_ROWS)
 
 
 def _leave_out_own(scores: Tensor, numbers: Tensor | None, owners: Tensor) -> Tensor:
@@ -156,8 +178,9 @@ def _find_exactly(queries: Tensor, rows: Tensor, numbers: Tensor | None, owners:
     """
     best = torch.full((len(queries),), float("-inf"), device=queries.device)
     best_row = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
-    for start in range(0, len(rows), _BLOCK_ROWS):
-        block = slice(start, start + _BLOCK_ROWS)
+    size = _block_rows(len(queries), queries.device)
+    for start in range(0, len(rows), size):
+        block = slice(start, start + size)
         score, row = _leave_out_own(queries @ rows[block].T, numbers, owners[block]).max(1)
         is_better = score > best
         best = torch.where(is_better, score, best)
@@ -165,17 +188,28 @@ def _find_exactly(queries: Tensor, rows: Tensor, numbers: Tensor | None, owners:
     return best_row
 
 
-def _find_screened(queries: Tensor, rows: Tensor, numbers: Tensor | None, owners: Tensor) -> Tensor:
+def _find_screened(queries: Tensor, rows: Tensor, half_rows: Tensor, numbers: Tensor | None, owners: Tensor) -> Tensor:
     """Do the same as `_find_exactly`, with few float32 products.
 
     All rows are scored in float16. The best groups of neighbouring rows are scored again in float32. If the best
     group left behind may hold a better row, for all that float16 can tell, that query is searched exactly.
+
+    Args:
+        queries: (B, D).
+        rows: (R, D).
+        half_rows: the same in float16, (R, D).
+        numbers: the pair of each query, (B,), or None.
+        owners: the pair of each row, (R,).
+
+    Returns:
+        Positions in `rows`, 0 where all are left out, int64, (B,).
     """
     maxima = []
     half = queries.half()
-    for start in range(0, len(rows), _BLOCK_ROWS):
-        block = slice(start, start + _BLOCK_ROWS)
-        scores = _leave_out_own(half @ rows[block].half().T, numbers, owners[block])
+    size = _block_rows(len(queries), queries.device)
+    for start in range(0, len(rows), size):
+        block = slice(start, start + size)
+        scores = _leave_out_own(half @ half_rows[block].T, numbers, owners[block])
         scores = F.pad(scores, (0, -scores.shape[1] % _GROUP_ROWS), value=float("-inf"))
         maxima.append(scores.unflatten(1, (-1, _GROUP_ROWS)).amax(2))
     screened = torch.cat(maxima, dim=1)  # (B, groups)

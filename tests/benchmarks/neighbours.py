@@ -169,11 +169,12 @@ def main() -> None:
     features = widened(features, options.dim)
     numbers = torch.tensor(owners, device=device)
     queries, rows = features[: options.queries], features[options.queries :]
+    half_rows = rows.half()
     searches: dict[str, Search] = {
         "float32, exact": neighbours._find_exactly,
         "bfloat16 alone": rounded_search(torch.bfloat16),
         "float16 alone": rounded_search(torch.float16),
-        "float16, then float32": neighbours._find_screened,
+        "float16, then float32": lambda q, r, n, o: neighbours._find_screened(q, r, half_rows, n, o),
     }
     for query_numbers in (None, numbers[: options.queries]):
         for name, search in searches.items():

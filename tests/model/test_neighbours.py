@@ -215,12 +215,39 @@ def test_the_nearest_is_found_when_all_rows_are_nearly_alike(mode):
 
 def test_of_equal_rows_the_first_counts(mode, monkeypatch):
     monkeypatch.setattr(neighbours, "_BLOCK_ROWS", 32)
-    found = []
-    for name in ("_find_exactly", "_find_screened"):
-        rows = unit(3, 5).repeat(70, 1)
-        search = getattr(neighbours, name)
-        found.append(search(unit(3, 5), rows, None, torch.arange(210)).tolist())
-    assert found == [[0, 1, 2], [0, 1, 2]]
+    rows, owners = unit(3, 5).repeat(70, 1), torch.arange(210)
+    found = neighbours._find_exactly(unit(3, 5), rows, None, owners)
+    screened = neighbours._find_screened(unit(3, 5), rows, rows.half(), None, owners)
+    assert found.tolist() == screened.tolist() == [0, 1, 2]
+
+
+def test_a_search_finds_what_was_pushed_loaded_or_drawn_after_the_one_before(mode):
+    queue, features = NeighbourQueue(600, 32), unit(900, 32)
+
+    def check(rows):
+        assert torch.equal(queue.nearest(rows), rows)
+
+    push(queue, features[:500])
+    check(features[:500])
+    push(queue, features[500:800])  # wraps
+    check(features[200:800])
+    queue.push(torch.full((50, 32), float("nan")), torch.arange(50), BROKEN)
+    check(features[200:800])
+    other = NeighbourQueue(600, 32)
+    push(other, features[300:900])
+    queue.load_state_dict(other.state_dict())
+    check(features[300:900])
+    queue.fill_randomly()
+    check(queue.rows.clone())
+    assert set(queue.state_dict()) == {"rows", "numbers", "next_row", "num_filled"}
+
+
+def test_a_gpu_compares_all_rows_at_once_where_its_memory_allows():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert neighbours._block_rows(512, gpu) >= 65536
+    assert neighbours._block_rows(8192, gpu) * 8192 <= 2**27
+    assert neighbours._block_rows(512, cpu) == 8192
+    assert {neighbours._block_rows(num, gpu) % 16 for num in range(1, 3000, 7)} == {0}
 
 
 def test_screening_is_for_autocast_on_a_gpu_unless_exactness_is_asked_for(monkeypatch):
