@@ -319,6 +319,8 @@ class TrainConfig:
     max_rollbacks: AtLeast0 = 3
     """How often that may happen, each time at half the rate, before the run ends with an error."""
     tracker: Literal["tensorboard", "wandb", "mlflow"] | None = None
+    """Where every report goes besides `metrics.jsonl`. TensorBoard's files lie in the run folder; MLflow's place is
+    `MLFLOW_TRACKING_URI`. A resumed run goes on in the same record."""
     processes: AtLeast1 | None = None
     """Processes to start; None: one per GPU, else 1. Ignored under a launcher that already set the ranks."""
 

@@ -21,7 +21,7 @@ from declip_cli.config_files import (
 )
 from declip_cli.errors import ConfigError, require
 from declip_cli.methods.registry import METHODS
-from declip_cli.model.architectures import settle_model
+from declip_cli.model.architectures import OF_INIT, settle_model
 from declip_cli.presets import PRESETS, settle_data, settle_switches
 
 T = TypeVar("T")
@@ -172,6 +172,8 @@ def resolve_run(
         if file is None or name != str(file) or file.suffix != ".json":  # that one says everything
             _overlay(said, part)
         whose = name if "method" in part and name else whose
+    if recipe is not None and settings.get("model", {}).get("arch") == OF_INIT:
+        settings["model"] = said["model"]  # the recipe's sizes are of another model
     config = build_config(RunConfig, settings)
     return config, notes + list(_ignored(said, config))
 

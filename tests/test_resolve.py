@@ -134,6 +134,13 @@ def test_of_epochs_steps_and_samples_the_strongest_source_counts(option, value):
     assert given == dict.fromkeys(given) | {option: value}
 
 
+def test_a_recipe_s_sizes_are_not_those_of_the_model_that_a_run_starts_from():
+    options = {"data": {"path": ["demo"]}, "model": {"arch": "init"}, "train": {"init": "x"}}
+    config, _ = resolve_run(None, None, options, ["model.image_side_px=64"])
+    assert (config.model.context_length, config.model.image_side_px) == (None, 64)
+    assert config.method.label_smoothing == 0.1  # the recipe's
+
+
 def test_the_demo_brings_its_recipe_to_a_new_run_only():
     options = {"data": {"path": ["demo"]}}
     assert resolve_run(None, None, options, [])[0].model.arch == "vit-tiny32"

@@ -228,11 +228,11 @@ def _probe(
 
 def _encoder(model: PretrainedModel, kind: FeatureKind) -> Encode:
     """Choose what is taken from the tower: uint8 images (B, S, S, 3) → (B, E)."""
-    encoder = model.encoder
 
     def encode(images: Tensor) -> Tensor:
         if not model.token_wise:
-            return encoder.encode_image(images, projected=kind == "post")  # (B, E)
+            return model.encoder.encode_image(images, projected=kind == "post")  # (B, E)
+        encoder = model.towers
         patches = encoder.image_states(images).patches if kind == "pre" else encoder.encode_image_tokens(images)
         return patches.float().mean(dim=1)  # (B, E)
 

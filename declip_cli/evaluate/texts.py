@@ -15,6 +15,7 @@ from declip_cli.errors import EvaluateError
 from declip_cli.evaluate.encoding import DEFAULTS, FeatureOptions, Part, encode_shares, take
 from declip_cli.evaluate.features import by_content
 from declip_cli.model.checkpoint import PretrainedModel
+from declip_cli.model.clip import WholeTokenizer
 from declip_cli.model.precision import autocast
 
 T = TypeVar("T")
@@ -76,10 +77,19 @@ def encode_batches(
     """
     num_done = 0
     with torch.inference_mode(), autocast(options.precision, model.device):
-        for numbers, tokens in length_sorted_batches(texts, model.context_length, options.text_batch_size):
+        for numbers, tokens in _batches(model, texts, options.text_batch_size):
             yield numbers, tokens, encode(tokens.to(model.device))
             num_done += len(numbers)
             options.progress(num_done, len(texts))
+
+
+def _batches(model: PretrainedModel, texts: Sequence[str], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut texts into batches; yields as of `length_sorted_batches`."""
+    if model.tokenizer is None:
+        yield from length_sorted_batches(texts, model.context_length, batch_size)
+        return
+    for numbers in torch.arange(len(texts)).split(batch_size):
+        yield numbers, model.tokenizer.encode([texts[number] for number in numbers])  # (B,), (B, L)
 
 
 def length_sorted_batches(
@@ -97,8 +107,10 @@ def length_sorted_batches(
         yield numbers, tokens[numbers, :longest]  # (B,), (B, L)
 
 
-def count_cut(texts: Sequence[str], context_length: int) -> int:
+def count_cut(texts: Sequence[str], context_length: int, other: WholeTokenizer | None = None) -> int:
     """Count the texts that are longer than a model reads, in tokens, and lose their ends."""
+    if other is not None:
+        return other.count_cut(texts)
 
     def surely_fits(text: str) -> bool:  # a token covers at least one byte; other characters may become more bytes
         return len(text) <= context_length - 2 and text.isascii() and "&" not in text

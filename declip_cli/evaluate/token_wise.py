@@ -53,7 +53,7 @@ class TokenTexts:
 
 def encode_image_tokens(model: PretrainedModel, dataset: Dataset, *, options: FeatureOptions) -> ImageFeatures:
     """Encode images patch by patch with the token-wise heads; features of unit length, (N', P, Q)."""
-    encoder, side = model.encoder, model.image_side_px
+    encoder, side = model.towers, model.image_side_px
     with torch.inference_mode():
         blank = torch.zeros(1, side, side, 3, dtype=torch.uint8, device=model.device)
         width = encoder.encode_image_tokens(blank).shape[-1]
@@ -74,7 +74,7 @@ def encode_text_tokens(model: PretrainedModel, texts: Sequence[str], *, options:
 def _encode_tokens(model: PretrainedModel, texts: Sequence[str], own: range, options: FeatureOptions) -> Part:
     """Encode the texts of a share, one row per token."""
     found: dict[int, Tensor] = {}
-    encode = model.encoder.encode_text_tokens
+    encode = model.towers.encode_text_tokens
     for numbers, _, (tokens, mask) in encode_batches(model, take(texts, own), encode, options):
         unit = F.normalize(tokens.float(), dim=-1).cpu()  # (B, L, Q)
         for number, row, is_token in zip(numbers.tolist(), unit, mask.cpu(), strict=True):
@@ -173,7 +173,7 @@ def _sum_tokens(model: PretrainedModel, prompts: Prompts, own: range, options: F
     """Add up the unit tokens of each class of a share by position; the last column counts them, (C, L, Q + 1)."""
     prompts = Prompts(tuple(take(prompts.by_class, own)))
     owners, sums = prompts.owners(), torch.zeros(0)
-    encode = model.encoder.encode_text_tokens
+    encode = model.towers.encode_text_tokens
     for numbers, ids, (tokens, mask) in encode_batches(model, prompts.flat(), encode, options):
         if not len(sums):
             sums = torch.zeros(len(own), model.context_length, tokens.shape[-1] + 1)

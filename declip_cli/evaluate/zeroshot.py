@@ -102,7 +102,7 @@ def zeroshot(
         mean_per_class=mean_per_class,
         chance_top1=chance_accuracy(num_classes),
         chance_top5=chance_accuracy(num_classes, _TOP_K) if has_top5(num_classes) else None,
-        num_prompts_cut=count_cut(prompts.flat(), model.context_length) or None,
+        num_prompts_cut=count_cut(prompts.flat(), model.context_length, model.tokenizer) or None,
         skipped=skipped,
         note=dataset.note or None,
         seconds=time.perf_counter() - started,
@@ -151,7 +151,7 @@ def class_scores(
         token_classes = build_token_classifier(model, prompts, options=options).to(model.device)
 
         def encode(pixels: Tensor) -> Tensor:  # (B, S, S, 3) -> (B, C)
-            return token_classes.score(model.encoder.encode_image_tokens(pixels))
+            return token_classes.score(model.towers.encode_image_tokens(pixels))
 
         label = content_key(["token-wise scores", *map(content_key, prompts.by_class)])
         images = map_images(model, dataset, encode, label=label, options=options)

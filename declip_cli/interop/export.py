@@ -65,7 +65,7 @@ def export(model: PretrainedModel, to: ExportFormat, out: Path, *, card: Card, f
     Raises:
         ModelError: the format cannot express the model, its package is missing, or the two disagree.
     """
-    started = time.perf_counter()
+    started, _ = time.perf_counter(), model.towers
     _check_out(out, force=force)
     _check_format(model, to)
     sample = demo_sample()

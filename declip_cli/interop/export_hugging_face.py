@@ -47,14 +47,14 @@ _LEVEL = 1 / 255
 
 def why_not(model: PretrainedModel) -> str:
     """Say what of a model `CLIPModel` cannot express; empty where it can express all."""
-    vision = model.encoder.architecture.vision
+    vision = model.towers.architecture.vision
     if model.token_wise:
         return "it compares token by token, and its whole pictures and texts were not trained"
     if not isinstance(vision, VitDims):
         return "no class of transformers has CLIP's modified ResNet"
     if not vision.has_pre_norm:
         return "CLIPModel always has a layer norm before the first block of the image tower, this model has none"
-    if folded_bias(model.encoder) is None:
+    if folded_bias(model.towers) is None:
         return "CLIPModel's text projection has no bias, and the last layer norm has a weight of 0, so this one's stays"
     return ""
 
@@ -213,10 +213,10 @@ def write_tokenizer(folder: Path, context_length: int) -> None:
 
 def write(model: PretrainedModel, folder: Path) -> None:
     """Write model, tokenizer and processor."""
-    write_json(folder / "config.json", hugging_face_config(model.encoder.architecture))
+    write_json(folder / "config.json", hugging_face_config(model.towers.architecture))
     write_json(folder / "preprocessor_config.json", processor_config(model.preprocessing))
     write_tokenizer(folder, model.context_length)
-    save_file(hugging_face_state(model.encoder), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(hugging_face_state(model.towers), folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def embed(folder: Path, sample: Sample, how: Preprocessing) -> tuple[Embedded, Embedded, float]:

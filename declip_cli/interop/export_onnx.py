@@ -74,8 +74,8 @@ def write(model: PretrainedModel, folder: Path) -> None:
     length = torch.export.Dim("length", min=2, max=model.context_length)
     image_outputs = ["image_token_embeds" if is_token_wise else "image_embeds"]
     text_outputs = ["text_token_embeds", "text_token_mask"] if is_token_wise else ["text_embeds"]
-    image_graph = _ImageGraph(model.encoder, token_wise=is_token_wise).eval()
-    text_graph = _TextGraph(model.encoder, token_wise=is_token_wise).eval()
+    image_graph = _ImageGraph(model.towers, token_wise=is_token_wise).eval()
+    text_graph = _TextGraph(model.towers, token_wise=is_token_wise).eval()
     metadata = _metadata(model)
     _write_graph(image_graph, pixels, {"pixels": {0: batch}}, image_outputs, metadata, folder / IMAGE_FILE)
     dynamic = {"input_ids": {0: batch, 1: length}}

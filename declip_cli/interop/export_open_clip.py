@@ -16,14 +16,14 @@ def why_not(model: PretrainedModel) -> str:
     """Say what of a model OpenCLIP cannot express; empty where it can express all."""
     if model.token_wise:
         return "it compares token by token, and its whole pictures and texts were not trained"
-    return why_not_open_clip(model.encoder.architecture, model.preprocessing)
+    return why_not_open_clip(model.towers.architecture, model.preprocessing)
 
 
 def write(model: PretrainedModel, folder: Path) -> None:
     """Write the configuration and the weights; the mask token and token-wise heads, of training only, stay behind."""
-    state = {name: value.contiguous() for name, value in model.encoder.state_dict().items()}
+    state = {name: value.contiguous() for name, value in model.towers.state_dict().items()}
     weights, _ = open_clip_state(state)
-    config = open_clip_config(model.encoder.architecture, model.preprocessing)
+    config = open_clip_config(model.towers.architecture, model.preprocessing)
     write_json(folder / OPEN_CLIP_CONFIG_FILE, config)
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 

@@ -13,7 +13,7 @@ from declip_cli.errors import ModelError
 from declip_cli.interop.assumptions import Assumptions
 from declip_cli.interop.weights import Checkpoint
 from declip_cli.model.clip import DualEncoder
-from declip_cli.model.dims import Architecture
+from declip_cli.model.dims import Architecture, describe_architecture
 from declip_cli.model.heads import TOKEN_WISE_DIM
 from declip_cli.model.open_clip_layout import VOCABULARY_SIZE
 from declip_cli.model.preprocessing import Preprocessing, read_preprocessing
@@ -55,6 +55,18 @@ class ForeignModel:
     def is_token_wise(self) -> bool:
         """Whether it was trained to be compared token by token."""
         return self.method == "filip"
+
+    @property
+    def context_length(self) -> int:
+        """Longest text in tokens."""
+        return self.architecture.text.context_length
+
+    def describe(self) -> dict[str, Any]:
+        """Write the architecture as plain values."""
+        return describe_architecture(self.architecture)
+
+    def tokenizer(self) -> None:
+        """Return nothing: texts are of CLIP's vocabulary, of any length up to the context."""
 
     def build(self) -> DualEncoder:
         """Make the encoder, in evaluation mode.

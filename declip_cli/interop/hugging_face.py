@@ -83,7 +83,7 @@ def read_hugging_face(
         vision_norm_eps=float(vision.get("layer_norm_eps", 1e-5)),
         text_norm_eps=float(text.get("layer_norm_eps", 1e-5)),
     )
-    pixels = _pixels(processor, assumptions)
+    pixels = read_pixels(processor, assumptions)
     found = translated(
         checkpoint, state, untraced, project="huggingface", method="clip", pixels=pixels, assumptions=assumptions
     )
@@ -106,8 +106,8 @@ def _check_config(config: Mapping[str, Any]) -> None:
     kind, text = config.get("model_type"), config.get("text_config") or {}
     if kind != "clip":
         raise ModelError(
-            f"it is a model of the type {kind!r:.60}; of Hugging Face's, declip reads CLIPModel (type clip)",
-            remedy="SigLIP has another vocabulary and other towers; take a CLIP model",
+            f"it is a model of the type {kind!r:.60}; of Hugging Face's, declip reads the types clip and siglip",
+            remedy="take a CLIP model",
         )
     if not isinstance(text, Mapping) or not isinstance(config.get("vision_config") or {}, Mapping):
         raise ModelError("its config.json is damaged: no text_config or vision_config", remedy=DAMAGED)
@@ -163,7 +163,7 @@ def _translate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # --- the image processor
 
 
-def _pixels(processor: Mapping[str, Any] | None, assumptions: Assumptions) -> dict[str, Any]:
+def read_pixels(processor: Mapping[str, Any] | None, assumptions: Assumptions) -> dict[str, Any]:
     """Read the image processor; what it leaves out is as `CLIPImageProcessor` has it.
 
     Source: transformers, models/clip/image_processing_clip.py.

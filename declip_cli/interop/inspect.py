@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from declip_cli.interop.foreign import ForeignModel, changed_preprocessing
+from declip_cli.interop.other_towers import OtherTowers
 from declip_cli.interop.read import locate, open_foreign
 from declip_cli.interop.run_facts import RunFacts, read_run_facts
 from declip_cli.interop.weights import read_checkpoint
@@ -45,12 +46,16 @@ def inspect_model(path: Path, said: Mapping[str, Any] | None = None) -> dict[str
     return _describe_foreign(found)
 
 
-def _describe_foreign(found: ForeignModel) -> dict[str, Any]:
+def _describe_foreign(found: ForeignModel | OtherTowers) -> dict[str, Any]:
+    if isinstance(found, OtherTowers):
+        name, sizes = "", _other_sizes(found)
+    else:
+        name, sizes = name_of(found.architecture), _sizes(found.architecture, found.preprocessing, found.state)
     return {
         "family": found.project,
-        "arch": name_of(found.architecture) or "custom",
+        "arch": name or "custom",
         "method": found.method,
-        **_sizes(found.architecture, found.preprocessing, found.state),
+        **sizes,
         "container": found.container,
         "files": [str(path) for path in found.paths],
         "training": {key: _short(value) for key, value in found.facts.items()},
@@ -79,16 +84,34 @@ def _describe_own(folder: Path, said: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sizes(architecture: Architecture, preprocessing: Preprocessing, state: Mapping[str, Tensor]) -> dict[str, Any]:
-    statistics = ("running_mean", "running_var", "num_batches_tracked")
     return {
         "image_side_px": architecture.image_side_px,
         "context_length": architecture.text.context_length,
         "embed_dim": architecture.embed_dim,
-        "num_parameters": sum(value.numel() for name, value in state.items() if not name.endswith(statistics)),
+        "num_parameters": _num_parameters(state),
         "architecture": _plain(describe_architecture(architecture)),
         "preprocessing": preprocessing.to_json(),
         "vocabulary": "clip-bpe",
     }
+
+
+def _other_sizes(found: OtherTowers) -> dict[str, Any]:
+    """Describe towers that are only evaluated, and say why."""
+    return {
+        "image_side_px": found.preprocessing.image_side_px,
+        "context_length": found.context_length,
+        "embed_dim": _short(found.embed_dim),
+        "num_parameters": _num_parameters(found.state),
+        "architecture": _short(dict(found.config)),
+        "preprocessing": found.preprocessing.to_json(),
+        "vocabulary": _short(found.tokenizer_name) or "clip-bpe",
+        "only_evaluated": found.reason,
+    }
+
+
+def _num_parameters(state: Mapping[str, Tensor]) -> int:
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    return sum(value.numel() for name, value in state.items() if not name.endswith(statistics))
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

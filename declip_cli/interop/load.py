@@ -14,12 +14,12 @@ from declip_cli.data.tokenizer import Tokenizer
 from declip_cli.interop.assumptions import parse_assumptions
 from declip_cli.interop.pictures import view_of
 from declip_cli.interop.read import load_model
-from declip_cli.model.clip import DualEncoder
+from declip_cli.model.clip import Encoder
 
 
 def load(
     path: str | PathLike[str] | None = None, *, device: str | torch.device = "cpu", assume: Sequence[str] = ()
-) -> tuple[DualEncoder, Callable[[Image.Image], Tensor], Callable[[str | Sequence[str]], Tensor]]:
+) -> tuple[Encoder, Callable[[Image.Image], Tensor], Callable[[str | Sequence[str]], Tensor]]:
     """Open a model with all that it takes to use it.
 
     Args:
@@ -47,7 +47,7 @@ def load(
         return (pixels.float() / 255 - mean) / std
 
     def tokenize(texts: str | Sequence[str]) -> Tensor:
-        return tokenizer.encode(texts)
+        return tokenizer.encode([texts] if isinstance(texts, str) else texts)
 
-    tokenizer = Tokenizer(model.context_length)
+    tokenizer = model.tokenizer or Tokenizer(model.context_length)
     return model.encoder, preprocess, tokenize

@@ -112,17 +112,17 @@ def describe_preprocessing(how: Preprocessing) -> str:
 
 
 def _dimensions(model: PretrainedModel) -> Iterator[tuple[str, str]]:
-    architecture = model.encoder.architecture
+    architecture = model.towers.architecture
     vision, text = asdict(architecture.vision), asdict(architecture.text)
     kind = "vision transformer" if isinstance(architecture.vision, VitDims) else "modified ResNet of CLIP"
-    millions = sum(value.numel() for value in model.encoder.parameters()) / 1e6
+    millions = sum(value.numel() for value in model.towers.parameters()) / 1e6
     yield "architecture", f"`{model.arch}`, {millions:.1f} M parameters"
     yield "image tower", f"{kind}: {_listed(vision)}"
     yield "text tower", _listed(text)
     yield "image", f"{architecture.image_side_px} × {architecture.image_side_px} px"
     yield "embedding", f"{architecture.embed_dim} numbers"
-    yield "logit scale", f"{float(model.encoder.logit_scale.detach().exp()):.4g}"
-    if model.encoder.token_wise is not None and not model.token_wise:
+    yield "logit scale", f"{float(model.towers.logit_scale.detach().exp()):.4g}"
+    if model.towers.token_wise is not None and not model.token_wise:
         yield "not included", "token-wise heads, which only training uses"
 
 

@@ -10,9 +10,11 @@ from torch import Tensor
 from declip_cli.errors import ModelError
 from declip_cli.interop.assumptions import Assumptions
 from declip_cli.interop.foreign import DAMAGED, ForeignModel, translated, with_mask_token
+from declip_cli.interop.other_open_clip import read_other_open_clip
+from declip_cli.interop.other_towers import OtherTowers
 from declip_cli.interop.weights import Checkpoint
 from declip_cli.model.dims import Architecture, VitDims
-from declip_cli.model.open_clip_towers import read_installed_config, read_open_clip_model
+from declip_cli.model.open_clip_towers import OtherTowersError, read_installed_config, read_open_clip_model
 from declip_cli.model.preprocessing import OPENAI_MEAN, OPENAI_STD
 from declip_cli.model.shapes import Untraced
 
@@ -41,7 +43,9 @@ def read_openai(checkpoint: Checkpoint, assumptions: Assumptions) -> ForeignMode
     )
 
 
-def read_open_clip(checkpoint: Checkpoint, config: Mapping[str, Any] | None, assumptions: Assumptions) -> ForeignModel:
+def read_open_clip(
+    checkpoint: Checkpoint, config: Mapping[str, Any] | None, assumptions: Assumptions
+) -> ForeignModel | OtherTowers:
     """Translate a model of OpenCLIP's.
 
     Args:
@@ -53,12 +57,16 @@ def read_open_clip(checkpoint: Checkpoint, config: Mapping[str, Any] | None, ass
         The model.
 
     Raises:
-        ModelError: its towers are others than CLIP's, or weights and configuration contradict each other.
+        ModelError: nobody can build its towers, or weights and configuration contradict each other.
     """
-    state = _own_names(checkpoint.state)
     model_config = config["model_cfg"] if config is not None else _trained_config(checkpoint.facts)
-    told = read_open_clip_model(model_config) if model_config is not None else None
     pixels = _pixels(config.get("preprocess_cfg", {}) if config is not None else None, assumptions)
+    try:
+        told = read_open_clip_model(model_config) if model_config is not None else None
+    except OtherTowersError as other:
+        assert model_config is not None
+        return read_other_open_clip(checkpoint, model_config, pixels, assumptions, reason=other.message)
+    state = _own_names(checkpoint.state)
     untraced = _from_config(told, assumptions) if told is not None else _assumed(state, assumptions)
     found = translated(
         checkpoint, state, untraced, project="open_clip", method="clip", pixels=pixels, assumptions=assumptions

@@ -89,7 +89,7 @@ def embed(model: PretrainedModel, sample: Sample) -> Embedded:
         model: on the CPU, in evaluation mode.
         sample: N pictures, M texts.
     """
-    encoder, views = model.encoder, views_of(sample.pictures, model.preprocessing)
+    encoder, views = model.towers, views_of(sample.pictures, model.preprocessing)
     tokens = Tokenizer(model.context_length).encode(list(sample.texts))  # (M, L)
     with torch.inference_mode():
         if not model.token_wise:

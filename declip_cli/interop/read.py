@@ -14,6 +14,7 @@ from declip_cli.errors import ConfigError, DeclipError, ModelError
 from declip_cli.interop.assumptions import PREPROCESSING_KEYS, Assumptions
 from declip_cli.interop.cached import find_cached
 from declip_cli.interop.foreign import ForeignModel, changed_preprocessing
+from declip_cli.interop.other_towers import OtherTowers
 from declip_cli.interop.recognise import config_paths, read_foreign
 from declip_cli.model.checkpoint import (
     PretrainedModel,
@@ -24,13 +25,14 @@ from declip_cli.model.checkpoint import (
     read_model,
     runs_root,
 )
-from declip_cli.model.dims import Architecture, describe_architecture
+from declip_cli.model.dims import Architecture
 from declip_cli.model.preprocessing import Preprocessing
 
 TAKEN = (
     "a run folder, a model folder, a checkpoint of OpenAI, OpenCLIP, Hugging Face, SLIP or the original DeCLIP, "
     "or a name of OpenCLIP's such as ViT-B-32/laion2b_s34b_b79k"
 )
+_OWN = "takes models whose towers are CLIP's own, such as ViT-B-32/laion2b_s34b_b79k"
 
 
 def load_model(
@@ -108,7 +110,7 @@ def locate(path: Path, *, option: str) -> Place:
 
 def open_foreign(
     place: Place, *, said: Mapping[str, Any] | None, option: str, shapes_only: bool = False
-) -> ForeignModel:
+) -> ForeignModel | OtherTowers:
     """Read a model of another project, whatever happens in doing so.
 
     Raises:
@@ -127,16 +129,16 @@ def open_foreign(
         ) from error
 
 
-def _tell(foreign: ForeignModel, path: Path, say: Callable[[str], None]) -> None:
+def _tell(foreign: ForeignModel | OtherTowers, path: Path, say: Callable[[str], None]) -> None:
     for line in foreign.assumed:
         say(f"note: {path}: {line}")
 
 
-def _finished(foreign: ForeignModel, *, name: str) -> PretrainedModel:
+def _finished(foreign: ForeignModel | OtherTowers, *, name: str) -> PretrainedModel:
     encoder = foreign.build()
     weights = foreign.paths[0]
     files = fingerprint_of(*foreign.paths, *config_paths(weights).values())
-    facts = [files, describe_architecture(foreign.architecture), asdict(foreign.preprocessing)]
+    facts = [files, foreign.describe(), asdict(foreign.preprocessing)]
     return PretrainedModel(
         encoder=encoder,
         name=name,
@@ -144,8 +146,9 @@ def _finished(foreign: ForeignModel, *, name: str) -> PretrainedModel:
         arch=foreign.project,
         token_wise=foreign.is_token_wise,
         preprocessing=foreign.preprocessing,
-        context_length=foreign.architecture.text.context_length,
+        context_length=foreign.context_length,
         fingerprint=hashlib.sha256(json.dumps(facts).encode()).hexdigest(),
+        tokenizer=foreign.tokenizer(),
     )
 
 
@@ -188,12 +191,16 @@ def describe_model(
         Its architecture and preprocessing.
 
     Raises:
-        ModelError: there is none, or it cannot be read.
+        ModelError: there is none, it cannot be read, or its towers are not CLIP's own.
     """
     place = locate(path, option=option)
     if place.folder is None:
         foreign = open_foreign(place, said=said, option=option, shapes_only=True)
         _tell(foreign, path, say)
+        if isinstance(foreign, OtherTowers):
+            raise ModelError(
+                f"{path} can be evaluated, but no run can start from it: {foreign.reason}", remedy=f"{option} {_OWN}"
+            )
         return Description(architecture=foreign.architecture, preprocessing=foreign.preprocessing)
     _, architecture, preprocessing = describe_folder(place.folder)
     return Description(architecture=architecture, preprocessing=changed_preprocessing(preprocessing, said or {}))

@@ -11,6 +11,8 @@ from declip_cli.interop.foreign import ForeignModel
 from declip_cli.interop.hugging_face import read_hugging_face
 from declip_cli.interop.open_clip import read_open_clip, read_openai
 from declip_cli.interop.original import read_original
+from declip_cli.interop.other_towers import OtherTowers
+from declip_cli.interop.siglip import read_siglip
 from declip_cli.interop.slip import read_slip
 from declip_cli.interop.weights import Checkpoint, read_checkpoint
 
@@ -25,7 +27,7 @@ _READ = "declip reads CLIP models of OpenAI, OpenCLIP, Hugging Face (CLIPModel),
 
 def read_foreign(
     path: Path, assumptions: Assumptions, *, config: Mapping[str, Any] | None = None, shapes_only: bool = False
-) -> ForeignModel:
+) -> ForeignModel | OtherTowers:
     """Read a model of another project; nothing in it is executed.
 
     Args:
@@ -101,7 +103,9 @@ def config_paths(weights: Path) -> dict[str, Path]:
     return {key: path for key, path in paths.items() if path.is_file()}
 
 
-def _translate(checkpoint: Checkpoint, configs: Mapping[str, Any], assumptions: Assumptions) -> ForeignModel:
+def _translate(
+    checkpoint: Checkpoint, configs: Mapping[str, Any], assumptions: Assumptions
+) -> ForeignModel | OtherTowers:
     state = checkpoint.state
 
     def has(*prefixes: str) -> bool:
@@ -111,6 +115,8 @@ def _translate(checkpoint: Checkpoint, configs: Mapping[str, Any], assumptions: 
         return read_original(checkpoint, assumptions)
     if has("visual.blocks.", "visual.patch_embed."):
         return read_slip(checkpoint, assumptions)
+    if has("vision_model.", "text_model.") and (configs.get("config") or {}).get("model_type") == "siglip":
+        return read_siglip(checkpoint, configs["config"], configs.get("processor"), assumptions)
     if has("vision_model.", "text_model."):
         return read_hugging_face(checkpoint, configs.get("config"), configs.get("processor"), assumptions)
     if has("token_embedding.weight", "text.token_embedding.weight", "text.transformer.") or "open_clip" in configs:

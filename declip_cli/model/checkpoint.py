@@ -15,7 +15,7 @@ from declip_cli import __version__
 from declip_cli.config import MethodName, ModelConfig
 from declip_cli.errors import ModelError
 from declip_cli.files import SUMS_FILE, check_folder, existing_folder, new_folder, read_json, write_json
-from declip_cli.model.clip import DualEncoder
+from declip_cli.model.clip import DualEncoder, Encoder, WholeTokenizer
 from declip_cli.model.dims import Architecture, describe_architecture, read_architecture
 from declip_cli.model.heads import TOKEN_WISE_DIM
 from declip_cli.model.open_clip_layout import open_clip_config, open_clip_state, why_not_open_clip
@@ -39,7 +39,7 @@ PARSING_ERRORS = (ValueError, KeyError, TypeError, AttributeError, IndexError, R
 class PretrainedModel:
     """A dual encoder with all that is needed to use it as it was trained."""
 
-    encoder: DualEncoder
+    encoder: Encoder
     name: str
     """Where it came from."""
     method: str
@@ -50,6 +50,16 @@ class PretrainedModel:
     context_length: int
     fingerprint: str
     """sha256 of weights and preprocessing; empty for a model that is still being trained."""
+    tokenizer: WholeTokenizer | None = None
+    """None for CLIP's vocabulary and a causal tower, which reads texts of any length up to the context."""
+
+    @property
+    def towers(self) -> DualEncoder:
+        """The encoder where its towers are CLIP's own, else ModelError."""
+        if isinstance(self.encoder, DualEncoder):
+            return self.encoder
+        what = f"the towers of {self.name} are not CLIP's own: it can be evaluated, but neither trained nor exported"
+        raise ModelError(what, remedy="take a model such as ViT-B-32, ViT-L-14 or RN50")
 
     @property
     def image_side_px(self) -> int:

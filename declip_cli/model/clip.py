@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,28 +20,16 @@ INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 """Logarithm of every logit scale before training (CLIP, arXiv 2103.00020, section 2.5)."""
 
 
-class DualEncoder(nn.Module):
-    """Map images and texts into one space.
+class Encoder(nn.Module):
+    """Map images and texts into one space, by whatever towers."""
 
-    Images arrive as uint8 and are cast, scaled and normalized in the image tower and nowhere else.
-
-    Args:
-        architecture: the dimensions.
-        token_wise_dim: width of token-wise features; 0 for models that compare whole images and texts.
-    """
-
+    logit_scale: nn.Parameter
+    """Logarithm of the scale of the cosines."""
     pixel_mean: Tensor
     pixel_std: Tensor
 
-    def __init__(self, architecture: Architecture, *, token_wise_dim: int = 0) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.architecture = architecture
-        self.visual = _build_vision(architecture)
-        self.text = TextTransformer(architecture.text, embed_dim=architecture.embed_dim)
-        self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
-        self.token_wise: TokenWiseHeads | None = None
-        if token_wise_dim:
-            self.token_wise = TokenWiseHeads(self.visual.feature_dim, self.text.feature_dim, width=token_wise_dim)
         self.register_buffer("pixel_mean", torch.tensor(IMAGE_MEAN), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(IMAGE_STD), persistent=False)
 
@@ -52,6 +41,50 @@ class DualEncoder(nn.Module):
     def normalise(self, images: Tensor) -> Tensor:
         """Normalise images as the towers do: uint8 RGB, (B, S, S, 3) → float32, (B, 3, S, S)."""
         return normalise(images, self.pixel_mean, self.pixel_std)
+
+    def encode_image(self, images: Tensor, *, projected: bool = True) -> Tensor:
+        """Embed images.
+
+        Args:
+            images: uint8 RGB, (B, S, S, 3).
+            projected: whether to map into the shared embedding; else the features before it.
+
+        Returns:
+            Not normalized, (B, D), or (B, E) before the projection.
+        """
+        raise NotImplementedError
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Embed texts.
+
+        Args:
+            tokens: ids, int64, (B, L).
+
+        Returns:
+            Not normalized, (B, D).
+        """
+        raise NotImplementedError
+
+
+class DualEncoder(Encoder):
+    """Map images and texts into one space by towers of CLIP's.
+
+    Images arrive as uint8 and are cast, scaled and normalized in the image tower and nowhere else.
+
+    Args:
+        architecture: the dimensions.
+        token_wise_dim: width of token-wise features; 0 for models that compare whole images and texts.
+    """
+
+    def __init__(self, architecture: Architecture, *, token_wise_dim: int = 0) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.visual = _build_vision(architecture)
+        self.text = TextTransformer(architecture.text, embed_dim=architecture.embed_dim)
+        self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
+        self.token_wise: TokenWiseHeads | None = None
+        if token_wise_dim:
+            self.token_wise = TokenWiseHeads(self.visual.feature_dim, self.text.feature_dim, width=token_wise_dim)
 
     def image_states(self, images: Tensor) -> ImageStates:
         """Run the image tower up to its features and patches.
@@ -68,27 +101,12 @@ class DualEncoder(nn.Module):
         return self.visual.project(states.features if is_vit else states.patches)
 
     def encode_image(self, images: Tensor, *, projected: bool = True) -> Tensor:
-        """Embed images.
-
-        Args:
-            images: uint8 RGB, (B, S, S, 3).
-            projected: whether to map into the shared embedding; else the features before it.
-
-        Returns:
-            Not normalized, (B, D), or (B, E) before the projection.
-        """
+        """Embed images, as of `Encoder`."""
         states = self.image_states(images)
         return self.project_image(states) if projected else states.features
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """Embed texts.
-
-        Args:
-            tokens: ids, int64, (B, L).
-
-        Returns:
-            Not normalized, (B, D).
-        """
+        """Embed texts, as of `Encoder`."""
         return self.text.project(self.text.pool_at_end(self.text(tokens), tokens))
 
     def encode_image_tokens(self, images: Tensor) -> Tensor:
@@ -127,6 +145,16 @@ class DualEncoder(nn.Module):
             for module in tower.modules():
                 if isinstance(module, Transformer | ModifiedResNet):
                     module.gradient_checkpointing = is_on
+
+
+class WholeTokenizer(Protocol):
+    """Of a model whose text tower takes texts of the whole context length only."""
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Turn N texts into ids, int64, (N, L)."""
+
+    def count_cut(self, texts: Sequence[str]) -> int:
+        """Count the texts that are longer than the context."""
 
 
 def text_token_mask(tokens: Tensor) -> Tensor:

@@ -43,6 +43,12 @@ _MEANING = {
     "vision_cfg.attentional_pool": "its image tower pools by attention",
     "vision_cfg.ls_init_value": "its image tower scales its layers (LayerScale)",
 }
+
+
+class OtherTowersError(ModelError):
+    """A configuration describes towers that are not CLIP's own."""
+
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _AGAIN = "copy the file again"
 
@@ -57,7 +63,8 @@ def read_open_clip_model(config: Mapping[str, Any]) -> Architecture:
         The dimensions.
 
     Raises:
-        ModelError: it describes other towers, and says which, or it is damaged.
+        OtherTowersError: it describes other towers, and says which.
+        ModelError: it is damaged.
     """
     vision, text = config.get("vision_cfg"), config.get("text_cfg")
     if not isinstance(vision, Mapping) or not isinstance(text, Mapping):
@@ -116,7 +123,7 @@ def _check_plain(prefix: str, fields: Mapping[str, Any]) -> None:
         name = f"{prefix}{key}"
         if name not in _FREE and value not in _PLAIN.get(name, _OFF):
             meaning = _MEANING.get(name, "declip has no such tower")
-            raise ModelError(
+            raise OtherTowersError(
                 f"this is no plain ViT or ResNet of CLIP: {meaning} ({name} is {value!r:.60})",
                 remedy="take a model whose towers are CLIP's own, such as ViT-B-32, ViT-L-14 or RN50",
             )
