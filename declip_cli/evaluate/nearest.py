@@ -122,7 +122,9 @@ class ApproximateIndex:
             elif "HNSW" in self.spec:
                 faiss.ParameterSpace().set_index_parameter(inner, "efSearch", max(64, wanted))
             found = self._index.search(query[None], wanted)[1][0].astype(np.int64)
-            found = np.intersect1d(found, rows)  # sorted, each once
+            found = np.unique(found)
+            places = np.searchsorted(rows, found).clip(max=len(rows) - 1)
+            found = found[rows[places] == found]  # those that count
             if len(found) >= min(k, len(rows)) or wanted >= num_all:
                 return best(vectors[found] @ query, found, k)
             wanted *= 4
