@@ -233,3 +233,19 @@ def test_a_siglip_of_hugging_face_s_that_is_not_whole_is_refused(tmp_path):
     save_file({name: value for name, value in state.items() if "probe" not in name}, tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match=r"cannot be built.*probe"):
         load_model(tmp_path)
+
+
+def test_a_cached_model_is_found_by_its_name_and_its_tokenizer_beside_the_weights(tmp_path, monkeypatch):
+    config = other_peers.siglip_config()
+    cache = tmp_path / ".cache" / "clip"
+    cache.mkdir(parents=True)
+    other_peers.write_folder(cache, config)
+    (cache / "open_clip_config.json").unlink()
+    (cache / "open_clip_model.safetensors").rename(cache / "siglip.safetensors")
+    known = {"url": "https://example.org/siglip.safetensors"} | other_peers.PIXELS
+    monkeypatch.setattr("open_clip.pretrained.get_pretrained_cfg", lambda model, tag: known)
+    monkeypatch.setattr("declip_cli.interop.cached.read_installed_config", lambda name: config)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = load_model("ViT-Tiny-SigLIP/webli")
+    assert model.preprocessing.resize_mode == "squash"
+    assert text_features(model, peers.TEXTS, options=OPTIONS).shape == (3, 24)
