@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from unittest import mock
 
@@ -13,8 +13,12 @@ from torch import nn
 from declip_cli import distributed
 from declip_cli.distributed import LaggedMaximum, gather
 from declip_cli.gradient_average import GradientAverage
+from declip_cli.methods.registry import METHODS
+from declip_cli.model.batch_norm import use_full_batch_norm
+from declip_cli.train.grad_cache import forward_backward
 from declip_cli.train.loop import _decide
 from declip_cli.train.optim import schedule_of
+from tests.methods.small_methods import GOOD, batch_of, build
 from tests.train.small_runs import resolved, small_config
 
 NUM_RANKS = 4
@@ -127,6 +131,30 @@ def decisions(rank):
     return found
 
 
+def exchanged(name, rank, *, micro_batch_size=0):
+    """Take two steps of two pairs a rank, and count what the second exchanges, → bytes of each kind of collective."""
+    method = build(name, queue_start="random")
+    use_full_batch_norm(method, is_accelerator=False)
+    batch, agreed = batch_of(method, 2 * NUM_RANKS).split(2)[rank], LaggedMaximum()
+    averaged = GradientAverage(method.parameters())
+    for _ in range(2):
+        method.zero_grad(set_to_none=True)
+        with recorded() as calls:
+            agreed.exchange([0, 0, 0])
+            result = forward_backward(
+                method,
+                batch,
+                micro_batch_size=micro_batch_size,
+                autocast=nullcontext,
+                last_backward=averaged.last_backward,
+            )
+            method.update_queue(result.embeddings, GOOD)
+    sizes = Counter()
+    for kind, num_bytes, _ in calls:
+        sizes[kind] += num_bytes
+    return dict(sizes)
+
+
 def run(folder):
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
@@ -137,12 +165,7 @@ def run(folder):
         "gathered": gathered(rank),
         "lagged": lagged(rank),
         "decisions": decisions(rank),
+        "traffic": {name: exchanged(name, rank) for name in METHODS},
+        "traffic of micro-batches": {name: exchanged(name, rank, micro_batch_size=1) for name in METHODS},
     }
     torch.save(found, f"{folder}/{rank}.pt")
-
-
-def by_name(calls):
-    sizes = Counter()
-    for name, num_bytes, _ in calls:
-        sizes[name] += num_bytes
-    return dict(sizes)

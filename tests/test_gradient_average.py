@@ -1,11 +1,17 @@
 """Four processes: their averages are those of plain sums, and the messages go out while backward still runs."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from declip_cli.gradient_average import GradientAverage
+from declip_cli.methods.registry import METHODS
+from declip_cli.train.grad_cache import forward_backward
 from declip_cli.train.launch import start_processes
+from tests.benchmarks.traffic import step_traffic
 from tests.four_ranks import NUM_RANKS, NUM_STEPS, NUMBERS, Uneven, run
+from tests.methods.small_methods import batch_of, build
 
 pytestmark = pytest.mark.usefixtures("quick_ranks")
 
@@ -99,3 +105,13 @@ def test_ranks_decide_alike_a_step_after_one_of_them_asked(ranks):
     assert stops == (False, False, False, False, False, True, True)
     assert saves == (False, False, True, False, False, False, True)  # asked for after step 2; every 7 steps
     assert shares == pytest.approx((0.1, 0.1, 0.2, 0.4, 0.4, 0.5, 0.6))  # after a saving, of the same step
+
+
+@pytest.mark.parametrize("kind", ["traffic", "traffic of micro-batches"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_exchanges_what_the_formula_says(ranks, name, kind):
+    method = build(name, queue_start="random")
+    forward_backward(method, batch_of(method, 4), micro_batch_size=0, autocast=nullcontext)
+    norms = tuple(module for module in method.modules() if isinstance(module, torch.nn.BatchNorm1d))
+    expected = step_traffic(method, 2, NUM_RANKS, norms, token_dim=6, simclr_dim=7)
+    assert [found[kind][name] for found in ranks] == [expected] * NUM_RANKS
