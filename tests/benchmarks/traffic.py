@@ -1,7 +1,7 @@
 """What ranks exchange in a step, as a formula, and what share of the step it takes on named networks.
 
-`python -m tests.benchmarks.traffic` prints the table of docs/many-machines.md: ViT-B/32, 128 pairs on each GPU. No network
-is measured: bytes follow from the methods (tests/test_gradient_average.py counts them), times from the bandwidths below.
+`python -m tests.benchmarks.traffic` prints the table of docs/many-machines.md: ViT-B/32, 128 pairs on each GPU. Nothing
+is measured: bytes follow from the methods (tests/test_gradient_average.py counts them), times from the rates below.
 """
 
 import argparse
@@ -24,6 +24,8 @@ GPU_FLOPS = 0.4 * 989e12
 """What a step is taken to reach of an H100's peak in bfloat16."""
 BYTES_S = {"NVLink": 370e9, "InfiniBand 8 × 400 Gb/s": 350e9, "Ethernet 100 Gb/s": 11e9}
 """Of a ring: inside a machine of 8 GPUs; between machines, whose links all carry a share of each message."""
+GPUS_OF_A_MACHINE = 8
+"""NVLink ends there."""
 FLOAT, NUMBER = 4, 8
 SMALL_MESSAGES = {"decisions": 3 * NUMBER, "parameters left out": NUMBER}
 
@@ -94,17 +96,16 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 64, 256, 1024])
     parser.add_argument("--method", nargs="+", choices=tuple(METHODS), default=list(METHODS))
     options = parser.parse_args()
-    networks = [f"{name}: {kind}" for name in BYTES_S for kind in ("gathers", "gradients")]
-    print(f"| method | GPUs | gathers, MB | gradients, MB | {' | '.join(networks)} |")
-    print("|" + " --- |" * (4 + len(networks)))
+    print(f"| method | GPUs | gathers, MB | gradients, MB | {' | '.join(BYTES_S)} |")
+    print("|" + " --- |" * (4 + len(BYTES_S)))
     for name in options.method:
         method, flops = method_after_a_step(name)
         step_s = options.pairs * flops / GPU_FLOPS
         for num_ranks in options.ranks:
             sent = sent_bytes(step_traffic(method, options.pairs, num_ranks), num_ranks)
-            shares = [f"{num_bytes / speed / step_s:.0%}" for speed in BYTES_S.values() for num_bytes in sent]
-            if num_ranks > 8:
-                shares[:2] = ["", ""]  # NVLink ends at the machine
+            shares = [" + ".join(f"{size / speed / step_s:.2f}" for size in sent) for speed in BYTES_S.values()]
+            if num_ranks > GPUS_OF_A_MACHINE:
+                shares[0] = ""
             print(f"| {name} | {num_ranks:,} | {sent[0] / 1e6:,.0f} | {sent[1] / 1e6:,.0f} | {' | '.join(shares)} |")
 
 
