@@ -10,11 +10,31 @@ D  width of the shared embedding                              Q  width of token-
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from declip_cli.distributed import Gathered
+
+NO_LABEL = -100
+"""Label of a token that is not to be predicted, as the data room gives it without PyTorch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextGroups:
+    """In which groups of similar length N texts are encoded, so that little padding is computed."""
+
+    order: Tensor
+    """The text at each place of the first group, of the second and so on, int64, (N,)."""
+    places: Tensor
+    """The place of each text in that order, int64, (N,)."""
+    shapes: tuple[tuple[int, int], ...]
+    """Texts of each group, and tokens that are encoded of each."""
+
+    def to(self, device: torch.device) -> "TextGroups":
+        """Move the tensors to a device, without waiting for it."""
+        return replace(self, order=send(self.order, device), places=send(self.places, device))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,25 +54,59 @@ class Batch:
     """Position of each pair in the data set, int64, (B,)."""
     text_lengths: Tensor | None = None
     """Tokens of each text without padding, int64, always on the CPU, (B, T); None where nobody counted them."""
+    mask_counts: Tensor | None = None
+    """Labels of each pair, int64, always on the CPU, (B,); None where nobody counted them."""
+    mask_positions: Tensor | None = None
+    """Places of these K labels in the flattened `mask_labels`, ascending, int64, (K,); None likewise."""
+    text_groups: TextGroups | None = None
+    """How the texts are encoded; None leaves the choice to the method."""
 
     def __len__(self) -> int:
         return self.images.shape[0]
 
-    def with_text_lengths(self) -> "Batch":
-        """Count the tokens of each text, for encoding texts of similar length together; before it leaves the CPU."""
-        num_padding = (self.tokens.flip(-1) != 0).int().argmax(-1)  # (B, T); the last token is never 0
-        return replace(self, text_lengths=self.tokens.shape[-1] - num_padding)
+    def counted(self) -> "Batch":
+        """Count tokens and labels before the batch leaves the CPU, so that nobody has to ask a device for them."""
+        num_padding = (self.tokens.numpy()[..., ::-1] != 0).argmax(-1)  # (B, T); the last token is never 0
+        has_label = self.mask_labels.numpy() != NO_LABEL
+        return replace(
+            self,
+            text_lengths=torch.from_numpy(self.tokens.shape[-1] - num_padding),
+            mask_counts=torch.from_numpy(has_label.sum(1)),
+            mask_positions=torch.from_numpy(np.flatnonzero(has_label)),
+        )
 
     def to(self, device: torch.device) -> "Batch":
-        """Move all tensors but the lengths to a device, without waiting where the memory is pinned."""
-        names = [f.name for f in fields(self) if f.name != "text_lengths"]
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        """Move all tensors but the counts to a device, without waiting for it."""
+        return replace(
+            self,
+            images=send(self.images, device),
+            tokens=send(self.tokens, device),
+            mask_labels=send(self.mask_labels, device),
+            numbers=send(self.numbers, device),
+            mask_positions=None if self.mask_positions is None else send(self.mask_positions, device),
+        )
 
-    def split(self, size: int) -> list["Batch"]:
-        """Cut into consecutive batches of at most `size` pairs."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        pieces = {name: value.split(size) for name, value in values.items() if value is not None}
+    def on_device(self) -> list[Tensor]:
+        """Return the tensors that `to` moves."""
+        values = (self.images, self.tokens, self.mask_labels, self.numbers, self.mask_positions)
+        return [value for value in values if value is not None]
+
+    def split(self, size: int) -> "list[Batch]":
+        """Cut into consecutive batches of at most `size` pairs, without waiting for a device."""
+        names = ("images", "tokens", "mask_labels", "numbers", "text_lengths", "mask_counts")
+        pieces = {name: value.split(size) for name in names if (value := getattr(self, name)) is not None}
+        if self.mask_positions is not None and self.mask_counts is not None:
+            parts = self.mask_positions.split([int(counts.numpy().sum()) for counts in self.mask_counts.split(size)])
+            step = size * self.mask_labels.shape[1]
+            pieces["mask_positions"] = tuple(part - number * step for number, part in enumerate(parts))
         return [Batch(**dict(zip(pieces, piece, strict=True))) for piece in zip(*pieces.values(), strict=True)]
+
+
+def send(value: Tensor, device: torch.device) -> Tensor:
+    """Move a tensor to a device; a GPU copies without waiting from page-locked memory only."""
+    if device.type == "cuda" and value.device.type == "cpu" and not value.is_pinned():
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -191,7 +191,7 @@ class TrainStream(Iterator[Batch]):
             tokens=torch.from_numpy(room.tokens[..., :length].copy()),
             mask_labels=torch.from_numpy(room.mask_labels[:, :length].copy()),
             numbers=torch.from_numpy(room.numbers.copy()),
-        )
+        ).counted()
 
     def _schedule(self) -> _Pending:
         config, global_size = self._config, self._config.global_size

@@ -8,11 +8,11 @@ from typing import ClassVar, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from declip_cli.batch import Batch, Embeddings, LossTerms
+from declip_cli.batch import NO_LABEL, Batch, Embeddings, LossTerms
 from declip_cli.config import MethodConfig, Views
 from declip_cli.errors import ChoiceError, require
 from declip_cli.losses import masked_cross_entropy
-from declip_cli.methods.length_groups import encode_by_length
+from declip_cli.methods.length_groups import call_tokens, encode_in_groups, group_texts
 from declip_cli.methods.terms import Contrast, contrastive_loss, own_ids
 from declip_cli.model.clip import DualEncoder
 from declip_cli.model.text_transformer import VOCABULARY_SIZE
@@ -155,16 +155,15 @@ class Method(nn.Module, ABC):
         """Run the text tower on all views at once, or on groups of similar length if padding does not matter.
 
         Args:
-            batch: B pairs with T text views; grouped if the lengths of its texts are known.
+            batch: B pairs with T text views; grouped if it says how, or how long its texts are.
 
         Returns:
             Token states, (B, T, L, E).
         """
-        texts = batch.tokens.flatten(0, 1)  # (B·T, L)
-        if batch.text_lengths is None or self.views.pad_to_context:
-            states: Tensor = self.encoder.text(texts)
-        else:
-            states = encode_by_length(self.encoder.text, texts, batch.text_lengths.flatten())
+        texts, groups, device = batch.tokens.flatten(0, 1), batch.text_groups, batch.tokens.device  # (B·T, L)
+        if groups is None and batch.text_lengths is not None and not self.views.pad_to_context:
+            groups = group_texts(batch.text_lengths.flatten(), call_tokens=call_tokens(device)).to(device)
+        states = self.encoder.text(texts) if groups is None else encode_in_groups(self.encoder.text, texts, groups)
         return torch.unflatten(states, 0, batch.tokens.shape[:2])
 
     def project_images(self, views: list[ImageStates]) -> Tensor:
@@ -177,12 +176,12 @@ class Method(nn.Module, ABC):
         embeds: Tensor = self.encoder.text.project(features).unflatten(0, states.shape[:2])
         return embeds
 
-    def mask_losses(self, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def mask_losses(self, states: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Predict the masked tokens, at masked positions only.
 
         Args:
             states: token states of the masked view, (B, L, E).
-            labels: the hidden ids, -100 elsewhere, (B, L).
+            batch: whose labels are wanted; the device is asked where they are if nobody has counted them.
 
         Returns:
             Sum of the cross-entropies and number of masked tokens of each pair, (B,) each; (B, 0) without the term.
@@ -191,10 +190,13 @@ class Method(nn.Module, ABC):
         """
         if self.mask_head is None:
             return states.new_zeros(len(states), 0), states.new_zeros(len(states), 0)
-        texts, positions = (labels != -100).nonzero(as_tuple=True)  # (K,)
-        logits = self.mask_head(states[texts, positions])  # (K, vocabulary)
-        losses = masked_cross_entropy(logits, labels[texts, positions], texts, num_owners=len(states))
-        return losses, (labels != -100).sum(1).float()
+        labels, positions = batch.mask_labels, batch.mask_positions  # (B, L), (K,)
+        if positions is None:
+            positions = (labels != NO_LABEL).flatten().nonzero()[:, 0]
+        owners, places = positions // labels.shape[1], positions % labels.shape[1]  # (K,) each
+        logits = self.mask_head(states[owners, places])  # (K, vocabulary)
+        losses = masked_cross_entropy(logits, labels[owners, places], owners, num_owners=len(states))
+        return losses, (labels != NO_LABEL).sum(1).float()
 
 
 def embeddings_of(batch: Batch, *, images: Tensor, texts: Tensor, **others: Tensor) -> Embeddings:

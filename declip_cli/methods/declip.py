@@ -55,7 +55,7 @@ class DeClip(Method):
         """Run both towers on all views; predict the masked tokens of the first text."""
         images = self.encode_images(batch.images)
         states = self.encode_texts(batch)  # (B, T, L, E)
-        losses, counts = self.mask_losses(states[:, 0], batch.mask_labels)
+        losses, counts = self.mask_losses(states[:, 0], batch)
         return embeddings_of(
             batch,
             images=self.project_images(images),  # (B, V, D)

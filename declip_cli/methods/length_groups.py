@@ -7,37 +7,57 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from declip_cli.batch import TextGroups
+
 MAX_GROUPS = 4
 _CALL_TOKENS = {"cpu": 128}
 _CALL_TOKENS_ON_A_GPU = 4096
-"""What one more call of the tower costs, in tokens that could be encoded instead: on a GPU, launching its kernels."""
+"""On a GPU, a call is the launch of all its kernels."""
 
 
-def encode_by_length(tower: Callable[[Tensor], Tensor], tokens: Tensor, lengths: Tensor) -> Tensor:
-    """Encode texts with a causal tower, groups of similar length together; where it does not pay, all at once.
+def group_texts(lengths: Tensor, *, call_tokens: int) -> TextGroups:
+    """Put texts of similar length into groups so that the fewest tokens are encoded.
+
+    Args:
+        lengths: tokens of each text without padding, int64, on the CPU, (N,).
+        call_tokens: what each group costs beside its tokens.
+
+    Returns:
+        The groups, on the CPU.
+    """
+    bounds = group_bounds(lengths, call_tokens=call_tokens)
+    group = torch.bucketize(lengths, torch.tensor(bounds))  # (N,)
+    order = group.argsort(stable=True)
+    sizes = group.bincount(minlength=len(bounds)).tolist()
+    return TextGroups(order=order, places=order.argsort(), shapes=tuple(zip(sizes, bounds, strict=True)))
+
+
+def call_tokens(device: torch.device) -> int:
+    """Return what one more call of the text tower costs on a device, in tokens that could be encoded instead."""
+    return _CALL_TOKENS.get(device.type, _CALL_TOKENS_ON_A_GPU)
+
+
+def encode_in_groups(tower: Callable[[Tensor], Tensor], tokens: Tensor, groups: TextGroups) -> Tensor:
+    """Encode texts with a causal tower, each group by itself.
 
     Tokens of a text do not see what is behind them, so states, losses and gradients are the same up to rounding.
 
     Args:
         tower: ids, (N, L) → states, (N, L, E), of which each depends on its own and earlier ids only.
         tokens: ids, int64, (N, L).
-        lengths: tokens of each text without padding, int64, on the CPU, (N,).
+        groups: of the same texts, on the same device.
 
     Returns:
         State of each token, (N, L, E); padding has states of no meaning.
     """
     longest = tokens.shape[1]
-    call_tokens = _CALL_TOKENS.get(tokens.device.type, _CALL_TOKENS_ON_A_GPU)
-    bounds = group_bounds(lengths, call_tokens=call_tokens)
-    if bounds == [longest]:
+    if groups.shapes == ((len(tokens), longest),):
         return tower(tokens)
-    group = torch.bucketize(lengths, torch.tensor(bounds))  # (N,)
-    order = group.argsort(stable=True)  # (N,), on the CPU: no device waits
-    sizes = group.bincount(minlength=len(bounds)).tolist()
+    pieces = tokens[groups.order].split([num for num, _ in groups.shapes])
     parts = []
-    for length, ids in zip(bounds, tokens[order.to(tokens.device, non_blocking=True)].split(sizes), strict=True):
+    for (_, length), ids in zip(groups.shapes, pieces, strict=True):
         parts.append(F.pad(tower(ids[:, :length]), (0, 0, 0, longest - length)))  # (n, L, E)
-    return torch.cat(parts).index_select(0, order.argsort().to(tokens.device, non_blocking=True))
+    return torch.cat(parts).index_select(0, groups.places)
 
 
 def group_bounds(lengths: Tensor, *, call_tokens: int) -> list[int]:

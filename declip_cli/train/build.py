@@ -24,6 +24,7 @@ from declip_cli.model.batch_norm import use_full_batch_norm
 from declip_cli.model.precision import has_native_bf16
 from declip_cli.process_group import from_all
 from declip_cli.resolve import Machine, ResolvedRun, settled
+from declip_cli.train.batches import DeviceBatches
 from declip_cli.train.optim import Schedule, WeightAverage, build_optimizers, schedule_of
 from declip_cli.train.start import start_from
 
@@ -36,6 +37,8 @@ class Training:
     accelerator: Accelerator
     method: Method
     stream: TrainStream
+    batches: DeviceBatches
+    """Those of the stream, on the device."""
     optimizers: list[torch.optim.Optimizer]
     gradient_average: GradientAverage
     """Over the ranks."""
@@ -176,6 +179,7 @@ def build_training(run: ResolvedRun, samples: Dataset, *, path: Path, is_resumed
         accelerator=accelerator,
         method=method,
         stream=stream,
+        batches=DeviceBatches(stream, accelerator.device),
         optimizers=build_optimizers(method, config),
         gradient_average=GradientAverage(method.parameters()),
         average=WeightAverage(method.encoder, decay=decay) if decay else None,

@@ -46,7 +46,7 @@ def take_step(training: Training, rate: float) -> StepOutcome:
     """
     accelerator, method = training.accelerator, training.method
     scaler = accelerator.scaler  # of float16; None otherwise
-    batch = next(training.stream).with_text_lengths().to(accelerator.device)
+    batch = next(training.batches)
     statistics = [value for name, value in method.named_buffers() if name.endswith(("running_mean", "running_var"))]
     before = [value.clone() for value in statistics]
     result = forward_backward(
@@ -113,6 +113,7 @@ def train(
         decision = _decide(training, meter, keeper, agreed, wants_stop=should_stop())
         must_evaluate, must_report = (_is_due(training, key) for key in ("eval_every_steps", "log_every_steps"))
         if not (decision.is_over or decision.must_save or must_evaluate or must_report):
+            training.batches.copy_ahead()  # nothing is saved before it is used
             continue
         problem = meter.problem() or (keeper.problem() if decision.is_over or decision.must_save else "")
         if problem:

@@ -78,7 +78,7 @@ def main() -> None:
             )
             training = training_of(config, samples)
             stream = training.stream
-            training.stream = SameBatch(next(stream))  # type: ignore[assignment]
+            training.stream = training.batches = SameBatch(next(training.batches))  # type: ignore[assignment]
             stream.close()
             most, _ = rate(training, options.steps)
             for loader, order in itertools.product(options.loader, options.order):

@@ -53,7 +53,7 @@ def make_batch(method: Method, options: argparse.Namespace, device: torch.device
     batch = Batch(
         images=images, tokens=tokens[..., :longest], mask_labels=labels[:, :longest], numbers=torch.arange(size)
     )
-    return (batch if options.ungrouped else batch.with_text_lengths()).to(device)
+    return (batch if options.ungrouped else batch.counted()).to(device)
 
 
 def autocast(precision: str, device: torch.device):

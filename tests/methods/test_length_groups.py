@@ -8,7 +8,7 @@ import torch
 
 from declip_cli.batch import Batch
 from declip_cli.methods import length_groups
-from declip_cli.methods.length_groups import encode_by_length, group_bounds
+from declip_cli.methods.length_groups import encode_in_groups, group_bounds, group_texts
 from declip_cli.methods.registry import METHODS
 from declip_cli.model.text_transformer import END_ID
 from declip_cli.train.grad_cache import forward_backward
@@ -38,7 +38,7 @@ def step(name, *, count_lengths, micro_batch_size=0, **options):
     method, shapes = build(name, queue_start="random", **options), []
     method.encoder.text.register_forward_pre_hook(lambda tower, inputs: shapes.append(tuple(inputs[0].shape)))
     batch = batch_of(method)
-    batch = batch.with_text_lengths() if count_lengths else batch
+    batch = batch.counted() if count_lengths else batch
     result = forward_backward(method, batch, micro_batch_size=micro_batch_size, autocast=nullcontext)
     gradients = {key: p.grad for key, p in method.named_parameters() if p.grad is not None}
     return result.terms, gradients, shapes
@@ -71,7 +71,6 @@ def test_texts_whose_padding_is_scored_are_encoded_at_full_length(name):
     assert [length for _, length in shapes] == [11]
 
 
-@pytest.mark.usefixtures("_calls_cost_nothing")
 def test_rows_come_back_in_their_order_and_no_row_is_encoded_longer_than_its_group():
     lengths = torch.tensor([2, 5, 3, 2, 9, 3, 7])
     tokens = torch.arange(7)[:, None] * 10 + torch.arange(9)  # (7, 9)
@@ -81,7 +80,7 @@ def test_rows_come_back_in_their_order_and_no_row_is_encoded_longer_than_its_gro
         seen.append(tuple(ids.shape))
         return ids[..., None].float() * torch.tensor([1.0, -1.0])  # (n, l, 2)
 
-    states = encode_by_length(tower, tokens, lengths)
+    states = encode_in_groups(tower, tokens, group_texts(lengths, call_tokens=0))
     assert states.shape == (7, 9, 2)
     for row, length in enumerate(lengths.tolist()):
         assert states[row, :length, 1].tolist() == (-tokens[row, :length]).tolist()
@@ -112,7 +111,17 @@ def test_a_small_batch_is_encoded_in_one_call():
 
 def test_lengths_count_up_to_the_last_token_whatever_stands_before_it():
     method = build("declip")
-    batch = batch_of(method).with_text_lengths()
+    batch = batch_of(method).counted()
     assert batch.text_lengths[:, 0].tolist() == list(LENGTHS)
     parts = batch.to(torch.device("cpu")).split(5)
     assert [part.text_lengths[:, 1].tolist() for part in parts] == [list(LENGTHS[:5]), list(LENGTHS[5:])]
+
+
+@pytest.mark.parametrize("size", [3, 4, 8])
+def test_counted_labels_stand_where_they_are_in_each_part_of_a_batch(size):
+    batch = batch_of(build("declip"))
+    for part, plain in zip(batch.counted().split(size), batch.split(size), strict=True):
+        assert part.mask_positions.tolist() == [
+            number for number, label in enumerate(plain.mask_labels.flatten().tolist()) if label != -100
+        ]
+        assert int(part.mask_counts.sum()) == len(part.mask_positions)
