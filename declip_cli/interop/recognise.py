@@ -111,6 +111,9 @@ def _translate(
     def has(*prefixes: str) -> bool:
         return any(name.startswith(prefixes) for name in state)
 
+    is_openai = checkpoint.container == "torchscript" or "input_resolution" in state
+    if "open_clip" in configs and not is_openai:  # whose towers may have any names
+        return read_open_clip(checkpoint, configs["open_clip"], assumptions)
     if has("encode_text.", "text_encoder."):
         return read_original(checkpoint, assumptions)
     if has("visual.blocks.", "visual.patch_embed."):
@@ -119,10 +122,8 @@ def _translate(
         return read_siglip(checkpoint, configs["config"], configs.get("processor"), assumptions)
     if has("vision_model.", "text_model."):
         return read_hugging_face(checkpoint, configs.get("config"), configs.get("processor"), assumptions)
-    if has("token_embedding.weight", "text.token_embedding.weight", "text.transformer.") or "open_clip" in configs:
-        if checkpoint.container == "torchscript" or "input_resolution" in state:
-            return read_openai(checkpoint, assumptions)
-        return read_open_clip(checkpoint, configs.get("open_clip"), assumptions)
+    if has("token_embedding.weight", "text.token_embedding.weight", "text.transformer."):
+        return read_openai(checkpoint, assumptions) if is_openai else read_open_clip(checkpoint, None, assumptions)
     if has("visual.", "module.visual."):
         raise ModelError("it holds an image tower without a text tower", remedy=f"{_READ}, with both towers")
     names = ", ".join(list(state)[:3])
