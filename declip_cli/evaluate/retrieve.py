@@ -34,6 +34,8 @@ class RetrievalReport(Report):
     folds: dict[str, Any] = field(metadata=FLAT)
     """`mean_of_N_folds`: the mean scores of the folds, where the set is also scored in folds; else empty."""
     skipped: Skips
+    note: str | None
+    """What a reader of the scores should know, such as which split it is."""
     seconds: float
 
 
@@ -90,6 +92,7 @@ def retrieve(model: PretrainedModel, dataset: Dataset, *, options: FeatureOption
         scores=both_directions(encoded.ranks(0, len(pairs.images))),
         folds={f"mean_of_{count}_folds": {"num_images": size} | _mean(folds)} if folds else {},
         skipped=pairs.skipped,
+        note=dataset.note or None,
         seconds=time.perf_counter() - started,
     )
 

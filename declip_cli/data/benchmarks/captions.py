@@ -18,10 +18,14 @@ from declip_cli.errors import DataError
 
 MAX_CAPTIONS = 5
 """Captions that count per image; COCO has a few more for some."""
+_VAL2017 = "COCO's val2017, not Karpathy's test split, which papers score"
 
 
 def read_captions(known: Known, root: Path, split: str) -> FilesDataset:
-    """Read Karpathy's test split; the markers of the set are the files that name the images and their captions."""
+    """Read Karpathy's test split or, with a note, COCO's val2017.
+
+    The markers of the set are the files that name the images and their captions; the first that is there counts.
+    """
     path = next(root / marker for marker in known.markers if (root / marker).is_file())
     try:
         records = list(_records(path))
@@ -38,7 +42,9 @@ def read_captions(known: Known, root: Path, split: str) -> FilesDataset:
         record = files[number]
         return clean_captions(list(record.captions), record.key)[:MAX_CAPTIONS]
 
-    return FilesDataset([str(record.image) for record in files], captions=captions_of, skipped=skipped)
+    found = FilesDataset([str(record.image) for record in files], captions=captions_of, skipped=skipped)
+    found.note = _VAL2017 if path.name == "captions_val2017.json" else ""
+    return found
 
 
 def _records(path: Path) -> Iterator[Found]:

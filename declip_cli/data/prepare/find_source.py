@@ -3,6 +3,7 @@
 import itertools
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from declip_cli.data import storage
 from declip_cli.data.benchmarks.known import known_sets
@@ -18,8 +19,9 @@ _HELP = "a folder, a table, a .tar pattern, a COCO or Flickr30k file, or a list 
 _IN_FOLDERS: dict[SourceKind, tuple[Callable[[str], list[str]], str]] = {
     "tars": (folder.tars_in, ".tar"),
     "coco": (annotations.find_coco, "captions_*.json"),
-    "flickr30k": (annotations.find_flickr, "dataset_*.json or .token"),
+    "flickr30k": (annotations.find_flickr, "dataset_*.json, .token or results.csv"),
     "captions": (folder.find_lists, folder.CAPTIONS_FILE),
+    "table": (table.find_tables, ".parquet"),
 }
 """What finds the files of a kind in a folder, and what they are called; the first kind that is there counts."""
 
@@ -55,7 +57,8 @@ def _open(kind: SourceKind, path: str, paths: list[str], config: PrepareConfig, 
         case "tars":
             return Source(kind, folder.read_tars([tar for found in paths for tar in _files(kind, found)]))
         case "table":
-            return Source(kind, table.read_table(path, image_column=image, caption_columns=captions, images=images))
+            read = partial(table.read_table, image_column=image, caption_columns=captions, images=images)
+            return Source(kind, itertools.chain.from_iterable(map(read, _files(kind, path))))
         case "declip":
             return Source(kind, _read_declip(path, images), _num_lines(path))
         case "coco" | "flickr30k":
@@ -149,7 +152,7 @@ def recognise(path: str) -> SourceKind:
         return "tars"
     if name == folder.CAPTIONS_FILE:
         return "captions"
-    if annotations.is_token_file(name):
+    if annotations.is_token_file(path):
         return "flickr30k"
     if name.endswith(".json") and not _is_json_lines(path):
         return "coco"

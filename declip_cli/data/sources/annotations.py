@@ -1,4 +1,4 @@
-"""Lists of captions as benchmarks publish them: COCO, Karpathy's splits, the `.token` files of Flickr30k and 8k."""
+"""Lists of captions as benchmarks publish them: COCO, Karpathy's splits, Flickr30k's `.token` and `results.csv`."""
 
 import re
 from collections.abc import Iterator
@@ -6,12 +6,14 @@ from itertools import groupby, islice
 from typing import Any
 
 from declip_cli.data import storage
-from declip_cli.data.sources.records import Found, LeftOut, file_record, locate_pictures
+from declip_cli.data.sources.records import PART_OF_SPLIT, Found, LeftOut, file_record, locate_pictures
 from declip_cli.errors import DataError
 from declip_cli.files import parse_json
 
-_PART_OF_SPLIT = {"": "", "train": "", "restval": "", "val": "val", "test": "test"}
 _TOKEN_LINE = re.compile(rb"([^\t#]+)#\w+\t(.*)")
+_RESULTS_LINE = re.compile(rb"([^|]+)\|\s*\d+\s*\|?\s*(.*)")
+"""One line of the published file lacks its second bar."""
+_RESULTS_HEAD = re.compile(rb"(\xef\xbb\xbf)?image_name\s*\|")
 _NUM_NAMES = 100
 
 
@@ -26,19 +28,23 @@ def find_coco(folder: str) -> list[str]:
 
 
 def find_flickr(folder: str) -> list[str]:
-    """Find at most one caption file of Flickr30k in a folder: Karpathy's JSON if there, else the `.token` file."""
+    """Find at most one caption file of Flickr30k in a folder: Karpathy's JSON if there, else that of all captions."""
     names = storage.names_in(folder)
     karpathy = [name for name in names if name.startswith("dataset_") and name.endswith(".json")]
-    return [storage.join(folder, name) for name in (karpathy + list(filter(is_token_file, names)))[:1]]
+    lists = (storage.join(folder, name) for name in names if is_token_file(storage.join(folder, name)))
+    return [storage.join(folder, name) for name in karpathy[:1]] or list(islice(lists, 1))
 
 
 def is_token_file(path: str) -> bool:
-    """Say whether a name is that of a `.token` file, such as `results_20130124.token`."""
-    return path.endswith((".token", ".token.txt"))
+    """Say whether a list has lines of `name.jpg#0<TAB>caption` (`.token`) or `name.jpg| 0| caption` (`results.csv`)."""
+    if not path.endswith("results.csv"):
+        return path.endswith((".token", ".token.txt"))
+    with storage.open_binary(path) as file:
+        return bool(_RESULTS_HEAD.match(file.readline(100)))
 
 
 def read_annotations(path: str, *, images: str = "", split: str | None = None) -> Iterator[Found]:
-    """Read pairs from a caption file of COCO, of Karpathy's splits, or with lines of `name.jpg#0<TAB>caption`.
+    """Read pairs from a caption file of COCO, of Karpathy's splits, or one that `is_token_file` knows.
 
     Args:
         path: local path or URL.
@@ -91,12 +97,12 @@ def _karpathy_records(rows: list[dict[str, Any]], path: str, images: str) -> Ite
     folder = locate_pictures(path, [_karpathy_name(row) for row in rows[:_NUM_NAMES]], images=images)
     for row in rows:
         sentences, name, split = row.get("sentences"), _karpathy_name(row), str(row.get("split", ""))
-        if split not in _PART_OF_SPLIT:
+        if split not in PART_OF_SPLIT:
             yield LeftOut(name, "unknown split")
             continue
         found = sentences if isinstance(sentences, list) else []
         captions = [sentence.get("raw") if isinstance(sentence, dict) else sentence for sentence in found]
-        yield file_record(folder, name, captions, part=_PART_OF_SPLIT[split])
+        yield file_record(folder, name, captions, part=PART_OF_SPLIT[split])
 
 
 def _karpathy_name(row: dict[str, Any]) -> str:
@@ -119,9 +125,12 @@ def _token_records(path: str, folder: str) -> Iterator[Found]:
 
 def _token_lines(path: str) -> Iterator[tuple[str, bytes, int]]:
     """Yield name, caption and line number; an empty name for a line of another form."""
+    pattern = _RESULTS_LINE if path.endswith(".csv") else _TOKEN_LINE
     with storage.open_binary(path) as file:
         for number, line in enumerate(file, start=1):
-            if found := _TOKEN_LINE.match(line):
+            if number == 1 and _RESULTS_HEAD.match(line):
+                continue
+            if found := pattern.match(line):
                 yield found[1].decode("utf-8", "replace"), found[2], number
             elif line.strip():
                 yield "", b"", number

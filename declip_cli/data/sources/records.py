@@ -11,6 +11,8 @@ from declip_cli.data.dataset import Example
 from declip_cli.data.shards.tar_samples import MAX_MEMBER_BYTES, Group, captions_of, clean_captions
 from declip_cli.errors import DataError
 
+PART_OF_SPLIT = {"": "", "train": "", "restval": "", "val": "val", "validation": "val", "test": "test"}
+"""Names of splits in lists and tables, and the parts of shards that they become; empty is the training part."""
 _NUM_TRIED = 20
 
 

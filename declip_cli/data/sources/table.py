@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from declip_cli.data import storage
-from declip_cli.data.shards.tar_samples import is_unicode
-from declip_cli.data.sources.records import Found, LeftOut, Record
+from declip_cli.data.shards.tar_samples import PICTURE_EXTENSIONS, is_unicode
+from declip_cli.data.sources.records import PART_OF_SPLIT, Found, LeftOut, Record
 from declip_cli.errors import DataError
 from declip_cli.files import parse_json
 
@@ -22,6 +22,7 @@ Row: TypeAlias = dict[str, Any]
 PROBLEM = "\0"
 """The only column of a row that cannot be read; its value says why."""
 _MAX_FIELD_CHARS = 1 << 24
+_PICTURES = tuple(f".{extension}" for extension in PICTURE_EXTENSIONS)
 
 
 def read_rows(path: str) -> Iterator[Row]:
@@ -36,6 +37,19 @@ def read_rows(path: str) -> Iterator[Row]:
     if path.endswith(".parquet"):
         return _parquet_rows(path)
     return _json_rows(path) if path.endswith((".jsonl", ".json")) else _text_rows(path)
+
+
+def find_tables(folder: str) -> list[str]:
+    """Find Parquet files in a folder, local or remote, or in its folder `data`, as Hugging Face has them.
+
+    Parquet beside images or other folders, as img2dataset writes it, is about these and not a table of its own.
+    """
+    names = storage.names_in(folder)
+    if set(storage.folders_in(folder)) - {"data"} or any(name.lower().endswith(_PICTURES) for name in names):
+        return []
+    places = (folder, storage.join(folder, "data"))
+    found = [[storage.join(place, n) for n in storage.names_in(place) if n.endswith(".parquet")] for place in places]
+    return found[0] or found[1]
 
 
 def columns_of(path: str) -> list[str]:
@@ -167,7 +181,8 @@ def read_table(
         images: folder that paths start from; empty is the table's own.
 
     Yields:
-        One record per image, or why a row cannot be read.
+        One record per image, or why a row cannot be read. Images whose column `split` says `val` or `test` get these
+        as their part, as in Hugging Face's Flickr30k, so that no training run sees them.
 
     Raises:
         DataError: a column is missing.
@@ -182,6 +197,7 @@ def _records(path: str, image: str, captions: Sequence[str], folder: str) -> Ite
         rows = list(group)
         number, first = rows[0]
         place, picture, problem = f"row {number}", first.get(image), first.get(PROBLEM, "")
+        part = PART_OF_SPLIT.get(str(first.get("split", "")).lower(), "")
         texts = tuple(text for _, row in rows for column in captions for text in as_list(row.get(column)))
         if isinstance(picture, dict) and picture.get("bytes"):  # as Hugging Face writes images
             place, picture = str(picture.get("path") or place), picture["bytes"]
@@ -190,9 +206,10 @@ def _records(path: str, image: str, captions: Sequence[str], folder: str) -> Ite
         if problem:
             yield LeftOut(f"row {number}", problem)
         elif isinstance(picture, bytes):
-            yield Record(place, picture, texts)
+            yield Record(place, picture, texts, part)
         elif isinstance(picture, str) and picture:
-            yield Record(picture, picture if storage.is_remote(picture) else storage.join(folder, picture), texts)
+            address = picture if storage.is_remote(picture) else storage.join(folder, picture)
+            yield Record(picture, address, texts, part)
         else:
             yield LeftOut(place, "missing file name")
 

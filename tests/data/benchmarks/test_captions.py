@@ -68,6 +68,28 @@ def test_clip_benchmarks_coco_file(tmp_path, make_picture):
     check(open_dataset("coco", data_root=tmp_path), ["a.jpg", "b.jpg"])
 
 
+def test_cocos_own_validation_files_are_read_and_told_from_karpathys_split(tmp_path, make_picture):
+    root = tmp_path / "coco"
+    write_images(root / "val2017", ["a.jpg", "b.jpg"], make_picture)
+    (root / "annotations").mkdir()
+    content = {
+        "images": [{"id": 7, "file_name": "a.jpg"}, {"id": 9, "file_name": "b.jpg"}],
+        "annotations": [
+            {"image_id": image, "caption": f"{name} words {number}"}
+            for number in range(6)
+            for image, name in ((9, "b.jpg"), (7, "a.jpg"))
+        ],
+    }
+    (root / "annotations" / "captions_val2017.json").write_text(json.dumps(content))
+    found = open_dataset("coco", data_root=tmp_path)
+    check(found, ["a.jpg", "b.jpg"])
+    assert "val2017, not Karpathy's test split" in found.note
+    (root / "dataset_coco.json").write_text(json.dumps({"images": karpathy(["a.jpg"])}))
+    again = open_dataset("coco", data_root=tmp_path)
+    check(again, ["a.jpg"])
+    assert again.note == ""
+
+
 def test_clip_benchmarks_flickr_file_with_commas_in_captions(tmp_path, make_picture):
     root = tmp_path / "flickr8k"
     write_images(root / "Images", ["1.jpg", "2.jpg"], make_picture)

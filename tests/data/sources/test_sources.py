@@ -205,6 +205,56 @@ def test_flickr30k_token_file(tmp_path, make_picture):
     assert report.skipped == {"damaged line": (1, "line 4"), "caption not UTF-8": (1, "2.jpg")}
 
 
+def test_flickr30ks_results_csv_is_no_comma_table(tmp_path, make_picture):
+    write_pictures(tmp_path / "flickr30k/flickr30k_images", make_picture, "1.jpg", "2.jpg")
+    lines = ["image_name| comment_number| comment", "1.jpg| 0| One , two | three .", "1.jpg| 1| Uno ."]
+    lines += ["2.jpg| 4   A dog .", "no bar here"]  # the published file has one such line
+    table = tmp_path / "flickr30k/results.csv"
+    table.write_text("\n".join(lines))
+    for source in (tmp_path / "flickr30k", table):
+        kind, pairs, report = round_trip(source, tmp_path, out=f"out-{source.name}", max_bad=1.0)
+        assert kind == "flickr30k"
+        assert pairs["train"] == [(make_picture(0), ("One , two | three .", "Uno .")), (make_picture(1), ("A dog .",))]
+        assert report.skipped == {"damaged line": (1, "line 5")}
+
+
+def test_a_table_of_ones_own_may_be_called_results_csv(tmp_path, make_picture):
+    write_pictures(tmp_path / "in", make_picture, "1.jpg")
+    (tmp_path / "in/results.csv").write_text("image,caption\n1.jpg,a bear\n")
+    kind, pairs, _ = round_trip(tmp_path / "in/results.csv", tmp_path)
+    assert (kind, pairs["train"]) == ("table", [(make_picture(0), ("a bear",))])
+
+
+def test_hugging_faces_folder_of_parquet_with_splits(tmp_path, make_picture):
+    rows = [
+        {
+            "image": {"bytes": make_picture(number), "path": f"{number}.jpg"},
+            "caption": [f"{number} {word}" for word in ("one", "two", "three", "four", "five")],
+            "split": split,
+            "filename": f"{number}.jpg",
+        }
+        for number, split in enumerate(["train", "test", "val", "validation"])
+    ]
+    (tmp_path / "in/data").mkdir(parents=True)
+    for part in (0, 1):
+        table = pyarrow.Table.from_pylist(rows[2 * part : 2 * part + 2])
+        pyarrow.parquet.write_table(table, tmp_path / f"in/data/test-0000{part}-of-00002.parquet")
+    kind, pairs, _ = round_trip(tmp_path / "in", tmp_path)
+    assert kind == "table"
+    assert {part: [captions for _, captions in found] for part, found in pairs.items()} == {
+        "train": [tuple(rows[0]["caption"])],
+        "test": [tuple(rows[1]["caption"])],
+        "val": [tuple(rows[2]["caption"]), tuple(rows[3]["caption"])],
+    }
+
+
+def test_parquet_beside_images_is_not_taken_for_their_table(tmp_path, make_picture):
+    write_pictures(tmp_path / "in", make_picture, "00000/a.jpg")
+    (tmp_path / "in/00000/a.txt").write_text("plain a")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"url": "x"}]), tmp_path / "in/00000.parquet")
+    assert round_trip(tmp_path / "in", tmp_path)[0] == "folder"
+
+
 def test_pictures_that_are_nowhere_around_a_list_ask_for_the_folder(tmp_path, make_picture):
     write_pictures(tmp_path / "far/away/from/here", make_picture, "1.jpg")
     (tmp_path / "in").mkdir()
@@ -320,7 +370,7 @@ def test_the_yfcc15m_list_of_clip_takes_captions_from_the_metadata(tmp_path, mak
 def test_a_kind_that_does_not_fit_is_an_error(tmp_path, make_picture):
     write_pictures(tmp_path / "in", make_picture, "a.jpg")
     (tmp_path / "in/a.txt").write_text("a")
-    for kind in ("captions", "tars", "coco", "flickr30k"):
+    for kind in ("captions", "tars", "coco", "flickr30k", "table"):
         with pytest.raises(DataError, match="file in"):
             round_trip(tmp_path / "in", tmp_path, kind=kind)
     (tmp_path / "a.xyz").write_text("?")
