@@ -12,6 +12,10 @@ from declip_cli.methods.base import Method
 
 Autocast = Callable[[], AbstractContextManager[None]]
 
+_FIRST_PASS_PARTS = 4
+"""Micro-batches that are embedded together without graph: one layer's activations of four take less memory than all
+layers' of one, and larger products are faster."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
@@ -59,8 +63,11 @@ def forward_backward(
             scale_loss(terms.total).backward()
         return StepResult(terms=_detach_terms(terms), embeddings=embeddings.detached())
     parts = batch.split(micro_batch_size)
+    # Both passes have to show the same batches to BatchNorm.
+    is_fixed = method.encoder.visual.is_batch_dependent
+    pieces = parts if is_fixed else batch.split(_FIRST_PASS_PARTS * micro_batch_size)
     with torch.no_grad(), _running_statistics_kept(method), autocast():
-        cached = Embeddings.join([method.embed(part) for part in parts])
+        cached = Embeddings.join([method.embed(piece) for piece in pieces])
     joined = Embeddings(**{f.name: _leaf(getattr(cached, f.name)) for f in fields(Embeddings)})
     with autocast():
         terms = method.objective(joined)

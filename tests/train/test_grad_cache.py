@@ -45,3 +45,14 @@ def test_a_frozen_tower_needs_no_gradient_of_the_parts(method):
     forward_backward(trained, golden_batch(golden), micro_batch_size=3, autocast=nullcontext)
     assert all(parameter.grad is None for parameter in trained.encoder.visual.parameters())
     assert trained.encoder.text.token_embedding.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("arch", "expected"), [("vit", [4, 4, 1, 1, 1, 1, 1, 1, 1, 1]), ("rn", [1] * 16)])
+def test_the_pass_without_graph_takes_four_micro_batches_at_once_unless_batch_norm_sees_them(arch, expected):
+    golden = load_golden(golden_case("clip", arch=arch))
+    method = golden_method(golden)
+    batch = golden_batch(golden)
+    sizes, embed = [], method.embed
+    method.embed = lambda part: sizes.append(len(part)) or embed(part)
+    forward_backward(method, batch, micro_batch_size=len(batch) // 8, autocast=nullcontext)
+    assert sizes == expected
