@@ -179,7 +179,9 @@ class MethodConfig:
     """Tokens of each text and image that are gathered in the token-wise loss: those most relevant to its pair."""
     simclr_temperature: Positive = 0.1
     label_smoothing: Fraction = 0.0
-    """Of the contrastive losses between images and texts, in [0, 1]."""
+    """Of the contrastive losses between images and texts, in [0, 1]; the softmax only."""
+    contrastive: Literal["softmax", "sigmoid"] = "softmax"
+    """Loss between whole images and texts: CLIP's, or SigLIP's (arXiv 2303.15343) with a learned bias."""
     nn_symmetric: bool | None = None
     """Match neighbour → image as well as image → neighbour (P/model/declip.py:281-300 has the latter only)."""
     nn_exclude_own: bool | None = None
@@ -223,7 +225,7 @@ class OptimConfig:
     text_learning_rate_peak: NotNegative | None = None
     """Peak of the text tower; None: the same as the rest."""
     logit_scale_learning_rate: NotNegative | None = None
-    """Peak of the logit scales; None: the same as the rest; 0 freezes them."""
+    """Peak of the logit scales and the bias; None: the same as the rest; 0 freezes them."""
     warmup_steps: AtLeast0 | None = None
     """Steps up to the peak; None: 2,500 (original), or a tenth of the run where that is less."""
     warmup_samples: AtLeast0 | None = None
@@ -308,8 +310,10 @@ class TrainConfig:
     """torch.compile on both towers."""
     init: str | None = None
     """Model to start from; None starts from random weights."""
-    logit_scale_init: float = math.log(1 / 0.07)
-    """Logarithm of every logit scale at the start."""
+    logit_scale_init: float | None = None
+    """Logarithm of every logit scale at the start. None: ln(1 / 0.07), with `method.contrastive=sigmoid` ln 10."""
+    logit_bias_init: float | None = None
+    """Bias of the sigmoid loss at the start. None: −ln(global batch); the paper's is −10, for 32,768 pairs."""
     logit_scale_min: float | None = None
     """Lower bound of the logarithm of the logit scales. None: 0 (ln 1), with `method.faithful` 3."""
     logit_scale_max: float | None = None

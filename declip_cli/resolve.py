@@ -242,14 +242,19 @@ def resolve(
         augment=config.augment,
         method=replace(method, weights=METHODS[method.name].default_weights | method.weights),
         optim=settle_switches("optim", optim, is_faithful=is_faithful),
-        train=_settle_train(config, samples=samples, precision=machine.precision),
+        train=_settle_train(config, samples=samples, global_batch=global_batch, precision=machine.precision),
     )
     return ResolvedRun(asked=asked, config=whole, data=data, machine=machine, schedule_batch=schedule_batch)
 
 
-def _settle_train(config: RunConfig, *, samples: int, precision: str) -> TrainConfig:
+def _settle_train(config: RunConfig, *, samples: int, global_batch: int, precision: str) -> TrainConfig:
     train = replace(config.train, samples=samples, steps=None, epochs=None, precision=precision)  # type: ignore[arg-type]
     train = settle_switches("train", train, is_faithful=config.method.faithful)
+    is_sigmoid = config.method.contrastive == "sigmoid"
+    if train.logit_scale_init is None:
+        train = replace(train, logit_scale_init=math.log(10.0 if is_sigmoid else 1 / 0.07))
+    if train.logit_bias_init is None and is_sigmoid:
+        train = replace(train, logit_bias_init=-math.log(global_batch))
     low, high = settled(train.logit_scale_min), settled(train.logit_scale_max)
     require(
         low <= high,

@@ -85,6 +85,7 @@ def write(model: PretrainedModel, folder: Path) -> None:
 
 
 def _metadata(model: PretrainedModel) -> dict[str, str]:
+    bias = model.towers.logit_bias
     values: dict[str, Any] = {
         "declip_version": __version__,
         "method": model.method,
@@ -93,6 +94,7 @@ def _metadata(model: PretrainedModel) -> dict[str, str]:
         "logit_scale": float(model.encoder.logit_scale.detach().exp()),
         "preprocessing": model.preprocessing.to_json(),
     }
+    values |= {"logit_bias": float(bias.detach())} if bias is not None else {}
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
 
 

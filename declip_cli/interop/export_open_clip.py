@@ -23,7 +23,8 @@ def write(model: PretrainedModel, folder: Path) -> None:
     """Write the configuration and the weights; the mask token and token-wise heads, of training only, stay behind."""
     state = {name: value.contiguous() for name, value in model.towers.state_dict().items()}
     weights, _ = open_clip_state(state)
-    config = open_clip_config(model.towers.architecture, model.preprocessing)
+    has_bias = model.towers.logit_bias is not None
+    config = open_clip_config(model.towers.architecture, model.preprocessing, has_logit_bias=has_bias)
     write_json(folder / OPEN_CLIP_CONFIG_FILE, config)
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 

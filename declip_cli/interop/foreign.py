@@ -22,7 +22,7 @@ from declip_cli.model.shapes import Untraced, infer_architecture
 DAMAGED = "copy the model again"
 _AFFINE = r"\.(weight|bias)"
 _OURS = re.compile(
-    rf"logit_scale|token_wise\.(image|text)_mapping{_AFFINE}|(visual|text)\.positional_embedding"
+    rf"logit_(scale|bias)|token_wise\.(image|text)_mapping{_AFFINE}|(visual|text)\.positional_embedding"
     rf"|(visual|text)\.transformer\.resblocks\.\d+\.(ln_[12]{_AFFINE}|mlp\.c_(fc|proj){_AFFINE}|attn\.out_proj{_AFFINE}"
     r"|attn\.in_proj_(weight|bias))"
     rf"|visual\.(class_embedding|proj|conv1\.weight|ln_(pre|post){_AFFINE})"

@@ -122,6 +122,8 @@ def _dimensions(model: PretrainedModel) -> Iterator[tuple[str, str]]:
     yield "image", f"{architecture.image_side_px} × {architecture.image_side_px} px"
     yield "embedding", f"{architecture.embed_dim} numbers"
     yield "logit scale", f"{float(model.towers.logit_scale.detach().exp()):.4g}"
+    if model.towers.logit_bias is not None:
+        yield "logit bias", f"{float(model.towers.logit_bias.detach()):.4g} (sigmoid loss; not kept by CLIPModel)"
     if model.towers.token_wise is not None and not model.token_wise:
         yield "not included", "token-wise heads, which only training uses"
 

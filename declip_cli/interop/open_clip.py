@@ -18,7 +18,7 @@ from declip_cli.model.open_clip_towers import OtherTowersError, read_installed_c
 from declip_cli.model.preprocessing import OPENAI_MEAN, OPENAI_STD
 from declip_cli.model.shapes import Untraced
 
-_IGNORED = ("attn_mask", "input_resolution", "context_length", "vocab_size", "logit_bias")
+_IGNORED = ("attn_mask", "input_resolution", "context_length", "vocab_size")
 """Values of OpenAI's archives, and the bias of a sigmoid loss, which shifts all similarities alike."""
 _TRAINED_AS = re.compile(r"(?:^|-)model_([A-Za-z0-9._-]+?)-lr_")
 """In the name that OpenCLIP's trainer gives a run and writes into its checkpoints."""
@@ -81,7 +81,7 @@ def _own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     ours = {}
     for name, value in state.items():
         if name not in _IGNORED:
-            ours[name if name.startswith(("visual.", "logit_scale", "text.")) else f"text.{name}"] = value
+            ours[name if name.startswith(("visual.", "logit_", "text.")) else f"text.{name}"] = value
     ours.pop("text.attn_mask", None)
     try:
         projection = ours.pop("text.text_projection", None)
@@ -91,7 +91,8 @@ def _own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if "text.text_projection.bias" not in ours:
             ours["text.text_projection.bias"] = weight.new_zeros(len(weight))
         ours["text.token_embedding.weight"] = with_mask_token(ours["text.token_embedding.weight"])
-        ours["logit_scale"] = ours["logit_scale"].reshape(())
+        scalars = [name for name in ("logit_scale", "logit_bias") if name in ours]
+        ours |= {name: ours[name].reshape(()) for name in ["logit_scale", *scalars]}
     except (KeyError, RuntimeError, TypeError) as error:
         raise ModelError(f"it is no whole CLIP model: {error}", remedy=DAMAGED) from error
     return ours

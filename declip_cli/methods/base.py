@@ -41,7 +41,7 @@ class Method(nn.Module, ABC):
     default_weights: ClassVar[dict[str, float]]
     """Weight of every term of the method."""
     options: ClassVar[frozenset[str]] = frozenset(
-        {"name", "faithful", "weights", "label_smoothing", "batch_norm", "freeze_patch_embed"}
+        {"name", "faithful", "weights", "label_smoothing", "contrastive", "batch_norm", "freeze_patch_embed"}
     )
     """Fields of `MethodConfig` that change something for this method."""
     is_token_wise: ClassVar[bool] = False
@@ -65,6 +65,13 @@ class Method(nn.Module, ABC):
             f"all loss terms of method {config.name} are switched off",
             remedy=f"give at least one of {names} a weight above 0",
         )
+        if config.contrastive == "sigmoid":
+            require(
+                config.label_smoothing == 0,
+                f"the sigmoid loss has no label smoothing (got {config.label_smoothing})",
+                remedy="--set method.label_smoothing=0, or --set method.contrastive=softmax",
+            )
+            encoder.add_logit_bias()
         self.mask_head: nn.Linear | None = None
         if self.is_active("mlm"):
             self.mask_head = nn.Linear(encoder.text.feature_dim, VOCABULARY_SIZE)
@@ -127,7 +134,8 @@ class Method(nn.Module, ABC):
 
     def contrast(self, embeddings: Embeddings) -> Contrast:
         """Say how whole images and texts are told apart in this step, without label smoothing."""
-        return Contrast(ids=own_ids(len(embeddings), embeddings.images.device), scale=self.exp_logit_scale())
+        ids = own_ids(len(embeddings), embeddings.images.device)
+        return Contrast(ids=ids, scale=self.exp_logit_scale(), bias=self.encoder.logit_bias)
 
     def clip_term(self, embeddings: Embeddings, *, num_images: int = 1, num_texts: int = 1) -> Tensor:
         """Match the first views of images with those of texts, the mean over all pairs of them, in nats, ()."""

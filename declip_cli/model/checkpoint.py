@@ -123,7 +123,8 @@ def save_model(
         save_file(weights, new / WEIGHTS_FILE)
         save_file(extra, new / EXTRA_FILE)
         if not why_not_open_clip(encoder.architecture, preprocessing):
-            write_json(new / OPEN_CLIP_CONFIG_FILE, open_clip_config(encoder.architecture, preprocessing))
+            there = open_clip_config(encoder.architecture, preprocessing, has_logit_bias="logit_bias" in state)
+            write_json(new / OPEN_CLIP_CONFIG_FILE, there)
         write_json(new / OWN_CONFIG_FILE, own)
 
 
@@ -256,9 +257,8 @@ def _check_own(
     if is_expected != (open_clip is not None):
         problem = "missing" if is_expected else "there, but cannot express the model"
         raise ModelError(f"{OPEN_CLIP_CONFIG_FILE} is {problem}", remedy=_AGAIN)
-    _compare(
-        open_clip_config(found, as_there) if is_expected else None, open_clip, OPEN_CLIP_CONFIG_FILE, OWN_CONFIG_FILE
-    )
+    there = open_clip_config(found, as_there, has_logit_bias="logit_bias" in state) if is_expected else None
+    _compare(there, open_clip, OPEN_CLIP_CONFIG_FILE, OWN_CONFIG_FILE)
     return found, preprocessing
 
 
@@ -330,7 +330,7 @@ def _read_state(folder: Path) -> dict[str, Tensor]:
         weights["token_embedding.weight"] = torch.cat([weights["token_embedding.weight"], mask[None]])
     except (OSError, SafetensorError, *PARSING_ERRORS) as error:
         raise ModelError(f"cannot read the weights in {folder}: {error}", remedy=_AGAIN) from error
-    state = {name if name.startswith(("visual.", "logit_scale")) else f"text.{name}": v for name, v in weights.items()}
+    state = {name if name.startswith(("visual.", "logit_")) else f"text.{name}": v for name, v in weights.items()}
     state |= extra
     counters = "num_batches_tracked"
     wrong = next((n for n, value in state.items() if not value.is_floating_point() and not n.endswith(counters)), "")

@@ -1,8 +1,8 @@
 """The dual encoder: an image tower, a text tower and the scale of their cosines."""
 
 import math
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -82,9 +82,21 @@ class DualEncoder(Encoder):
         self.visual = _build_vision(architecture)
         self.text = TextTransformer(architecture.text, embed_dim=architecture.embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
+        self.logit_bias: nn.Parameter | None = None
+        """Added to the scaled cosines by the sigmoid loss (SigLIP, arXiv 2303.15343), ()."""
         self.token_wise: TokenWiseHeads | None = None
         if token_wise_dim:
             self.token_wise = TokenWiseHeads(self.visual.feature_dim, self.text.feature_dim, width=token_wise_dim)
+
+    def add_logit_bias(self) -> None:
+        """Have the bias of the sigmoid loss, 0 for now."""
+        self.logit_bias = nn.Parameter(torch.zeros_like(self.logit_scale))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401, FBT001, FBT002  (torch's own)
+        """Take over a state, with the bias of the sigmoid loss where it has one."""
+        if "logit_bias" in state_dict and self.logit_bias is None:
+            self.add_logit_bias()
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def image_states(self, images: Tensor) -> ImageStates:
         """Run the image tower up to its features and patches.

@@ -47,12 +47,15 @@ def why_not_open_clip(architecture: Architecture, preprocessing: Preprocessing) 
     return ""
 
 
-def open_clip_config(architecture: Architecture, preprocessing: Preprocessing) -> dict[str, Any]:
+def open_clip_config(
+    architecture: Architecture, preprocessing: Preprocessing, *, has_logit_bias: bool = False
+) -> dict[str, Any]:
     """Describe a model that OpenCLIP can express in its words.
 
     Args:
         architecture: the dimensions.
         preprocessing: of the pictures.
+        has_logit_bias: it was trained by the sigmoid loss.
 
     Returns:
         The content of `open_clip_config.json`.
@@ -74,7 +77,8 @@ def open_clip_config(architecture: Architecture, preprocessing: Preprocessing) -
         "proj_bias": True,
     }
     text_config |= _unusual(text.mlp_ratio, text.norm_eps)
-    model = {"embed_dim": architecture.embed_dim, "quick_gelu": text.quick_gelu}
+    model: dict[str, Any] = {"embed_dim": architecture.embed_dim, "quick_gelu": text.quick_gelu}
+    model |= {"init_logit_bias": -10.0} if has_logit_bias else {}  # makes the parameter; the weights set it
     return {
         "model_cfg": model | {"vision_cfg": vision, "text_cfg": text_config},
         "preprocess_cfg": {

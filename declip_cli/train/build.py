@@ -158,10 +158,7 @@ def build_training(run: ResolvedRun, samples: Dataset, *, path: Path, is_resumed
     torch.set_num_threads(run.machine.threads)
     torch.manual_seed(config.train.seed)
     method = build_method(config.model, config.method)
-    with torch.no_grad():
-        for name, parameter in method.named_parameters():
-            if "logit_scale" in name:
-                parameter.fill_(config.train.logit_scale_init)
+    _start_logits(method, config.train)
     if config.train.init and not is_resumed:
         start_from(method, config)
     stream = _build_stream(run, samples, method, accelerator)
@@ -186,6 +183,15 @@ def build_training(run: ResolvedRun, samples: Dataset, *, path: Path, is_resumed
         schedule=schedule_of(run),
         bad_steps=torch.zeros(2, dtype=torch.int64, device=accelerator.device),
     )
+
+
+@torch.no_grad()
+def _start_logits(method: Method, train: TrainConfig) -> None:
+    for name, parameter in method.named_parameters():
+        if "logit_scale" in name:
+            parameter.fill_(settled(train.logit_scale_init))
+        elif "logit_bias" in name:
+            parameter.fill_(settled(train.logit_bias_init))
 
 
 def _build_accelerator(run: ResolvedRun, path: Path) -> Accelerator:
@@ -232,7 +238,7 @@ def _freeze(method: Method, config: RunConfig) -> None:
         (method.encoder.visual if tower == "image" else method.encoder.text).requires_grad_(False)
     if config.optim.logit_scale_learning_rate == 0:  # else its gradient would pile up and count in the clipped norm
         for name, parameter in method.named_parameters():
-            if "logit_scale" in name:
+            if "logit_" in name:
                 parameter.requires_grad_(False)
     require(
         any(parameter.requires_grad for parameter in method.parameters()),

@@ -40,6 +40,8 @@ class StepReport:
     learning_rate: float
     logit_scale: float
     """Of the loss that is trained, exponentiated."""
+    logit_bias: float | None = None
+    """Of the sigmoid loss; None otherwise."""
     gradient_norm: float
     """Largest L2 norm before clipping since the last report; of broken batches none."""
     loss_scale: float | None
@@ -102,12 +104,13 @@ def _collapse(report: StepReport, run: ResolvedRun) -> Iterator[tuple[str, str]]
                 f"{kind} features have collapsed (spread {spread:.3f} of 1): go back to an earlier state with a lower "
                 "--learning-rate, a longer optim.warmup_steps or a larger --batch-size",
             )
-    chance = math.log(run.global_batch)  # the loss of a model that tells nothing apart, in nats
+    # The loss of a model that tells nothing apart, in nats; of the sigmoid at its best bias, but for 1 / batch.
+    chance = math.log(run.global_batch) + (run.config.method.contrastive == "sigmoid")
     loss = next((report.losses[name] for name in ("clip", "filip") if name in report.losses), 0.0)
     if loss > (1 - _CHANCE_MARGIN) * chance and run.config.method.label_smoothing == 0:
         yield (
             "chance",
-            f"the contrastive loss ({loss:.3f}) is that of guessing (ln of the batch, {chance:.3f}): check "
+            f"the contrastive loss ({loss:.3f}) is that of guessing ({chance:.3f}): check "
             "that captions belong to their images, or lower --learning-rate",
         )
     if report.logit_scale >= 0.999 * math.exp(settled(run.config.train.logit_scale_max)):

@@ -124,6 +124,7 @@ class Meter:
             wait_share=min(1.0, (training.stream.wait_seconds - self._last_wait) / elapsed),
             learning_rate=rate,
             logit_scale=float(training.method.logit_scale_in_use().detach().exp()),
+            logit_bias=_number(training.method.encoder.logit_bias),
             gradient_norm=0.0 if self._max_norm is None else float(self._max_norm),
             loss_scale=scaler.get_scale() if scaler is not None else None,
             peak_memory_mib=_peak_memory_mib(training.accelerator.device),
@@ -170,6 +171,10 @@ class Meter:
     def _wait_for_device(self) -> None:
         if self._training.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+def _number(value: Tensor | None) -> float | None:
+    return None if value is None else float(value.detach())
 
 
 def _peak_memory_mib(device: torch.device) -> float:

@@ -138,7 +138,7 @@ def _group_of(name: str, optim: OptimConfig, *, has_decay: bool, factor: float) 
         kind = optim.text_optimizer or kind
         peak = optim.text_learning_rate_peak or peak
         decay = decay if optim.text_weight_decay is None else optim.text_weight_decay
-    if "logit_scale" in name and optim.logit_scale_learning_rate is not None:
+    if "logit_" in name and optim.logit_scale_learning_rate is not None:
         peak = optim.logit_scale_learning_rate
     return _Group(optimizer=kind, weight_decay=decay if has_decay else 0.0, peak=peak * factor)
 
@@ -151,7 +151,7 @@ def _undecayed(method: nn.Module, *, decayed: str | None) -> set[str]:
     """
     if decayed != "original":
         return {name for name, parameter in method.named_parameters() if parameter.dim() < 2}
-    names = {name for name, _ in method.named_parameters() if "logit_scale" in name}
+    names = {name for name, _ in method.named_parameters() if "logit_" in name}
     for path, module in method.named_modules():
         if isinstance(module, _NORMS):
             names |= {f"{path}.weight", f"{path}.bias"}
@@ -187,10 +187,15 @@ def set_learning_rates(optimizers: Iterable[torch.optim.Optimizer], rate: float)
 
 @torch.no_grad()
 def clamp_logit_scales(method: nn.Module, bounds: tuple[float, float]) -> None:
-    """Push every logit scale back into its bounds, the lowest and highest logarithm."""
+    """Push every logit scale back into its bounds, the lowest and highest logarithm.
+
+    The bias of the sigmoid loss stays between plus and minus the largest scale: it cannot outweigh every cosine.
+    """
     for name, parameter in method.named_parameters():
         if "logit_scale" in name:
             parameter.clamp_(*bounds)
+        elif "logit_bias" in name:
+            parameter.clamp_(-math.exp(bounds[1]), math.exp(bounds[1]))
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:

@@ -208,6 +208,7 @@ def _record(report: StepReport, run_dir: RunDir, tracker: Tracker | None) -> Non
         values = {f"loss/{name}": value for name, value in report.losses.items()}
         names = ("learning_rate", "logit_scale", "gradient_norm", "samples_per_second", "wait_share", "num_bad_steps")
         values |= {name: record[name] for name in names}
+        values |= {"logit_bias": report.logit_bias} if report.logit_bias is not None else {}
         numbers = {f"eval/{key}": v for key, v in flatten(report.evaluations).items() if isinstance(v, int | float)}
         tracker.log(values | numbers, step=report.step)
 

@@ -136,7 +136,7 @@ def start_from(method: Method, config: RunConfig) -> None:
     if name in theirs and name in ours and theirs[name].shape != ours[name].shape:
         theirs[name] = resize_positions(theirs[name], len(ours[name]) - 1)
     wrong = [name for name, value in ours.items() if name in theirs and theirs[name].shape != value.shape]
-    missing = [name for name in ours if name not in theirs and not name.startswith("token_wise.")]
+    missing = [name for name in ours if name not in theirs and not name.startswith(("token_wise.", "logit_bias"))]
     if wrong or missing:
         raise TrainError(
             f"--init {config.train.init} does not fit --arch {config.model.arch}: {(wrong + missing)[0]} differs",

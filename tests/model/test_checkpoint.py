@@ -134,6 +134,19 @@ def test_open_clip_reads_the_folder_and_computes_the_same(tmp_path, base, quick_
     assert preprocess.transforms[-1].mean == pytest.approx(IMAGE_MEAN)
 
 
+def test_open_clip_reads_the_bias_of_the_sigmoid_loss(tmp_path):
+    encoder = new_encoder(VIT)
+    encoder.add_logit_bias()
+    with torch.no_grad():
+        encoder.logit_bias.fill_(-7.25)
+    save_model(encoder, tmp_path / "model", config=VIT, method="clip")
+    peer = open_clip.create_model(f"local-dir:{tmp_path / 'model'}")
+    assert peer.logit_bias.item() == -7.25
+    (tmp_path / "model" / "declip.json").unlink()  # now it is OpenCLIP's
+    (tmp_path / "model" / "SHA256SUMS").unlink()
+    assert load_model(tmp_path / "model", option="--model").encoder.logit_bias.item() == -7.25
+
+
 @pytest.mark.parametrize("base", [VIT, RESNET], ids=["vit", "resnet"])
 def test_a_folder_of_open_clip_is_read_with_its_heads_activation_and_preprocessing(tmp_path, base):
     config = dataclasses.replace(base, quick_gelu=False)

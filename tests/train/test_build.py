@@ -1,3 +1,4 @@
+import math
 import os
 import socket
 
@@ -131,6 +132,17 @@ def test_the_logit_scale_that_is_trained_starts_where_it_is_told_and_is_the_one_
     scales = [record["logit_scale"] for record in metrics(tmp_path / "run")]
     assert scales[0] == pytest.approx(torch.tensor(1.5).exp().item(), rel=0.01)
     assert len(set(scales)) >= 3  # the last step's rate is 0
+
+
+def test_the_sigmoid_loss_learns_a_bias_that_is_reported_and_saved_with_the_model(tmp_path):
+    config = small_config(method={"contrastive": "sigmoid"}, train={"steps": 4}, optim={"warmup_steps": 0})
+    run(config, tmp_path / "run")
+    records = metrics(tmp_path / "run")
+    assert records[0]["logit_bias"] == pytest.approx(-math.log(8), abs=0.01)  # of 8 pairs
+    assert records[0]["logit_scale"] == pytest.approx(10, rel=0.01)
+    assert len({record["logit_bias"] for record in records}) >= 3
+    encoder = load_model(tmp_path / "run" / "model", option="--model").encoder
+    assert encoder.logit_bias.item() == pytest.approx(records[-1]["logit_bias"])
 
 
 def test_pixels_are_normalised_as_the_model_to_start_from_did_after_resuming_too(tmp_path):

@@ -34,7 +34,11 @@ def training():
         run=run,
         config=run.config,
         accelerator=SimpleNamespace(scaler=None, device=torch.device("cpu")),
-        method=SimpleNamespace(logit_scale_in_use=lambda: torch.tensor(2.0), views=SimpleNamespace(texts=("plain",))),
+        method=SimpleNamespace(
+            logit_scale_in_use=lambda: torch.tensor(2.0),
+            encoder=SimpleNamespace(logit_bias=None),
+            views=SimpleNamespace(texts=("plain",)),
+        ),
         stream=SimpleNamespace(wait_seconds=0.0, skipped={}, num_cut_captions=0),
         schedule=Schedule(start=0.0, peak=1.0, end=0.0, first=16, warmup=32, total=160),
         logit_scale_bounds=(0.0, 4.6),

@@ -62,6 +62,13 @@ def test_the_rate_is_that_of_the_original_in_the_middle(batch):
     assert rate == pytest.approx(5.157e-4, abs=1e-7)
 
 
+def test_the_bias_of_the_sigmoid_loss_cannot_outweigh_every_cosine():
+    method = torch.nn.Module()
+    method.logit_scale, method.logit_bias = (torch.nn.Parameter(torch.tensor(start)) for start in (2.0, -500.0))
+    clamp_logit_scales(method, (0.0, 4.0))
+    assert (method.logit_scale.item(), method.logit_bias.item()) == (2.0, pytest.approx(-math.exp(4.0)))
+
+
 def test_the_rate_ends_where_it_is_told_to():
     rate = steps_schedule(start=0.1, peak=1.0, end=0.25, warmup_steps=10, total_steps=40)
     assert [rate(40), rate(25), rate(99)] == pytest.approx([0.25, 0.625, 0.25])

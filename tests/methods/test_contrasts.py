@@ -1,0 +1,62 @@
+"""Other contrasts between whole images and texts than CLIP's: the sigmoid loss."""
+
+import pytest
+import torch
+
+from declip_cli.errors import ConfigError
+from tests.methods.reference_loops import nearest, unit
+from tests.methods.small_methods import GOOD, build, draw, earlier_texts, only, score
+
+SIGMOID = {"contrastive": "sigmoid"}
+
+
+def siglip(images, texts, scale, bias, *, are_positives=lambda i, j: i == j):
+    """SigLIP's algorithm 1 for one view of each: the mean over images of the sum over texts."""
+    total = 0.0
+    for i, image in enumerate(images):
+        for j, text in enumerate(texts):
+            sign = 1 if are_positives(i, j) else -1
+            total = total - torch.nn.functional.logsigmoid(sign * (scale * (unit(image) @ unit(text)) + bias))
+    return total / len(images)
+
+
+def of_all_pairs(images, texts, scale, bias):
+    pairs = [(v, t) for v in range(images.shape[1]) for t in range(texts.shape[1])]
+    return sum(siglip(images[:, v], texts[:, t], scale, bias) for v, t in pairs) / len(pairs)
+
+
+@pytest.mark.parametrize(
+    ("name", "views"), [("clip", (1, 1)), ("slip", (1, 1)), ("filip", (1, 1)), ("declip", (2, 2)), ("defilip", (2, 2))]
+)
+def test_every_method_contrasts_by_the_sigmoid_of_siglip(name, views):
+    method, fields = build(name, weights=only(name, clip=1.0), **SIGMOID), draw()
+    terms, _, gradients = score(method, fields)
+    scale, bias = method.encoder.logit_scale.detach().double().exp(), method.encoder.logit_bias.detach().double()
+    images, texts = (fields[key].double().requires_grad_() for key in ("images", "texts"))
+    scale.requires_grad_()
+    bias.requires_grad_()
+    expected = of_all_pairs(images[:, : views[0]], texts[:, : views[1]], scale, bias)
+    expected.backward()
+    assert terms["clip"].item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(gradients["images"].double(), images.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradients["texts"].double(), texts.grad, rtol=1e-4, atol=1e-6)
+    assert gradients["encoder.logit_bias"].item() == pytest.approx(bias.grad.item(), rel=1e-4)
+    assert gradients["encoder.logit_scale"].item() == pytest.approx((scale * scale.grad).item(), rel=1e-4)
+
+
+def test_neighbours_are_contrasted_by_the_sigmoid_too():
+    method, fields = build("declip", weights=only("declip", nn=1.0), nn_exclude_own=False, **SIGMOID), draw()
+    rows, numbers = earlier_texts(fields)
+    method.queue.push(rows, numbers, GOOD)
+    terms, _, _ = score(method, fields)
+    images, texts = fields["images"].double(), fields["texts"].double()
+    found = [[nearest(unit(text), list(rows.double())) for text in views] for views in texts]
+    found = torch.stack([torch.stack(views) for views in found])
+    scale, bias = method.encoder.logit_scale.detach().double().exp(), method.encoder.logit_bias.detach().double()
+    assert terms["nn"].item() == pytest.approx(of_all_pairs(images, found, scale, bias).item(), rel=1e-5)
+
+
+def test_the_sigmoid_refuses_label_smoothing():
+    with pytest.raises(ConfigError, match="no label smoothing") as caught:
+        build("clip", label_smoothing=0.1, **SIGMOID)
+    assert "--set method.label_smoothing=0" in caught.value.remedy
