@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from declip_cli import __version__
+from declip_cli.cli.doctor import doctor
 from declip_cli.cli.export import export
 from declip_cli.cli.inspect import inspect
 from declip_cli.cli.linear_probe import linear_probe
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 for command in (prepare, pretrain, zeroshot, linear_probe, retrieve, export, inspect):
     app.command(no_args_is_help=True)(command)
+app.command()(doctor)
 
 
 def _print_version(is_wanted: bool) -> None:
