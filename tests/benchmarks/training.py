@@ -1,6 +1,7 @@
 """Training steps: samples/s and share of the peak against OpenCLIP's CLIP step, and memory of micro-batches.
 
-On synthetic pairs, so that only the step counts. `--memory` measures the peak memory of a batch of 1,024 in
+On synthetic pairs, so that only the step counts; ours and OpenCLIP's in turn. `--profile 15` prints where one step
+spends its time. `--memory` measures the peak memory of a batch of 1,024 in
 micro-batches of 64 against a batch of 64, for every method.
 """
 
@@ -94,16 +95,22 @@ def our_step(arch: str, method_name: str, options: argparse.Namespace, device: t
 
 
 def peer_step(arch: str, options: argparse.Namespace, device: torch.device):
-    """Build OpenCLIP's CLIP step on its own model and loss; texts padded to 77, as its tokenizer gives them."""
+    """Build OpenCLIP's CLIP step on its own model and loss; texts as long as our longest, as its newest version can."""
     model = open_clip.create_model(PEERS[arch], device=device).train()
+    generator = torch.Generator().manual_seed(0)
+    lengths = draw_lengths((options.batch_size,), options.captions, generator).clamp(4, 77)
+    longest = int(lengths.max())
+    model.positional_embedding = torch.nn.Parameter(model.positional_embedding[:longest].detach().clone())
+    model.attn_mask = model.attn_mask[:longest, :longest].contiguous()
     loss = open_clip.ClipLoss()
     if options.compile:
         model = torch.compile(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     images = torch.randn(options.batch_size, 3, 224, 224, device=device)
-    tokens: Tensor = torch.randint(1, 49000, (options.batch_size, 77), device=device)
-    tokens[:, 15:] = 0
-    tokens[:, 15] = 49407
+    tokens: Tensor = torch.randint(1, 49000, (options.batch_size, longest))
+    position = torch.arange(longest)
+    tokens = tokens.masked_fill(position == lengths[:, None] - 1, 49407).masked_fill(position >= lengths[:, None], 0)
+    tokens = tokens.to(device)
 
     def step() -> None:
         with autocast(options.precision, device)():
@@ -116,17 +123,47 @@ def peer_step(arch: str, options: argparse.Namespace, device: torch.device):
     return step
 
 
-def seconds_per_step(step, options: argparse.Namespace, device: torch.device) -> list[float]:
-    for _ in range(options.warm_up):
-        step()
-    times = []
-    for _ in range(options.runs):
-        wait(device)
-        started = time.perf_counter()
-        for _ in range(options.steps):
+def profile(options: argparse.Namespace, device: torch.device) -> None:
+    """Print the operators in which one step spends most of its time, as JSON lines."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    kind = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    for arch in options.arch:
+        for name in options.method:
+            step = our_step(arch, name, options, device)
+            for _ in range(max(1, options.warm_up)):
+                step()
+            wait(device)
+            with torch.profiler.profile(activities=activities) as run:
+                step()
+                wait(device)
+            rows = sorted(run.key_averages(), key=lambda row: -getattr(row, kind))
+            total = sum(getattr(row, kind) for row in rows)
+            for row in rows[: options.profile]:
+                spent = getattr(row, kind)
+                line = {"name": f"profile {name} {arch} {options.precision}", "operator": row.key}
+                line |= {"calls": row.count, "ms": round(spent / 1000, 2), "share": round(spent / total, 4)}
+                print(json.dumps(line), flush=True)
+            del step
+            free(device)
+
+
+def seconds_in_turn(steps, options: argparse.Namespace, device: torch.device) -> list[list[float]]:
+    """Time several steps in alternating runs, so that a busy or throttled machine treats them alike."""
+    for step in steps:
+        for _ in range(options.warm_up):
             step()
-        wait(device)
-        times.append((time.perf_counter() - started) / options.steps)
+    clock = time.process_time if device.type == "cpu" and options.cpu_time else time.perf_counter
+    times: list[list[float]] = [[] for _ in steps]
+    for _ in range(options.runs):
+        for step, taken in zip(steps, times, strict=True):
+            wait(device)
+            started = clock()
+            for _ in range(options.steps):
+                step()
+            wait(device)
+            taken.append((clock() - started) / options.steps)
     return times
 
 
@@ -137,11 +174,10 @@ def wait(device: torch.device) -> None:
 
 def throughput(options: argparse.Namespace, device: torch.device) -> None:
     for arch in options.arch:
-        peer = seconds_per_step(peer_step(arch, options, device), options, device)
-        free(device)
+        theirs = peer_step(arch, options, device)
         for name in options.method:
             step = our_step(arch, name, options, device)
-            times = seconds_per_step(step, options, device)
+            times, peer = seconds_in_turn((step, theirs), options, device)
             line = {
                 "name": f"train {name} {arch} {options.precision}{' compiled' if options.compile else ''}",
                 "ours": round(options.batch_size / statistics.median(times), 1),
@@ -207,13 +243,15 @@ def main() -> None:
     parser.add_argument("--captions", choices=["normal", "heavy"], default="normal", help="how long captions are")
     parser.add_argument("--ungrouped", action="store_true", help="encode all texts as long as the longest")
     parser.add_argument("--memory", action="store_true", help="measure memory instead of time (GPU only)")
+    parser.add_argument("--profile", type=int, default=0, metavar="N", help="print the N operators that take longest")
+    parser.add_argument("--cpu-time", action="store_true", help="on a busy CPU: time of this process, not of the clock")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--warm-up", type=int, default=1)
     parser.add_argument("--peak-tflops", type=float, default=0.0, help="of the device, to print the share reached")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    (memory if options.memory else throughput)(options, device)
+    (profile if options.profile else memory if options.memory else throughput)(options, device)
 
 
 if __name__ == "__main__":
