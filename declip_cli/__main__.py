@@ -12,6 +12,7 @@ from declip_cli.cli.inspect import inspect
 from declip_cli.cli.linear_probe import linear_probe
 from declip_cli.cli.prepare import prepare
 from declip_cli.cli.pretrain import pretrain
+from declip_cli.cli.report import report
 from declip_cli.cli.retrieve import retrieve
 from declip_cli.cli.zeroshot import zeroshot
 
@@ -23,7 +24,7 @@ app = typer.Typer(
     help="Pre-train CLIP-style models from few image-text pairs, and evaluate them.",
     epilog="A first run, with the data that comes along: `declip pretrain --data demo`",
 )
-for command in (prepare, pretrain, zeroshot, linear_probe, retrieve, export, inspect):
+for command in (prepare, pretrain, zeroshot, linear_probe, retrieve, export, inspect, report):
     app.command(no_args_is_help=True)(command)
 app.command()(doctor)
 

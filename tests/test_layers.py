@@ -28,18 +28,21 @@ MAY_IMPORT = {
     "contrastive_losses": set(),
     "data": FLOOR_0,
     "model": FLOOR_0,
+    # pages for a browser, of numbers and images that others have found
+    "pages": FLOOR_0 | {"data"},
     # floor 2: models of other projects; two embeddings at once
     "interop": FLOOR_0 | {"data", "model"},
     "methods": FLOOR_0 | {"losses", "contrastive_losses", "token_wise_losses", "model"},
     # what was asked becomes one resolved run
     "resolve": FLOOR_0 | {"model", "methods"},
     # floor 3: steps, scores; they do not know each other
-    "train": FLOOR_0 | {"losses", "data", "model", "interop", "methods", "resolve", "token_wise_losses"},
-    "evaluate": FLOOR_0 | {"losses", "data", "model"},
+    "train": FLOOR_0 | {"losses", "data", "model", "interop", "methods", "resolve", "token_wise_losses", "pages"},
+    "evaluate": FLOOR_0 | {"losses", "data", "model", "pages"},
     # a page over what is found
-    "serve": FLOOR_0 | {"data", "model", "evaluate"},
+    "serve": FLOOR_0 | {"data", "model", "evaluate", "pages"},
     # floor 4: words in, words out
-    "cli": FLOOR_0 | {"losses", "data", "model", "interop", "methods", "resolve", "train", "evaluate", "serve"},
+    "cli": FLOOR_0
+    | {"losses", "data", "model", "interop", "methods", "resolve", "train", "evaluate", "serve", "pages"},
     "__main__": {"cli"},
     "__init__": {"interop"},
 }

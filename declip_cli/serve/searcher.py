@@ -13,9 +13,10 @@ from declip_cli.data.decode import decode_image
 from declip_cli.errors import DataError, EvaluateError
 from declip_cli.evaluate.collection import Collection, Term
 from declip_cli.evaluate.encoding import FeatureOptions
-from declip_cli.evaluate.gallery import THUMBNAIL_SIDE_PX, shrink
+from declip_cli.evaluate.gallery import THUMBNAIL_SIDE_PX
 from declip_cli.evaluate.search import Query, describe_hit, encode_query, in_words
 from declip_cli.model.checkpoint import PretrainedModel
+from declip_cli.pages.frame import shrink
 
 MAX_HITS = 2000
 """In one answer."""

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,10 +20,14 @@ from declip_cli.data.shards.dataset import BLOCK_BYTES
 from declip_cli.distributed import rank
 from declip_cli.errors import TrainError
 from declip_cli.model.resnet import ModifiedResNet
+from declip_cli.pages.run_files import SAMPLES_FILE, Reports
+from declip_cli.pages.run_page import write_run_page
 from declip_cli.process_group import from_first, signals_handled
 from declip_cli.resolve import ResolvedRun, kept_settings, resolve
+from declip_cli.train.batches import DeviceBatches
 from declip_cli.train.build import Training, build_training, find_machine
 from declip_cli.train.checkpoint import Evaluate, load_same_state, restore_state
+from declip_cli.train.first_pairs import seen_first, write_first_pairs
 from declip_cli.train.health import StepReport
 from declip_cli.train.loop import train
 from declip_cli.train.pairs import facts_of, open_pairs
@@ -84,9 +89,13 @@ def pretrain(request: Request, *, evaluate: Evaluate | None, say: Say) -> Iterat
             say(line)
             run_dir.append_log(line)
         with _stop_on_signals(say) as should_stop, _memory_explained(training.run):
+            shown_step, shown = run_dir.saved_step, Reports()
             for report in train(training, run_dir, evaluate=evaluate, should_stop=should_stop):
                 if is_main:
                     _record(report, run_dir, tracker)
+                if is_main and (report.is_last or run_dir.saved_step != shown_step):
+                    shown_step = run_dir.saved_step
+                    _without_harm(partial(write_run_page, run_dir.path, shown), say)
                 if report.is_last and training.stream.num_cut_captions:
                     length = training.config.model.context_length
                     say(f"{training.stream.num_cut_captions} texts were longer than {length} tokens and were cut")
@@ -136,8 +145,25 @@ def _begin(request: Request, run_dir: RunDir, held: ExitStack) -> tuple[Training
             run_dir.forget_metrics_after(training.step)
             notes = _changes(before, run) + notes
         run_dir.write_run(run)
+        _watch_first_pairs(training, request.path / SAMPLES_FILE, run_dir.say)
     notes = [f"run folder: {request.path}", *_describe(training), *(f"note: {note}" for note in notes)]
     return training, tracker, notes
+
+
+def _watch_first_pairs(training: Training, path: Path, say: Say) -> None:
+    """Have the first pairs of the run written for its page, as they come to the model."""
+    if not path.exists():
+        write = partial(write_first_pairs, path, views=training.method.views)
+        batches = seen_first(training.stream, lambda batch: _without_harm(partial(write, batch), say))
+        training.batches = DeviceBatches(batches, training.accelerator.device)
+
+
+def _without_harm(write: Callable[[], object], say: Say) -> None:
+    """Write what only people look at; whatever goes wrong with it is told and does not end the run."""
+    try:
+        write()
+    except Exception as error:
+        say(f"note: a part of the run's page could not be written: {error!r}")
 
 
 def _before(request: Request, run_dir: RunDir, held: ExitStack) -> tuple[ResolvedRun | None, SavedState | None]:

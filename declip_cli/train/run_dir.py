@@ -65,6 +65,8 @@ class RunDir:
         self.model_path = path / "model"
         self.best_path = path / "best"
         self.say = say
+        self.saved_step: int | None = None
+        """Of the newest state that was saved here by this process."""
 
     def claim(self, *, force: bool) -> None:
         """Make the folder of a new run empty, `force` one that holds a run, too; call it with the folder locked.
@@ -190,6 +192,7 @@ class RunDir:
             content = {"step": state.step, "values": state.values}
             (new / _STATE_FILE).write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
             (new / CONFIG_FILE).write_text(_run_to_text(run), encoding="utf-8")
+        self.saved_step = state.step
         for other in self._states()[:-keep]:
             shutil.rmtree(other, ignore_errors=True)
 
