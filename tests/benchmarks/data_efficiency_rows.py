@@ -1,0 +1,133 @@
+"""What `data_efficiency.py` compares: named rows of settings, and one small random search that is the same for all."""
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from declip_cli.config import RunConfig
+from declip_cli.errors import DeclipError
+from declip_cli.methods.registry import METHODS, build_method
+from declip_cli.resolve import resolve_run
+
+ROWS: dict[str, dict[str, Any]] = {
+    "clip": {"method.name": "clip"},
+    "clip-augmented": {
+        "method.name": "declip",
+        "method.pairs": 1,
+        "method.weights": {"clip": 1.0, "nn": 0.0, "simsiam": 0.0, "mlm": 0.0},
+    },
+    "slip": {"method.name": "slip"},
+    "declip": {"method.name": "declip"},
+    "declip-paper": {"method.name": "declip", "method.weights": {"clip": 0.4, "simsiam": 0.2, "mlm": 0.2, "nn": 0.2}},
+    "rocket": {"method.name": "rocket"},
+    "declip+words": {"method.name": "declip", "method.weights": {"words": 0.2}},
+    "declip+simclr": {"method.name": "declip", "method.weights": {"simsiam": 0.0, "simclr": 0.2}},
+    "clip+words": {"method.name": "clip", "method.weights": {"words": 0.5}},
+    "clip-sigmoid": {"method.name": "clip", "method.contrastive": "sigmoid"},
+    "declip-sigmoid": {"method.name": "declip", "method.contrastive": "sigmoid"},
+    "filip": {"method.name": "filip"},
+    "defilip": {"method.name": "defilip"},
+}
+"""Row → its settings; a row is compared with what the search found for it, if it was tuned."""
+MAIN_ROWS = ("clip", "clip-augmented", "slip", "declip", "declip-paper", "rocket")
+FIXED_WEIGHTS = ("clip", "declip-paper")
+"""Rows whose weights are part of what they are."""
+CELL: dict[str, Any] = {
+    "model.arch": "vit-tiny32",
+    "model.context_length": 16,
+    "data.workers": 0,
+    "method.queue_size": 1024,
+    "optim.learning_rate_peak": 1e-3,
+    "optim.learning_rate_start": 1e-5,
+    "optim.warmup_steps": 20,
+    "train.batch_size": 128,
+    "train.ema_decay": 0.97,
+    "train.threads": 1,
+    "train.processes": 1,
+    "train.checkpoint_every_minutes": None,
+}
+"""Of all rows. The rate stays at its peak and the weights are averaged, so that a run may stop at any time."""
+
+
+def is_known(row: str) -> bool:
+    """Say whether this version of the package has all that a row asks for."""
+    try:
+        asked = resolve(row, {})
+        build_method(asked.model, asked.method)
+    except DeclipError:
+        return False
+    return True
+
+
+def weights_of(row: str) -> dict[str, float]:
+    """Return the weight of each term of a row before it is tuned, the contrastive term first."""
+    return METHODS[ROWS[row]["method.name"]].default_weights | ROWS[row].get("method.weights", {})
+
+
+def resolve(row: str, changes: Mapping[str, Any]) -> RunConfig:
+    """Put the settings of a run together, weakest first: `CELL`, the row, what was tuned or is asked for now."""
+    settings = CELL | ROWS[row] | dict(changes)
+    settings.setdefault("optim.learning_rate_end", settings["optim.learning_rate_peak"])
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in settings.items():
+        section, _, key = name.partition(".")
+        sections.setdefault(section, {})[key] = value
+    return resolve_run(None, None, sections, [])[0]
+
+
+def draw(row: str, trial: int, weights: Mapping[str, float]) -> dict[str, Any]:
+    """Draw the settings of one trial; the first are the row's own.
+
+    The same trial draws the same rate, smoothing, decay and augmentation for every row; each further loss term is
+    off in a quarter of the trials, else its weight is multiplied by something between 1/4 and 4.
+
+    Args:
+        row: its name.
+        trial: number from 0.
+        weights: of the row's terms by default; the contrastive term, which comes first, stays as it is.
+    """
+    if trial == 0:
+        return {}
+    rng = random.Random(f"trial {trial}")
+    strength = rng.random()
+    crop = rng.uniform(0.2, 0.9)
+    changes: dict[str, Any] = {
+        "optim.learning_rate_peak": float(f"{math.exp(rng.uniform(math.log(3e-4), math.log(3e-3))):.2g}"),
+        "optim.weight_decay": rng.choice([0.1, 0.3, 1.0]),
+        "method.label_smoothing": rng.choice([0.0, 0.05, 0.1, 0.2]),
+        "augment.plain_crop_area_min": round(crop, 2),
+        "augment.crop_area_min": round(crop, 2),
+        "augment.jitter_probability": round(0.8 * strength, 2),
+        "augment.hue": round(0.1 * strength, 3),
+        "augment.grayscale_probability": round(rng.choice([0.0, 0.2]) * strength, 2),
+        "augment.blur_probability": round(rng.choice([0.0, 0.5]) * strength, 2),
+        "augment.flip_probability": rng.choice([0.0, 0.5]),
+    }
+    if ROWS[row].get("method.contrastive") == "sigmoid":
+        del changes["method.label_smoothing"]  # it has none
+    terms = [name for name, weight in weights.items() if weight][1:]
+    if terms and row not in FIXED_WEIGHTS:
+        factors = {name: random.Random(f"trial {trial} {name}") for name in terms}
+        drawn = {
+            name: 0.0 if f.random() < 0.25 else weights[name] * 4 ** f.uniform(-1, 1) for name, f in factors.items()
+        }
+        changes["method.weights"] = dict(weights) | {name: round(value, 3) for name, value in drawn.items()}
+    return changes
+
+
+def _draw_weight(name: str, trial: int, weight: float) -> float:
+    rng = random.Random(f"trial {trial} {name}")
+    return 0.0 if rng.random() < 0.25 else round(weight * 4 ** rng.uniform(-1, 1), 3)
+
+
+def best_trial(lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Take the trial with the best validation score; of equal ones the first."""
+    return max(lines, key=lambda line: (line["validation"], -line["trial"]))
+
+
+def digest(settings: Mapping[str, Any]) -> str:
+    """Name settings by the first digits of their hash."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]

@@ -1,0 +1,224 @@
+"""The arithmetic of `data_efficiency.py`: means, standard errors, paired differences, pairs saved; table, picture."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+REFERENCE = "clip"
+RIVALS = ("clip", "clip-augmented", "slip", "rocket")
+"""What a method of ours has to beat."""
+SCORES = {
+    "zeroshot_top1": "zero-shot top-1",
+    "zeroshot_top5": "zero-shot top-5",
+    "image_to_text_r10": "image→text R@10",
+    "text_to_image_r10": "text→image R@10",
+    "probe_top1": "linear probe",
+}
+_KINDS = {"best": "Best against best", "equal_time": f"Within the time that {REFERENCE} took"}
+_PAGE = """# What it saves
+
+How good are models that learn from fewer pairs? This page is written by `tests/benchmarks/data_efficiency.py`; do not
+edit it.
+
+* **Pairs**: {fit_pairs} of emoji and clip art by {fit}; {fit_pairs_like_scored_ones} more looked like scored ones
+  (perceptual hashes within 4 of 64 bits) and were left out. Smaller shares are nested, the same for all rows.
+* **Choices** (when to stop, tuned settings): {validation}, {num_validation} emoji.
+* **Scores**: {final}, {num_final} emoji, seen by no choice. Left out: {left_out}, whose drawings others share.
+* **What it does not show**: emoji and clip art are not the web, and a tiny model is not ViT-B/32.
+
+<!-- not run: minutes to hours, and the archive is not part of the project -->
+```sh
+pip install -e '.[plots]'
+python tests/benchmarks/data_efficiency.py dev.tar --work WORK --dry-run    # how long it takes
+python tests/benchmarks/data_efficiency.py dev.tar --work WORK --tune clip clip-augmented slip declip --trials 8
+python tests/benchmarks/data_efficiency.py dev.tar --work WORK --budget-minutes 360
+python tests/benchmarks/data_efficiency.py dev.tar --work WORK --summary --page docs/what-it-saves.md
+```
+
+"""
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Return the standard deviation of a sample over the root of its size; None below two values."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def paired_difference(ours: Mapping[int, float], others: Mapping[int, float]) -> tuple[float, float | None] | None:
+    """Return the mean difference of the seeds that both have, and its standard error; None without such seeds."""
+    differences = [ours[seed] - others[seed] for seed in sorted(ours.keys() & others.keys())]
+    return (statistics.mean(differences), standard_error(differences)) if differences else None
+
+
+def pairs_needed(curve: Mapping[int, float], score: float) -> tuple[str, float]:
+    """Find how many pairs reach a score, by linear interpolation in the logarithm of the pairs.
+
+    Args:
+        curve: pairs → score, at least one; where it crosses the score upward first is what counts.
+        score: what is to be reached.
+
+    Returns:
+        A sign and the pairs: `=`; `<`, when the fewest pairs are good enough; `>`, when the most are not.
+    """
+    points = sorted(curve.items())
+    if points[0][1] >= score:
+        return ("=" if points[0][1] == score else "<"), float(points[0][0])
+    for (few, low), (many, high) in zip(points, points[1:], strict=False):
+        if high >= score:
+            share = (score - low) / (high - low)
+            return "=", math.exp(math.log(few) + share * (math.log(many) - math.log(few)))
+    return ">", float(points[-1][0])
+
+
+def saving(reference: Mapping[int, float], ours: Mapping[int, float], pairs: int) -> tuple[str, float]:
+    """Return the data-efficiency factor: pairs that the reference needs for our score ÷ `pairs`, with a sign."""
+    sign, needed = pairs_needed(reference, ours[pairs])
+    return sign, needed / pairs
+
+
+def _by_seed(lines: Sequence[Mapping[str, Any]], kind: str, row: str, pairs: int, score: str) -> dict[int, float]:
+    chosen = [line for line in lines if (line["row"], line["pairs"]) == (row, pairs) and line[kind] is not None]
+    return {line["seed"]: line[kind]["scores"][score] for line in chosen}
+
+
+def _latest(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Keep one line of each cell, the last that was run."""
+    return list({(line["row"], line["size"], line["seed"]): line for line in lines}.values())
+
+
+def summarize(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Sum up the cells.
+
+    Args:
+        lines: of `cells.jsonl`; of a cell that was run again the last counts.
+
+    Returns:
+        kind (`best`, `equal_time`) → score → a list of entries: `row`, `pairs`, `num_seeds`, `mean`, `error`,
+        `minus_clip` and `minus_rival` (mean and standard error of paired differences), `rival`, and `factor_clip` and
+        `factor_rival` (sign and number); beside them `rows`, facts on each row's cells.
+    """
+    lines = _latest(lines)
+    found: dict[str, Any] = {"rows": _facts(lines)}
+    for kind in _KINDS:
+        found[kind] = {score: _entries(lines, kind, score) for score in SCORES}
+    return found
+
+
+def _facts(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    facts = {}
+    for row in dict.fromkeys(line["row"] for line in lines):
+        own = [line for line in lines if line["row"] == row]
+        facts[row] = {
+            "num_cells": len(own),
+            "num_trials": min(line["num_trials"] for line in own),
+            "num_settings": len({line["digest"] for line in own}),
+            "seconds": sum(line["seconds"] for line in own) / len(own),
+            "num_still_rising": sum(not line["has_stopped_rising"] for line in own),
+            "raw_pixels_top1": own[0]["best"]["scores"]["raw_pixels_top1"],
+        }
+    return facts
+
+
+def _entries(lines: Sequence[Mapping[str, Any]], kind: str, score: str) -> list[dict[str, Any]]:
+    cells = sorted({(line["pairs"], line["row"]) for line in lines})
+    seeds = {(row, pairs): _by_seed(lines, kind, row, pairs, score) for pairs, row in cells}
+    means = {cell: statistics.mean(values.values()) for cell, values in seeds.items() if values}
+    entries = []
+    for row, pairs in means:
+        curves = {other: {n: mean for (name, n), mean in means.items() if name == other} for other, _ in means}
+        rivals = [name for name in RIVALS if name != row and (name, pairs) in means]
+        rival = max(rivals, key=lambda name: means[name, pairs], default=None)
+        entry = {"row": row, "pairs": pairs, "num_seeds": len(seeds[row, pairs]), "mean": means[row, pairs]}
+        entry |= {"error": standard_error(list(seeds[row, pairs].values())), "rival": rival}
+        for name, other in (("clip", REFERENCE), ("rival", rival)):
+            is_there = other is not None and other in curves and other != row
+            minus = paired_difference(seeds[row, pairs], seeds.get((other, pairs), {})) if is_there else None
+            factor = saving(curves[other], curves[row], pairs) if is_there else None
+            entry |= {f"minus_{name}": minus, f"factor_{name}": factor}
+        entries.append(entry)
+    return entries
+
+
+def _points(value: float, error: float | None = None, *, sign: str = "") -> str:
+    text = f"{100 * value:{sign}.1f}"
+    return text if error is None else f"{text} ± {100 * error:.1f}"
+
+
+def _difference(found: tuple[float, float | None] | None) -> str:
+    return "–" if found is None else _points(*found, sign="+")
+
+
+def _factor(found: tuple[str, float] | None) -> str:
+    return "–" if found is None else f"{'' if found[0] == '=' else found[0] + ' '}{found[1]:.2f}"
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """Write the summary in Markdown: a table for each kind and score, then what each row cost."""
+    parts = []
+    for kind, title in _KINDS.items():
+        for score, name in SCORES.items():
+            if not summary[kind][score]:
+                continue
+            lines = [f"## {title}: {name}", ""]
+            lines += [
+                "| row | pairs | seeds | score | − clip | best rival | − rival | factor (clip) | factor (rival) |"
+            ]
+            lines += ["|---|---|---|---|---|---|---|---|---|"]
+            for one in summary[kind][score]:
+                minus = [_difference(one[key]) for key in ("minus_clip", "minus_rival")]
+                cells = [one["row"], one["pairs"], one["num_seeds"], _points(one["mean"], one["error"]), minus[0]]
+                cells += [one["rival"] or "–", minus[1], _factor(one["factor_clip"]), _factor(one["factor_rival"])]
+                lines.append(f"| {' | '.join(map(str, cells))} |")
+            parts.append("\n".join(lines))
+    return "\n\n".join([*parts, _costs(summary["rows"])]) + "\n"
+
+
+def _costs(rows: Mapping[str, Any]) -> str:
+    if not rows:
+        return "No cell has been run yet."
+    lines = ["## What each row cost", ""]
+    lines += ["| row | cells | trials of tuning | mean seconds a run | still rising at the end | raw pixels (probe) |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for row, facts in rows.items():
+        mixed = f" ({facts['num_settings']} different settings)" if facts["num_settings"] > 1 else ""
+        cells = [row, f"{facts['num_cells']}{mixed}", facts["num_trials"], f"{facts['seconds']:.0f}"]
+        cells += [facts["num_still_rising"], _points(facts["raw_pixels_top1"])]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def write_page(summary: Mapping[str, Any], corpus: Mapping[str, Any], work: Path, page: Path | None) -> None:
+    """Write `table.md` and, where matplotlib is installed, `picture.svg` into a folder; the page, too, if asked for."""
+    text = table(summary)
+    (work / "table.md").write_text(text, encoding="utf-8")
+    draw_picture(summary, work / "picture.svg")
+    if page is not None:
+        words = {key: ", ".join(corpus[key]) for key in ("fit", "left_out")}
+        counts = {f"num_{key}": corpus["pairs"][corpus[key]] for key in ("validation", "final")}
+        head = _PAGE.format_map({**corpus, **words, **counts})
+        draw_picture(summary, page.with_suffix(".svg"))
+        picture = f"![score against pairs]({page.stem}.svg)\n\n" if page.with_suffix(".svg").is_file() else ""
+        page.write_text(head + picture + text, encoding="utf-8")
+
+
+def draw_picture(summary: Mapping[str, Any], path: Path, score: str = "text_to_image_r10") -> None:
+    """Draw a score against the pairs, one line a row with standard errors; nothing without matplotlib."""
+    if not summary["rows"]:
+        return
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no picture: pip install -e '.[plots]'")
+        return
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for row in summary["rows"]:
+        points = [one for one in summary["best"][score] if one["row"] == row]
+        values = [[100 * (one[key] or 0.0) for one in points] for key in ("mean", "error")]
+        axes.errorbar([one["pairs"] for one in points], values[0], yerr=values[1], label=row, marker="o", capsize=3)
+    axes.set_xscale("log")
+    axes.set_xlabel("pairs")
+    axes.set_ylabel(f"{SCORES[score]}, %")
+    axes.legend()
+    figure.savefig(path)

@@ -1,0 +1,136 @@
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def parts():
+    sys.path.insert(0, str(Path(__file__).parent))
+    try:
+        names = ("summary", "rows", "corpus", "cell")
+        found = {name: importlib.import_module(f"data_efficiency_{name}") for name in names}
+        yield found | {"script": importlib.import_module("data_efficiency")}
+    finally:
+        sys.path.pop(0)
+
+
+def line(row, pairs, seed, score, *, in_time=None, digest="a"):
+    def snapshot(value):
+        names = "zeroshot_top1 zeroshot_top5 image_to_text_r10 text_to_image_r10 probe_top1 raw_pixels_top1"
+        return {"scores": dict.fromkeys(names.split(), value)}
+
+    facts = {"row": row, "pairs": pairs, "size": pairs / 800, "seed": seed, "digest": digest, "num_trials": 8}
+    other = None if in_time is None else snapshot(in_time)
+    return facts | {"best": snapshot(score), "equal_time": other, "seconds": 10.0, "has_stopped_rising": True}
+
+
+def test_the_standard_error_is_that_of_the_mean_of_a_sample(parts):
+    assert parts["summary"].standard_error([1.0, 2.0, 3.0]) == pytest.approx(1 / math.sqrt(3))
+    assert parts["summary"].standard_error([1.0]) is None
+
+
+def test_differences_are_paired_by_the_seeds_that_both_have(parts):
+    mean, error = parts["summary"].paired_difference({0: 5.0, 1: 7.0, 2: 9.0}, {0: 4.0, 1: 4.0, 9: 0.0})
+    assert (mean, error) == (2.0, pytest.approx(1.0))  # of 1 and 3
+    assert parts["summary"].paired_difference({0: 1.0}, {1: 1.0}) is None
+
+
+@pytest.mark.parametrize(
+    ("score", "expected"),
+    [(0.2, ("=", 200)), (0.15, ("=", 100 * math.sqrt(2))), (0.05, ("<", 100)), (0.5, (">", 400)), (0.4, ("=", 400))],
+)
+def test_pairs_are_interpolated_in_their_logarithm_and_bounded_outside(score, expected, parts):
+    sign, pairs = parts["summary"].pairs_needed({100: 0.1, 200: 0.2, 400: 0.4}, score)
+    assert (sign, pairs) == (expected[0], pytest.approx(expected[1]))
+
+
+def test_a_row_that_needs_half_the_pairs_has_a_factor_of_two(parts):
+    # Scores rise by 0.1 when the pairs double; ours is 0.1 ahead.
+    clip, ours = {100: 0.1, 200: 0.2, 400: 0.3}, {100: 0.2, 200: 0.3, 400: 0.4}
+    found = [parts["summary"].saving(clip, ours, pairs) for pairs in (100, 200, 400)]
+    assert found == [("=", pytest.approx(2.0)), ("=", pytest.approx(2.0)), (">", 1.0)]
+
+
+def test_a_summary_compares_with_clip_and_with_the_best_rival(parts):
+    lines = [line("clip", 100, seed, 0.1, in_time=0.1) for seed in (0, 1)]
+    lines += [line("slip", 100, seed, 0.3) for seed in (0, 1)]
+    lines += [line("declip", 100, 0, 0.9), line("declip", 100, 0, 0.4, in_time=0.2), line("declip", 100, 1, 0.6)]
+    summary = parts["summary"].summarize(lines)
+    one = next(entry for entry in summary["best"]["zeroshot_top1"] if entry["row"] == "declip")
+    assert (one["num_seeds"], one["rival"]) == (2, "slip")  # the cell that was run again counts once
+    assert (one["mean"], one["error"]) == (pytest.approx(0.5), pytest.approx(0.1))
+    assert one["minus_clip"] == (pytest.approx(0.4), pytest.approx(0.1))
+    assert one["minus_rival"] == (pytest.approx(0.2), pytest.approx(0.1))
+    assert one["factor_rival"] == (">", 1.0)
+    in_time = {entry["row"]: entry["mean"] for entry in summary["equal_time"]["zeroshot_top1"]}
+    assert in_time == {"clip": 0.1, "declip": 0.2}
+    text = parts["summary"].table(summary)
+    assert "| declip | 100 | 2 | 50.0 ± 10.0 | +40.0 ± 10.0 | slip | +20.0 ± 10.0 | > 1.00 | > 1.00 |" in text
+
+
+def test_smaller_shares_of_the_pairs_lie_in_the_larger_ones(parts):
+    keys = [str(number) for number in range(80)]
+    found = parts["corpus"].nested_parts(keys, seed=0)
+    assert [len(part) for part in found] == [10, 10, 20, 40]
+    assert sorted(number for part in found for number in part) == list(range(80))
+    assert found != parts["corpus"].nested_parts(keys, seed=1)
+
+
+def test_near_duplicates_differ_in_at_most_four_bits(parts):
+    assert parts["corpus"].near_duplicates([0b1111, 0b11111 << 50, 0], [1 << 63, 0]) == [False, False, False]
+    assert parts["corpus"].near_duplicates([(1 << 63) | 0b111, 0b11111], [1 << 63, 0b1]) == [True, True]
+
+
+def test_every_prefix_of_the_cells_is_a_table_and_the_reference_comes_first(parts):
+    found = list(parts["script"].cells_of(["slip", "clip"], [0.5, 0.125], [0, 1]))
+    assert found[:2] == [("clip", 0.5, 0), ("slip", 0.5, 0)]
+    assert [cell[1:] for cell in found] == [(0.5, 0)] * 2 + [(0.125, 0)] * 2 + [(0.5, 1)] * 2 + [(0.125, 1)] * 2
+
+
+def test_a_line_that_a_kill_cut_off_is_run_again(parts, tmp_path):
+    path = tmp_path / "cells.jsonl"
+    path.write_text('{"a": 1}\n{"a": ')
+    assert parts["script"].read_lines(path) == [{"a": 1}]
+    parts["script"].append_line(path, {"a": 2})
+    assert parts["script"].read_lines(path) == [{"a": 1}, {"a": 2}]
+
+
+def test_a_trial_draws_the_same_for_all_rows_and_the_first_is_the_rows_own(parts):
+    rows = parts["rows"]
+    assert rows.draw("slip", 0, rows.weights_of("slip")) == {}
+    clip, slip = (rows.draw(row, 3, rows.weights_of(row)) for row in ("clip", "slip"))
+    weights = slip.pop("method.weights")
+    assert clip == slip
+    assert weights["clip"] == 1.0
+    assert weights["simclr"] == 0.0 or 0.25 <= weights["simclr"] <= 4
+
+
+def test_settings_of_equal_budget_win(parts, tmp_path):
+    def trial(row, number, validation):
+        return {"row": row, "trial": number, "validation": validation, "settings": {"n": number}}
+
+    lines = [trial("clip", 0, 0.1), trial("clip", 1, 0.3), trial("clip", 2, 0.9), trial("slip", 0, 0.2)]
+    parts["script"].write_tuned(tmp_path, [*lines, trial("slip", 1, 0.2)])
+    found = json.loads((tmp_path / "tuned.json").read_text())
+    assert found["clip"] == {"settings": {"n": 1}, "validation": 0.3, "num_trials": 2}
+    assert found["slip"]["settings"] == {"n": 0}
+
+
+def test_a_run_keeps_its_best_model_and_the_best_in_the_time_of_another(parts):
+    scores, now = iter([0.1, 0.3, 0.2, 0.4]), iter([0, 10, 100, 110, 200, 210, 300, 310, 400])
+    watch = parts["cell"].Watch(lambda model: next(scores), 5, 25.0, lambda: next(now))
+    watch.start()
+    for model in "abcd":
+        watch(model)
+    assert watch.curve == [(5, 10, 0.1), (10, 20, 0.3), (15, 30, 0.2), (20, 40, 0.4)]  # scoring took no time
+    assert (watch.best.model, watch.best_in_time.model, watch.num_since_best) == ("d", "b", 0)
+
+
+@pytest.mark.parametrize("row", ["clip", "clip-augmented", "slip", "declip", "declip-paper"])
+def test_a_row_keeps_its_rate_to_the_end(row, parts):
+    asked = parts["rows"].resolve(row, {"optim.learning_rate_peak": 2e-3})
+    assert asked.optim.learning_rate_end == asked.optim.learning_rate_peak == 2e-3
