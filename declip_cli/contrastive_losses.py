@@ -16,9 +16,9 @@ Ids: TypeAlias = tuple[Tensor, Tensor]
 """Identities of queries and keys, int64, (B, I) and (M, I): a query and a key that share one are positives."""
 _Score: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Takes logits (b, V, T, M) and positives (b, M), returns the sum of losses and leaves its gradient in the logits."""
-_BLOCK_ELEMENTS = 2**25
+BLOCK_ELEMENTS = 2**25
 """Similarities of a block of queries: 128 MiB in float32."""
-_WHOLE_ELEMENTS = 2**28
+WHOLE_ELEMENTS = 2**28
 """Similarities up to which both directions are taken from the same product."""
 
 
@@ -59,7 +59,7 @@ def symmetric_softmax_loss(
         The mean of both directions, in nats, ().
     """
     options: dict[str, Any] = {"logit_scale": logit_scale, "label_smoothing": label_smoothing}
-    if len(images) ** 2 * images.shape[1] * texts.shape[1] > _WHOLE_ELEMENTS:
+    if len(images) ** 2 * images.shape[1] * texts.shape[1] > WHOLE_ELEMENTS:
         there, back = ((images, texts), (texts, images))
         return (softmax_loss(*there, (ids, ids), **options) + softmax_loss(*back, (ids, ids), **options)) / 2
     score = partial(_score_softmax, dims=(1, 0), label_smoothing=label_smoothing)
@@ -126,8 +126,8 @@ def _in_blocks(
     logit_bias: Tensor | None = None,
     num_rows: int = 0,
 ) -> Tensor:
-    """Add up the scores of all blocks of `num_rows` queries; 0: as many as fit into `_BLOCK_ELEMENTS`."""
-    num_rows = num_rows or max(1, _BLOCK_ELEMENTS // (queries.shape[1] * keys.shape[0] * keys.shape[1]))
+    """Add up the scores of all blocks of `num_rows` queries; 0: as many as fit into `BLOCK_ELEMENTS`."""
+    num_rows = num_rows or max(1, BLOCK_ELEMENTS // (queries.shape[1] * keys.shape[0] * keys.shape[1]))
     inputs = [_precise(value) for value in (queries, keys, logit_scale)]
     inputs.append(inputs[2].new_zeros(()) if logit_bias is None else _precise(logit_bias))
     with torch.autocast(queries.device.type, enabled=False):

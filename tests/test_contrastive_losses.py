@@ -72,7 +72,7 @@ SHARED = (ids_of([0, 10], [1, 11], [2, 10]), ids_of([0, 10], [1, 11], [2, 10], [
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("block", [2**25, 1])
 def test_one_direction_of_the_softmax_equals_the_loop(ids, smoothing, block, monkeypatch):
-    monkeypatch.setattr(contrastive_losses, "_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(contrastive_losses, "BLOCK_ELEMENTS", block)
     queries, keys = unit(3, 2, 6), unit(5, 2, 6, seed=1)
     found = value_and_gradients(
         lambda q, k, scale: softmax_loss(q, k, ids, logit_scale=scale, label_smoothing=smoothing),
@@ -90,7 +90,7 @@ def test_one_direction_of_the_softmax_equals_the_loop(ids, smoothing, block, mon
 @pytest.mark.parametrize("limit", [2**28, 1], ids=["one product", "two"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_both_directions_equal_the_loop_each_way(limit, smoothing, monkeypatch):
-    monkeypatch.setattr(contrastive_losses, "_WHOLE_ELEMENTS", limit)
+    monkeypatch.setattr(contrastive_losses, "WHOLE_ELEMENTS", limit)
     images, texts, ids = unit(4, 2, 6), unit(4, 2, 6, seed=1), ids_of([0, 10], [1, 11], [2, 10], [1, 12])
     found = value_and_gradients(
         lambda x, y, scale: symmetric_softmax_loss(x, y, ids, logit_scale=scale, label_smoothing=smoothing),
@@ -108,7 +108,7 @@ def test_both_directions_equal_the_loop_each_way(limit, smoothing, monkeypatch):
 @pytest.mark.parametrize("ids", [ONE_EACH, SHARED], ids=["one each", "shared"])
 @pytest.mark.parametrize("block", [2**25, 1])
 def test_the_sigmoid_loss_equals_the_loop(ids, block, monkeypatch):
-    monkeypatch.setattr(contrastive_losses, "_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(contrastive_losses, "BLOCK_ELEMENTS", block)
     images, texts = unit(3, 2, 6), unit(5, 2, 6, seed=1)
     found = value_and_gradients(
         lambda x, y, scale, bias: sigmoid_loss(x, y, ids, logit_scale=scale, logit_bias=bias),

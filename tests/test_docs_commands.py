@@ -58,13 +58,18 @@ def place(tmp_path_factory, make_picture):
     return here
 
 
+NOTHING = estimate.MemoryEstimate(
+    weights=0, logits=0, cast_weights=0, per_pair=1, embedded_per_pair=0, batch_size=1, micro_batch_size=1
+)
+
+
 @pytest.mark.parametrize(("page", "line", "output"), SHOWN, ids=[f"{page}: {line}" for page, line, _ in SHOWN])
 def test_a_command_that_is_shown_runs(page, line, output, place, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.setenv("DECLIP_RUNS", "runs")
     monkeypatch.setenv("DECLIP_CACHE", "cache")  # images are encoded once for all commands
     monkeypatch.setattr(linear_probe, "RAW_SIDE_PX", 2)
-    monkeypatch.setattr(estimate, "estimate_memory", lambda run: {"total": 0.0})
+    monkeypatch.setattr(estimate, "estimate_memory", lambda run: NOTHING)
     words, stdin = typed(line)
     result = declip(*words, *IN_SHORT.get(words[0], []), stdin=stdin)
     assert result.exit_code == 0, (page, line, result.stderr)

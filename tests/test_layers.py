@@ -36,7 +36,8 @@ MAY_IMPORT = {
     # what was asked becomes one resolved run
     "resolve": FLOOR_0 | {"model", "methods"},
     # floor 3: steps, scores; they do not know each other
-    "train": FLOOR_0 | {"losses", "data", "model", "interop", "methods", "resolve", "token_wise_losses", "pages"},
+    "train": FLOOR_0
+    | {"losses", "data", "model", "interop", "methods", "resolve", "contrastive_losses", "token_wise_losses", "pages"},
     "evaluate": FLOOR_0 | {"losses", "data", "model", "pages"},
     # a page over what is found
     "serve": FLOOR_0 | {"data", "model", "evaluate", "pages"},

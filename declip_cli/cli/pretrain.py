@@ -172,13 +172,15 @@ def _request(
 def _plan(request: "Request") -> dict[str, Any]:
     """Say what a run would do."""
     from declip_cli.train import launch
-    from declip_cli.train.estimate import estimate_memory
+    from declip_cli.train.estimate import estimate_memory, find_free_memory
     from declip_cli.train.run import plan
 
     run, total_steps = plan(request, num_processes=launch.wanted_processes(request.asked.train), say=note)
     settled = run.to_json()
     facts = settled["run"] | {"samples": run.config.train.samples, "total_steps": total_steps}
-    return {"run": facts, "memory_mib": estimate_memory(run), "config": settled["config"]}
+    estimate, free = estimate_memory(run), find_free_memory(run)
+    facts |= {"free_memory_mib": round(free / 2**20, 1), "largest_micro_batch": estimate.largest_micro_batch(free)}
+    return {"run": facts, "memory_mib": estimate.to_mebibytes(), "config": settled["config"]}
 
 
 def _start(make_request: "Callable[[], Request]") -> dict[str, Any]:

@@ -1,12 +1,15 @@
 """How much memory a run will take on each process, before it is started."""
 
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
+import psutil
 import torch
 from torch import Tensor
 
 from declip_cli.batch import Batch, Embeddings
+from declip_cli.contrastive_losses import BLOCK_ELEMENTS as CONTRASTIVE_BLOCK
+from declip_cli.contrastive_losses import WHOLE_ELEMENTS
 from declip_cli.methods.base import Method
 from declip_cli.methods.registry import build_method
 from declip_cli.model.text_transformer import END_ID
@@ -15,19 +18,61 @@ from declip_cli.token_wise_losses import BLOCK_ELEMENTS, BLOCK_ELEMENTS_ON_A_GPU
 
 _SIMILARITIES_AT_ONCE = 3
 """Copies of a block of token similarities that are alive together."""
-_LOGITS_AT_ONCE = 2
-"""Copies of a matrix of logits that a cross-entropy keeps: the logits and their softmax."""
+_LOGITS_AT_ONCE = 3
+"""Copies of a block of logits that are alive together: the logits, their softmax and the gradient."""
+_USABLE = 0.9
+"""Share of the free memory to count on: allocators leave gaps."""
 
 
-def estimate_memory(run: ResolvedRun) -> dict[str, float]:
-    """Estimate the memory of one process, in MiB.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryEstimate:
+    """What one process will need, in bytes."""
+
+    weights: int
+    """With gradients, moments and running average."""
+    logits: int
+    """Of the objective, at their peak."""
+    cast_weights: float
+    """Weights in another number format, kept for backward."""
+    per_pair: float
+    """Activations kept for backward, of each pair of a forward pass."""
+    embedded_per_pair: float
+    """Embeddings and their gradients, of each pair of a batch in micro-batches."""
+    batch_size: int
+    micro_batch_size: int
+
+    def to_mebibytes(self) -> dict[str, float]:
+        """Return `weights`, `activations` of one forward pass, `logits`, cached `embeddings`, and their `total`."""
+        size = self.micro_batch_size
+        sizes = {
+            "weights": self.weights,
+            "activations": self.cast_weights + self.per_pair * size,
+            "logits": self.logits,
+            "embeddings": self.embedded_per_pair * self.batch_size if size < self.batch_size else 0,
+        }
+        mebibytes = {name: round(value / 2**20, 1) for name, value in sizes.items()}
+        return mebibytes | {"total": round(sum(mebibytes.values()), 1)}
+
+    def largest_micro_batch(self, free_bytes: float) -> int:
+        """Return the most pairs of a forward pass that fit, at most the batch; 0 if not even one does."""
+        left = free_bytes * _USABLE - self.weights - self.logits - self.cast_weights
+        if left >= self.per_pair * self.batch_size:
+            return self.batch_size
+        return max(0, int((left - self.embedded_per_pair * self.batch_size) // self.per_pair))
+
+
+def find_free_memory(run: ResolvedRun) -> int:
+    """Return the bytes that one process of the run may take now: of its GPU, or its share of the main memory."""
+    if run.machine.device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    return int(psutil.virtual_memory().available) // run.machine.world_size
+
+
+def estimate_memory(run: ResolvedRun) -> MemoryEstimate:
+    """Estimate the memory of one process.
 
     What backward keeps is counted, not guessed: two and four pairs are encoded here and every tensor saved for backward
     is added up. It grows in a line with the pairs of a forward pass; weights in another number format come on top.
-
-    Returns:
-        `weights` (with gradients, moments and running average), `activations` of one forward pass, `logits` of the
-        objective, `embeddings` cached for micro-batches, and their `total`.
     """
     config = run.config
     torch.manual_seed(0)
@@ -38,30 +83,33 @@ def estimate_memory(run: ResolvedRun) -> dict[str, float]:
         num_bytes += sum(p.nbytes for p in method.encoder.parameters())
     two, four = (_kept_for_backward(method, run, num_pairs) for num_pairs in (2, 4))
     per_pair, embedded = (four[0] - two[0]) / 2, (four[1] - two[1]) / 2
-    cast_weights = two[0] - 2 * per_pair
-    size = min(config.train.micro_batch_size or config.train.batch_size, config.train.batch_size)
-    logits = _num_logit_matrices(method) * _LOGITS_AT_ONCE * config.train.batch_size * run.global_batch * 4
-    if method.is_active("filip"):
-        logits += _SIMILARITIES_AT_ONCE * 4 * BLOCK_ELEMENTS.get(run.machine.device, BLOCK_ELEMENTS_ON_A_GPU)
-        logits += _num_tokens(method) * config.train.batch_size * run.global_batch  # a byte of each best match
-    cached = 2 * embedded * config.train.batch_size if size < config.train.batch_size else 0
-    sizes = {
-        "weights": num_bytes,
-        "activations": cast_weights + per_pair * size,
-        "logits": logits,
-        "embeddings": cached,
-    }
-    mebibytes = {name: round(value / 2**20, 1) for name, value in sizes.items()}
-    return mebibytes | {"total": round(sum(mebibytes.values()), 1)}
+    batch_size = config.train.batch_size
+    return MemoryEstimate(
+        weights=num_bytes,
+        logits=_num_logits(method, run) * 4 + (_token_wise_bytes(method, run) if method.is_active("filip") else 0),
+        cast_weights=two[0] - 2 * per_pair,
+        per_pair=per_pair,
+        embedded_per_pair=2 * embedded,
+        batch_size=batch_size,
+        micro_batch_size=min(config.train.micro_batch_size or batch_size, batch_size),
+    )
 
 
-def _num_logit_matrices(method: Method) -> int:
-    """Count the matrices of pairs against all pairs that the objective compares."""
-    views, config = method.views, method.config
-    num_pairs = config.pairs if config.name in ("declip", "defilip") else 1
-    neighbours = len(views.images) * len(views.texts) * (2 if config.nn_symmetric else 1)
-    terms = {"clip": 2 * num_pairs, "nn": neighbours, "simclr": 4, "filip": 2}
-    return sum(count for term, count in terms.items() if method.is_active(term))
+def _num_logits(method: Method, run: ResolvedRun) -> int:
+    """Count the logits that are alive together at the peak of the objective."""
+    views, batch_size = method.views, run.config.train.batch_size
+    whole = batch_size * run.global_batch * len(views.images) * len(views.texts)
+    limit = WHOLE_ELEMENTS if run.machine.world_size == 1 and whole <= WHOLE_ELEMENTS else CONTRASTIVE_BLOCK
+    contrastive = _LOGITS_AT_ONCE * min(whole, limit)
+    simclr = 2 * 4 * batch_size * run.global_batch if method.is_active("simclr") else 0  # logits and their softmax
+    return contrastive + simclr
+
+
+def _token_wise_bytes(method: Method, run: ResolvedRun) -> int:
+    """Count the bytes that the token-wise loss takes: a block of similarities, and the index of each best match."""
+    block = BLOCK_ELEMENTS.get(run.machine.device, BLOCK_ELEMENTS_ON_A_GPU)
+    indices = _num_tokens(method) * run.config.train.batch_size * run.global_batch
+    return _SIMILARITIES_AT_ONCE * 4 * block + indices
 
 
 def _num_tokens(method: Method) -> int:

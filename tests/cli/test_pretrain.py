@@ -214,6 +214,8 @@ def test_a_dry_run_says_what_would_run_and_makes_nothing(tmp_path, monkeypatch):
     assert report["run"]["samples"] == 720 * 512
     assert report["config"]["model"]["image_side_px"] == 64
     assert report["memory_mib"]["total"] == pytest.approx(sum(report["memory_mib"].values()) / 2, abs=0.5)
+    assert 0 < report["run"]["largest_micro_batch"] <= 256
+    assert report["run"]["free_memory_mib"] > 0
     assert not (tmp_path / "runs").exists()
     lines = dict(line.split("\t") for line in pretrain("--data", "demo", "--dry-run").stdout.splitlines())
     assert (lines["run.total_steps"], lines["config.optim.gradient_clip_norm"]) == ("720", "1")
