@@ -25,7 +25,8 @@ edit it.
 * **Pairs**: {fit_pairs} of emoji and clip art by {fit}; {fit_pairs_like_scored_ones} more looked like scored ones
   (perceptual hashes within 4 of 64 bits) and were left out. Smaller shares are nested, the same for all rows.
 * **Choices** (when to stop, tuned settings): {validation}, {num_validation} emoji.
-* **Scores**: {final}, {num_final} emoji, seen by no choice. Left out: {left_out}, whose drawings others share.
+* **Scores**: {final}, {num_final} emoji, seen by no choice; {num_like} of them, such as flags, look like ones of
+  {validation}. Left out: {left_out}, whose drawings others share.
 * **What it does not show**: emoji and clip art are not the web, and a tiny model is not ViT-B/32.
 
 <!-- not run: minutes to hours, and the archive is not part of the project -->
@@ -196,6 +197,7 @@ def write_page(summary: Mapping[str, Any], corpus: Mapping[str, Any], work: Path
     if page is not None:
         words = {key: ", ".join(corpus[key]) for key in ("fit", "left_out")}
         counts = {f"num_{key}": corpus["pairs"][corpus[key]] for key in ("validation", "final")}
+        counts["num_like"] = corpus["near_duplicates"][f"{corpus['final']} ~ {corpus['validation']}"]
         head = _PAGE.format_map({**corpus, **words, **counts})
         draw_picture(summary, page.with_suffix(".svg"))
         picture = f"![score against pairs]({page.stem}.svg)\n\n" if page.with_suffix(".svg").is_file() else ""
