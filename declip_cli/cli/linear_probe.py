@@ -6,7 +6,18 @@ from typing import Annotated
 import typer
 
 from declip_cli.cli.console import emit, note, progress_of, user_errors
-from declip_cli.cli.options import Assume, BatchSize, DataRoot, Json, Model, NoCache, Threads, open_model, tell_skipped
+from declip_cli.cli.options import (
+    Assume,
+    BatchSize,
+    DataRoot,
+    Html,
+    Json,
+    Model,
+    NoCache,
+    Threads,
+    open_model,
+    tell_skipped,
+)
 
 
 class FeatureChoice(StrEnum):
@@ -29,6 +40,7 @@ def linear_probe(
     baseline: Annotated[
         bool, typer.Option("--baseline", help="Also score raw pixels; `demo` does so by itself.")
     ] = False,
+    html: Html = None,
     batch_size: BatchSize = 128,
     threads: Threads = 0,
     no_cache: NoCache = False,
@@ -42,6 +54,7 @@ def linear_probe(
         from declip_cli.evaluate import linear_probe as probe
         from declip_cli.evaluate.encoding import FeatureOptions
         from declip_cli.evaluate.probe_split import open_probe_sets
+        from declip_cli.evaluate.score_page import write_score_page
 
         sets = open_probe_sets(dataset, data_root=data_root)
         opened = open_model(model, assume=assume, threads=threads)
@@ -61,4 +74,7 @@ def linear_probe(
         tell_skipped(dataset, report.skipped)
         for line in report.notes:
             note(f"{dataset}: {line}")
+        if html is not None:
+            write_score_page(html, [(report.to_json(), report.predictions)])
+            note(f"the page is {html}")
         emit(report.to_json(), as_json=as_json)

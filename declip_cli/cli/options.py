@@ -31,6 +31,10 @@ DataRoot = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images or texts per forward pass.")]
 Threads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0 takes the cores there are.")]
+Html = Annotated[
+    Optional[Path],  # noqa: UP007, UP045
+    typer.Option("--html", metavar="FILE", help="Also write a page: accuracy by class, confused pairs, mistakes."),
+]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Compute all features anew.")]
 
 

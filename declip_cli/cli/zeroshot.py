@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from declip_cli.cli.console import emit, emit_row, note, progress_of, user_errors
-from declip_cli.cli.options import Assume, BatchSize, DataRoot, Json, Model, NoCache, Threads, open_model, tell_skipped
+from declip_cli.cli.options import (
+    Assume,
+    BatchSize,
+    DataRoot,
+    Html,
+    Json,
+    Model,
+    NoCache,
+    Threads,
+    open_model,
+    tell_skipped,
+)
 from declip_cli.errors import EvaluateError
 
 if TYPE_CHECKING:
@@ -64,6 +75,7 @@ def zeroshot(
     report: Annotated[
         bool, typer.Option("--report", help="Add accuracy per class and the most confused pairs.")
     ] = False,
+    html: Html = None,
     list_sets: Annotated[bool, typer.Option("--list", help="List the known data sets and what is there.")] = False,
     download: Annotated[bool, typer.Option("--download", help="Fetch the data sets over the network first.")] = False,
     precision: Annotated[Precision, typer.Option(help="`auto` is bf16 where native.")] = Precision.auto,
@@ -81,11 +93,12 @@ def zeroshot(
             _show_list(data_root, as_json=as_json)
             return
         names = list(dict.fromkeys(datasets or []))
-        _check(names, labels, classes, has_scores=predictions is not None or report)
+        _check(names, labels, classes, has_scores=bool(predictions or report or html))
         from declip_cli.data.benchmarks.torchvision_sets import download as download_set
         from declip_cli.evaluate import zeroshot as evaluation
         from declip_cli.evaluate.encoding import FeatureOptions
         from declip_cli.evaluate.report import write_predictions
+        from declip_cli.evaluate.score_page import write_score_page
 
         options = FeatureOptions(
             batch_size=batch_size, precision=precision.value, threads=threads, use_cache=not no_cache, say=note
@@ -110,6 +123,9 @@ def zeroshot(
         if predictions is not None:
             count = write_predictions(predictions, {one.dataset: one.predictions for one in reports})
             note(f"{count} predictions are in {predictions}")
+        if html is not None:
+            write_score_page(html, [(one.to_json(), one.predictions) for one in reports])
+            note(f"the page is {html}")
         emit(_result(reports, with_report=report), as_json=as_json)
 
 
@@ -119,7 +135,7 @@ def _check(names: list[str], labels: str | None, classes: Path | None, *, has_sc
     if labels is None and "-" in names:
         raise typer.BadParameter("reading stdin needs --labels")
     if labels is not None and (len(names) > 1 or classes is not None or has_scores):
-        raise typer.BadParameter("--labels takes one collection, and no --classes, --predictions or --report")
+        raise typer.BadParameter("--labels takes one collection, and no --classes, --predictions, --report or --html")
     if classes is not None and len(names) > 1:
         raise EvaluateError(
             f"--classes names the classes of one data set (got {len(names)})",

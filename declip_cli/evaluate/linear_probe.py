@@ -1,6 +1,7 @@
 """Linear probe: a linear classifier on frozen features, as in CLIP's appendix A.3."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
@@ -14,7 +15,7 @@ from declip_cli.evaluate.features import map_images
 from declip_cli.evaluate.logistic import LogisticFit, LogisticProblem
 from declip_cli.evaluate.metrics import mean_per_class_accuracy, top_k_accuracy
 from declip_cli.evaluate.probe_split import ProbeSets, draw_shots
-from declip_cli.evaluate.report import FLAT, Report
+from declip_cli.evaluate.report import FLAT, Predictions, Report
 from declip_cli.model.checkpoint import PretrainedModel
 
 FeatureKind: TypeAlias = Literal["pre", "post"]
@@ -22,6 +23,7 @@ FeatureKind: TypeAlias = Literal["pre", "post"]
 
 L2_GRID = tuple(10.0 ** (-6 + step / 8) for step in range(97))
 """1e-6 to 1e6 in 96 steps, eight a decade. Source: CLIP, appendix A.3."""
+_TOP_K = 5
 _FIRST_STEP = 16
 """The search starts at 1e-6, 1e-4, … 1e6."""
 RAW_SIDE_PX = 16
@@ -69,6 +71,8 @@ class LinearProbeReport(Report):
     skipped: Skips
     notes: tuple[str, ...]
     seconds: float
+    predictions: Predictions = field(repr=False)
+    """Of the test images."""
 
 
 def linear_probe(
@@ -148,6 +152,7 @@ def _report(
         skipped=found.skipped,
         notes=tuple(dict.fromkeys(notes)),
         seconds=time.perf_counter() - started,
+        predictions=found.predictions,
     )
 
 
@@ -202,6 +207,7 @@ class _Found:
     val_accuracy: float
     top1: float
     mean_per_class: float
+    predictions: Predictions
     skipped: Skips
 
 
@@ -216,14 +222,30 @@ def _probe(
         skipped.add_all(images.skipped)
         labels = torch.tensor([part.labels[number] for number in images.kept], device=model.device)  # (N,)
         parts.append(Labelled(images.features.to(model.device), labels))
+        kept = images.kept  # in the end, of the test images
     train, val, test = parts
     num_classes = len(sets.class_names)
     chosen, val_accuracy = search_l2(LogisticProblem(train.features, train.labels, num_classes), val, sets.metric)
     final = [train, val] if uses_all else [train]
     features, labels = torch.cat([part.features for part in final]), torch.cat([part.labels for part in final])
     fit = LogisticProblem(features, labels, num_classes).fit(chosen.l2, start=chosen)
-    top1, mean_per_class = _scores(fit.logits(test.features), test.labels, num_classes)
-    return _Found(train, test, len(val.labels), fit, val_accuracy, top1, mean_per_class, skipped)
+    logits = fit.logits(test.features)  # (N, C)
+    top1, mean_per_class = _scores(logits, test.labels, num_classes)
+    predictions = _predictions(sets, kept, logits.cpu().float(), test.labels.cpu())
+    return _Found(train, test, len(val.labels), fit, val_accuracy, top1, mean_per_class, predictions, skipped)
+
+
+def _predictions(sets: ProbeSets, kept: Sequence[int], logits: Tensor, labels: Tensor) -> Predictions:
+    best = logits.topk(min(_TOP_K, logits.shape[1]))  # (N, K)
+    return Predictions(
+        keys=[sets.test.named(number) for number in kept],
+        labels=labels,
+        ranked=best.indices,
+        scores=best.values,
+        confidence=logits.softmax(dim=1).amax(dim=1),  # (N,)
+        class_names=sets.class_names,
+        read=lambda row: sets.test.read(kept[row]).image,
+    )
 
 
 def _encoder(model: PretrainedModel, kind: FeatureKind) -> Encode:

@@ -2,13 +2,14 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from declip_cli.data.dataset import Skips
+from declip_cli.data.dataset import Pixels, Skips
 from declip_cli.errors import EvaluateError
 from declip_cli.evaluate.metrics import per_class_accuracy
 from declip_cli.files import write_text
@@ -52,8 +53,12 @@ class Predictions:
     ranked: Tensor
     """Classes, best first, int64, (N', K)."""
     scores: Tensor
-    """Their cosine similarity (token-wise models: their token-wise score), float32, (N', K)."""
+    """Their cosine similarity (token-wise models: token-wise score; linear probe: logit), float32, (N', K)."""
+    confidence: Tensor
+    """Probability of the best class: softmax over all, of similarities times the logit scale, float32, (N',)."""
     class_names: tuple[str, ...] = field(repr=False)
+    read: Callable[[int], bytes | Pixels] = field(repr=False)
+    """Reads the image of a row; DataError where it cannot be read any more."""
 
 
 def write_predictions(path: Path, parts: dict[str, Predictions]) -> int:

@@ -124,13 +124,19 @@ def _predict(
             remedy="add a second class",
         )
     chunks, images = class_scores(model, dataset, prompts, options)
-    best = [chunk.topk(min(_TOP_K, len(names))) for chunk in chunks]  # (n, C) -> (n, K)
+    scale = model.encoder.logit_scale.detach().float().exp().cpu()  # ()
+    best, confidence = [], []
+    for chunk in chunks:  # (n, C)
+        best.append(chunk.topk(min(_TOP_K, len(names))))  # (n, K)
+        confidence.append((scale * chunk.cpu().float()).softmax(dim=1).amax(dim=1))  # (n,)
     predictions = Predictions(
         keys=[dataset.named(number) for number in images.kept],
         labels=torch.tensor([dataset.labels[number] for number in images.kept]),  # (N',)
         ranked=torch.cat([b.indices for b in best]),
         scores=torch.cat([b.values for b in best]),
+        confidence=torch.cat(confidence),
         class_names=names,
+        read=lambda row: dataset.read(images.kept[row]).image,
     )
     return predictions, images.skipped
 

@@ -60,3 +60,11 @@ def test_too_many_shots_are_told_with_the_class(photos: Path, tiny_run: Path):
 
 def test_unknown_features_are_wrong_usage(photos: Path, tiny_run: Path):
     assert run(photos, "--model", tiny_run, "--features", "middle").exit_code == 2
+
+
+def test_a_page_of_the_scores_is_written(photos: Path, tiny_run: Path, tmp_path: Path):
+    result = run(photos, "--model", tiny_run, "--html", tmp_path / "page.html", "--json")
+    assert "predictions" not in json.loads(result.stdout)
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "There is no mistake." in text  # red and blue are told apart
+    assert "100.0%" in text

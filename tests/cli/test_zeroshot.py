@@ -150,3 +150,13 @@ def test_options_for_known_classes_are_refused_with_labels(photos: Path, tiny_ru
 
 def test_stdin_needs_labels(tiny_run: Path):
     assert run("-", "--model", tiny_run).exit_code == 2
+
+
+def test_a_page_of_the_scores_is_written(photos: Path, tmp_path: Path, tiny_run: Path):
+    result = run(photos, "--model", tiny_run, "--templates", "1", "--html", tmp_path / "page.html", "--json")
+    assert result.exit_code == 0, result.stderr
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    wrong = round(6 * (1 - json.loads(result.stdout)["top1"]))
+    assert text.count("<img") >= wrong > 0
+    assert "red panda" in text
+    assert "the page is" in result.stderr

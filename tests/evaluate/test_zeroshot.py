@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -233,3 +234,17 @@ def test_class_report_counts_classes_and_confusions(tiny_model: PretrainedModel)
         {"class": names[1], "num_images": 2, "accuracy": 1.0},
     ]
     assert report["confused"] == [{"class": names[0], "predicted": names[7], "count": 2, "share": pytest.approx(2 / 3)}]
+
+
+def test_confidence_is_the_probability_at_the_models_scale(tiny_model: PretrainedModel):
+    """With three classes all cosines are among the best five, so the softmax can be written out."""
+    found = zeroshot(tiny_model, demo_set(6, num_classes=3)).predictions
+    scale = float(tiny_model.encoder.logit_scale.exp())
+    powers = np.exp(scale * found.scores.double().numpy())  # (6, 3)
+    np.testing.assert_allclose(found.confidence, powers[:, 0] / powers.sum(1), rtol=1e-5)
+
+
+def test_predictions_read_the_images_they_name(tiny_model: PretrainedModel):
+    dataset = demo_set(6)
+    found = zeroshot(tiny_model, dataset).predictions
+    assert [found.read(row) for row in range(6)] == [dataset.read(number).image for number in range(6)]
