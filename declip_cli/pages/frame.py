@@ -38,8 +38,8 @@ h1 {{ margin: 0 0 .25rem; font-size: 1.5rem; overflow-wrap: anywhere; }}
 REPORT_STYLE = """h2 { margin: 2rem 0 .75rem; font-size: 1.15rem; }
 h3 { margin: 1.25rem 0 .5rem; font-size: 1rem; overflow-wrap: anywhere; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem; }
-.images { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(9.5rem, 29%), 1fr)); gap: .75rem; margin: 0;
-  padding: 0; list-style: none; }
+.images { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(9.5rem, 29%), 1fr)); gap: .75rem;
+  margin: 0; padding: 0; list-style: none; }
 .card { margin: 0; padding: .75rem; border: 1px solid rgb(128 128 128 / .35); border-radius: .5rem;
   overflow-wrap: anywhere; min-width: 0; }
 .card p { margin: .4rem 0 0; font-size: .85rem; }
