@@ -1,8 +1,8 @@
 """Training steps: samples/s and share of the peak against OpenCLIP's CLIP step, and memory of micro-batches.
 
-On synthetic pairs, so that only the step counts; ours and OpenCLIP's in turn. `--profile 15` prints where one step
-spends its time. `--memory` measures the peak memory of a batch of 1,024 in
-micro-batches of 64 against a batch of 64, for every method.
+On synthetic pairs, so that only the step counts; ours and OpenCLIP's in turn. `--faithful` compares DeCLIP with its
+step as the original computes it (`original_step.py`). `--profile 15` prints where one step spends its time. `--memory`
+measures the peak memory of a batch of 1,024 in micro-batches of 64 against a batch of 64, for every method.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from contextlib import nullcontext
 
 import open_clip
 import torch
+from original_step import original_step
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -176,28 +177,39 @@ def throughput(options: argparse.Namespace, device: torch.device) -> None:
     for arch in options.arch:
         theirs = peer_step(arch, options, device)
         for name in options.method:
-            step = our_step(arch, name, options, device)
-            times, peer = seconds_in_turn((step, theirs), options, device)
-            line = {
-                "name": f"train {name} {arch} {options.precision}{' compiled' if options.compile else ''}",
-                "ours": round(options.batch_size / statistics.median(times), 1),
-                "peer": round(options.batch_size / statistics.median(peer), 1),
-                "peer_name": f"OpenCLIP {open_clip.__version__} CLIP step",
-                "ratio": round(statistics.median(peer) / statistics.median(times), 3),
-                "unit": "pairs/s",
-                "runs": len(times),
-                "batch_size": options.batch_size,
-            }
-            if options.peak_tflops and not options.compile:
-                with FlopCounterMode(display=False) as counter:
-                    step()
-                flops = counter.get_total_flops() / statistics.median(times)
-                line["share_of_peak"] = round(flops / options.peak_tflops / 1e12, 3)
-            if device.type == "cuda":
-                line["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-            print(json.dumps(line), flush=True)
+            step, peer_name = our_step(arch, name, options, device), f"OpenCLIP {open_clip.__version__} CLIP step"
+            compare(f"{name} {arch}", step, (theirs, peer_name), options, device)
+            if options.faithful and name == "declip":
+                original = original_step(PEERS[arch], options.batch_size, autocast(options.precision, device), device)
+                compare(
+                    f"{name} {arch}", step, (original, "DeCLIP's step as the original computes it"), options, device
+                )
+                del original
             del step
             free(device)
+
+
+def compare(name: str, step, peer, options: argparse.Namespace, device: torch.device) -> None:
+    """Time our step and a peer's, with its name, in turn."""
+    times, theirs = seconds_in_turn((step, peer[0]), options, device)
+    line = {
+        "name": f"train {name} {options.precision}{' compiled' if options.compile else ''}",
+        "ours": round(options.batch_size / statistics.median(times), 1),
+        "peer": round(options.batch_size / statistics.median(theirs), 1),
+        "peer_name": peer[1],
+        "ratio": round(statistics.median(theirs) / statistics.median(times), 3),
+        "unit": "pairs/s",
+        "runs": len(times),
+        "batch_size": options.batch_size,
+    }
+    if options.peak_tflops and not options.compile:
+        with FlopCounterMode(display=False) as counter:
+            step()
+        flops = counter.get_total_flops() / statistics.median(times)
+        line["share_of_peak"] = round(flops / options.peak_tflops / 1e12, 3)
+    if device.type == "cuda":
+        line["memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    print(json.dumps(line), flush=True)
 
 
 def free(device: torch.device) -> None:
@@ -242,6 +254,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--captions", choices=["normal", "heavy"], default="normal", help="how long captions are")
     parser.add_argument("--ungrouped", action="store_true", help="encode all texts as long as the longest")
+    parser.add_argument("--faithful", action="store_true", help="compare DeCLIP with the original's step, too")
     parser.add_argument("--memory", action="store_true", help="measure memory instead of time (GPU only)")
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="print the N operators that take longest")
     parser.add_argument("--cpu-time", action="store_true", help="on a busy CPU: time of this process, not of the clock")
