@@ -123,6 +123,8 @@ class Embeddings:
     """Projected text embeddings, not normalized, (B, T, D)."""
     image_features: Tensor
     """Image features before the projection, (B, V', E)."""
+    text_features: Tensor
+    """Text features before the projection, (B, T', E)."""
     image_tokens: Tensor
     """Token-wise features of the patches of one view, (B, P, Q)."""
     text_tokens: Tensor
@@ -133,6 +135,10 @@ class Embeddings:
     """Sum of the masked-language cross-entropies of each pair, in nats, (B,) or (B, 0)."""
     mask_counts: Tensor
     """Number of masked tokens of each pair, float, (B,) or (B, 0)."""
+    word_losses: Tensor
+    """Cross-entropy of the words predicted from each image, in nats, (B,) or (B, 0)."""
+    words: Tensor
+    """Ids of each caption's tokens, every id once, -1 elsewhere, int64, (B, L)."""
     numbers: Tensor
     """Position of each pair in the data set, int64, (B,)."""
 

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
 from declip_cli.errors import require
 
 ImageView: TypeAlias = Literal["plain", "augmented"]
-TextView: TypeAlias = Literal["plain", "augmented", "masked"]
-MethodName: TypeAlias = Literal["clip", "slip", "filip", "declip", "defilip"]
+TextView: TypeAlias = Literal["plain", "augmented", "masked", "keywords", "augmented_keywords"]
+MethodName: TypeAlias = Literal["clip", "slip", "filip", "declip", "defilip", "rocket"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,9 @@ class AugmentConfig:
     flip_probability: Fraction = 0.5
     """Horizontal flips of `augmented` views; `plain` views are never flipped."""
     text_operations: tuple[Literal["synonym", "swap", "delete"], ...] = ("synonym", "swap", "delete")
-    """What an `augmented` text draws from, evenly (P/model/declip.py:203-212); empty leaves the text alone."""
+    """What an `augmented` text draws from, evenly (P/model/declip.py:203-212); may repeat; empty leaves it alone."""
+    stop_word_probability: Fraction = 0.8
+    """Chance that a text of kind `keywords` loses all its stop words (CLIP:rocket, arXiv 2305.08675)."""
     deletion_probability: Fraction = 0.1
     """Chance of each word to go, in `delete`."""
     mask_probability: Fraction = 0.15
@@ -182,6 +184,8 @@ class MethodConfig:
     """Of the contrastive losses between images and texts, in [0, 1]; the softmax only."""
     contrastive: Literal["softmax", "sigmoid"] = "softmax"
     """Loss between whole images and texts: CLIP's, or SigLIP's (arXiv 2303.15343) with a learned bias."""
+    strong_label_smoothing: Fraction = 0.1
+    """Likewise between rocket's strong views, in the place of `label_smoothing`."""
     nn_symmetric: bool | None = None
     """Match neighbour → image as well as image → neighbour (P/model/declip.py:281-300 has the latter only)."""
     nn_exclude_own: bool | None = None
@@ -217,8 +221,7 @@ class OptimConfig:
     text_optimizer: Literal["adamw", "sgd"] | None = None
     """Optimizer of the text tower; None: the same (the paper's ViT used AdamW and SGD, DeCLIP issue #17)."""
     learning_rate_peak: float | None = None
-    """None: 1e-3 · sqrt(global batch / 4,096) with AdamW: the original's YFCC15M rate at its batch, scaled by the
-    square root (arXiv 2205.10287); SGD has no default."""
+    """None: 1e-3 · sqrt(global batch / 4,096) with AdamW, the original's at 4,096 (arXiv 2205.10287); SGD has none."""
     learning_rate_start: NotNegative | None = None
     """Rate of the first step; warm-up is linear from here to the peak. None: a tenth of the peak (original)."""
     learning_rate_end: NotNegative = 0.0
@@ -231,14 +234,12 @@ class OptimConfig:
     warmup_samples: AtLeast0 | None = None
     """The same in pairs seen; overrides `warmup_steps`. What a resolved run keeps."""
     warmup_in_full: bool | None = None
-    """With a time limit, let nothing but its length end the warm-up; else a tenth of the time does. None: where the
-    length was asked for."""
+    """With a time limit, a tenth of the time does not end the warm-up. None: where the length was asked for."""
     weight_decay: NotNegative = 0.1
     text_weight_decay: NotNegative | None = None
     """Decay of the text tower; None: the same as the rest."""
     decayed: Literal["matrices", "original"] | None = None
-    """What is decayed: parameters of two and more dimensions; or also attention biases and the class embedding, as
-    the original's groups really act. None: see `method.faithful`."""
+    """`original`: attention biases and the class embedding too, as its groups act. None: see `method.faithful`."""
     beta1: FractionBelow1 = 0.9
     beta2: FractionBelow1 = 0.98
     epsilon: float = 1e-8
@@ -311,7 +312,7 @@ class TrainConfig:
     init: str | None = None
     """Model to start from; None starts from random weights."""
     logit_scale_init: float | None = None
-    """Logarithm of every logit scale at the start. None: ln(1 / 0.07), with `method.contrastive=sigmoid` ln 10."""
+    """Logarithm of the logit scales at the start, but of rocket's strong views. None: ln(1 / 0.07), sigmoid: ln 10."""
     logit_bias_init: float | None = None
     """Bias of the sigmoid loss at the start. None: −ln(global batch); the paper's is −10, for 32,768 pairs."""
     logit_scale_min: float | None = None

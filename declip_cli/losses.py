@@ -61,3 +61,24 @@ def masked_cross_entropy(logits: Tensor, labels: Tensor, owners: Tensor, *, num_
     """
     losses = F.cross_entropy(logits.float(), labels, reduction="none")  # (K,)
     return torch.zeros(num_owners, device=losses.device).index_add(0, owners, losses)
+
+
+def word_cross_entropy(logits: Tensor, words: Tensor, rarity: Tensor) -> Tensor:
+    """Score how well the set of a caption's words was predicted, rare ones first.
+
+    Args:
+        logits: scores of the V words that can be predicted, (B, V).
+        words: the words of each caption, each once, -1 elsewhere, int64, (B, L).
+        rarity: weight of each word, not negative, (V,).
+
+    Returns:
+        Cross-entropy with the caption's words, weighted and then scaled to sum 1, in nats, (B,); 0 for a caption
+        without a word of weight.
+
+    Source: SuperCLIP, arXiv 2512.14480.
+    """
+    places = words.clamp_min(0)
+    weights = torch.where(words >= 0, rarity.float()[places], 0.0)  # (B, L)
+    shares = weights / weights.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    scores = logits.float()
+    return scores.logsumexp(1) * shares.sum(1) - (scores.gather(1, places) * shares).sum(1)

@@ -1,4 +1,4 @@
-"""A caption as a method wants to see it: plain, augmented (EDA) or masked, always as token ids."""
+"""A caption as a method wants to see it: plain, augmented (EDA), masked or without stop words, always as token ids."""
 
 import random
 from collections.abc import Callable
@@ -31,6 +31,7 @@ class TextViews:
     def __init__(self, config: AugmentConfig, tokenizer: Tokenizer, *, mask_special_ids: bool = False) -> None:
         self._tokenizer = tokenizer
         self._mask_probability = config.mask_probability
+        self._stop_word_probability = config.stop_word_probability
         self._num_random_ids = VOCAB_SIZE if mask_special_ids else NUM_ORDINARY
         operations: dict[str, Callable[[str, random.Random], str]] = {
             "synonym": replace_by_synonym,
@@ -43,7 +44,8 @@ class TextViews:
         """Draw one view of one caption.
 
         Args:
-            kind: `plain`; `augmented`: one operation, chosen evenly; `masked`: some tokens hidden.
+            kind: `plain`; `augmented`: one operation, chosen evenly; `masked`: some tokens hidden; `keywords`: with
+                some probability without stop words; `augmented_keywords`: these, then one operation.
             caption: any text, empty too.
             rng: decides everything that is random here.
 
@@ -52,9 +54,11 @@ class TextViews:
             where a token is to be predicted, `NO_LABEL` elsewhere. A masked text may have no such token.
 
         Source: operations: EDA, arXiv 1901.11196, and P/model/declip.py:203-212; masking: BERT, arXiv 1810.04805,
-            section 3.1, and P/model/utils/text_utils/mask_tokens.py.
+            section 3.1, and P/model/utils/text_utils/mask_tokens.py; keywords: CLIP:rocket, arXiv 2305.08675.
         """
-        if kind == "augmented" and self._operations:
+        if kind.endswith("keywords") and rng.random() < self._stop_word_probability:
+            caption = drop_stop_words(caption)
+        if kind.startswith("augmented") and self._operations:
             caption = rng.choice(self._operations)(caption, rng)
         ids = self._tokenizer.frame(self._tokenizer.word_ids(caption))
         labels = [NO_LABEL] * len(ids)
@@ -72,6 +76,11 @@ class TextViews:
                 ids[place] = MASK
             elif choice < MASK_SHARE + RANDOM_SHARE:
                 ids[place] = rng.randrange(self._num_random_ids)
+
+
+def drop_stop_words(text: str) -> str:
+    """Leave out words that carry grammar; no change where there are no others."""
+    return " ".join(word for word in text.split() if word.lower() not in STOP_WORDS) or text
 
 
 def replace_by_synonym(text: str, rng: random.Random) -> str:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import ClassVar, TypeAlias
 
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from declip_cli.batch import NO_LABEL, Batch, Embeddings, LossTerms
 from declip_cli.config import MethodConfig, Views
 from declip_cli.errors import ChoiceError, require
-from declip_cli.losses import masked_cross_entropy
+from declip_cli.losses import masked_cross_entropy, word_cross_entropy
 from declip_cli.methods.length_groups import call_tokens, encode_in_groups, group_texts
 from declip_cli.methods.terms import Contrast, contrastive_loss, own_ids
-from declip_cli.model.clip import DualEncoder
+from declip_cli.model.clip import DualEncoder, text_token_mask
+from declip_cli.model.heads import WordHead, distinct_ids
 from declip_cli.model.text_transformer import VOCABULARY_SIZE
 from declip_cli.model.vision_transformer import ImageStates, VisionTransformer
 from declip_cli.presets import settle_switches
@@ -40,6 +41,8 @@ class Method(nn.Module, ABC):
 
     default_weights: ClassVar[dict[str, float]]
     """Weight of every term of the method."""
+    further_terms: ClassVar[frozenset[str]] = frozenset({"words"})
+    """Terms that only count if they are given a weight."""
     options: ClassVar[frozenset[str]] = frozenset(
         {"name", "faithful", "weights", "label_smoothing", "contrastive", "batch_norm", "freeze_patch_embed"}
     )
@@ -50,8 +53,8 @@ class Method(nn.Module, ABC):
     def __init__(self, encoder: DualEncoder, config: MethodConfig) -> None:
         super().__init__()
         config = settle_switches("method", config, is_faithful=config.faithful)
-        names = ", ".join(self.default_weights)
-        unknown = sorted(set(config.weights) - set(self.default_weights))
+        names = ", ".join((*self.default_weights, *sorted(self.further_terms)))
+        unknown = sorted(set(config.weights) - set(self.default_weights) - self.further_terms)
         if unknown:
             raise ChoiceError(
                 f"method {config.name} has no loss term {', '.join(unknown)}",
@@ -75,6 +78,7 @@ class Method(nn.Module, ABC):
         self.mask_head: nn.Linear | None = None
         if self.is_active("mlm"):
             self.mask_head = nn.Linear(encoder.text.feature_dim, VOCABULARY_SIZE)
+        self.word_head = WordHead(encoder.visual.feature_dim, VOCABULARY_SIZE) if self.is_active("words") else None
         if config.freeze_patch_embed and isinstance(encoder.visual, VisionTransformer):
             encoder.visual.conv1.weight.requires_grad_(False)
 
@@ -101,17 +105,20 @@ class Method(nn.Module, ABC):
             The terms that count and their weighted sum; the gradient of the full batch's loss is the mean over the
             ranks of each rank's gradient.
         """
-        values = {name: term(embeddings) for name, term in self.terms().items() if self.is_active(name)}
+        terms = self.terms() | {"words": self.words_term}
+        values = {name: term(embeddings) for name, term in terms.items() if self.is_active(name)}
         weighted = [self.weights[name] * value for name, value in values.items()]
         return LossTerms(total=torch.stack(weighted).sum(), terms=values)
 
     def update_queue(self, embeddings: Embeddings, is_good: Tensor) -> None:
-        """Store features of this step for later steps; methods without a queue do nothing.
+        """Store features of this step, and count its words, for later steps; does nothing where no term needs it.
 
         Args:
             embeddings: what the objective was computed from; may hold NaN where `is_good` is False.
             is_good: False leaves the queue exactly as it was; bool, on the device, the same on every rank, ().
         """
+        if self.word_head is not None:
+            self.word_head.count(embeddings.words, is_good)
 
     def is_active(self, term: str) -> bool:
         """Tell whether a term counts in this run."""
@@ -178,11 +185,14 @@ class Method(nn.Module, ABC):
         """Map image features into the shared embedding, not normalized, → (B, V, D)."""
         return torch.stack([self.encoder.project_image(view) for view in views], dim=1)
 
+    def pool_texts(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """Take the text features at each text's end, (B, T, L, E) and (B, T, L) → (B, T, E)."""
+        features = self.encoder.text.pool_at_end(states.flatten(0, 1), tokens.flatten(0, 1))  # (B·T, E)
+        return torch.unflatten(features, 0, states.shape[:2])
+
     def project_texts(self, states: Tensor, tokens: Tensor) -> Tensor:
         """Map token states into the shared embedding, not normalized, (B, T, L, E) → (B, T, D)."""
-        features = self.encoder.text.pool_at_end(states.flatten(0, 1), tokens.flatten(0, 1))  # (B·T, E)
-        embeds: Tensor = self.encoder.text.project(features).unflatten(0, states.shape[:2])
-        return embeds
+        return self.encoder.text.project(self.pool_texts(states, tokens))
 
     def mask_losses(self, states: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Predict the masked tokens, at masked positions only.
@@ -206,6 +216,30 @@ class Method(nn.Module, ABC):
         losses = masked_cross_entropy(logits, labels[owners, places], owners, num_owners=len(states))
         return losses, (labels != NO_LABEL).sum(1).float()
 
+    def word_fields(self, image: ImageStates, batch: Batch) -> dict[str, Tensor]:
+        """Predict the tokens of the first caption from one view of the image.
+
+        Args:
+            image: of the view, B images.
+            batch: the pairs.
+
+        Returns:
+            Fields of `Embeddings`: `word_losses` (B,) and `words` (B, L); none without the term.
+
+        Source: SuperCLIP, arXiv 2512.14480.
+        """
+        if self.word_head is None:
+            return {}
+        tokens = torch.where(
+            batch.mask_labels == NO_LABEL, batch.tokens[:, 0], batch.mask_labels
+        )  # (B, L), none hidden
+        words = distinct_ids(tokens, text_token_mask(tokens))
+        return {"word_losses": word_cross_entropy(*self.word_head(image.patches.mean(1), words)), "words": words}
+
+    def words_term(self, embeddings: Embeddings) -> Tensor:
+        """Average how badly the caption's tokens were predicted from the image, in nats, ()."""
+        return embeddings.word_losses.mean()
+
 
 def embeddings_of(batch: Batch, *, images: Tensor, texts: Tensor, **others: Tensor) -> Embeddings:
     """Make the parcel for `objective`; fields that a method does not use are empty.
@@ -220,6 +254,5 @@ def embeddings_of(batch: Batch, *, images: Tensor, texts: Tensor, **others: Tens
         The parcel.
     """
     empty = images.new_zeros(len(images), 0)
-    names = ("image_features", "image_tokens", "text_tokens", "text_token_mask", "mask_losses", "mask_counts")
-    fields = {name: others.pop(name, empty) for name in names}
-    return Embeddings(images=images, texts=texts, numbers=batch.numbers, **fields, **others)
+    unused = {field.name: empty for field in fields(Embeddings)}
+    return Embeddings(**unused | {"images": images, "texts": texts, "numbers": batch.numbers} | others)

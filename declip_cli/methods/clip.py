@@ -20,10 +20,12 @@ class Clip(Method):
 
     def embed(self, batch: Batch) -> Embeddings:
         """Run both towers once."""
+        images = self.encode_images(batch.images)
         return embeddings_of(
             batch,
-            images=self.project_images(self.encode_images(batch.images)),  # (B, 1, D)
+            images=self.project_images(images),  # (B, 1, D)
             texts=self.project_texts(self.encode_texts(batch), batch.tokens),  # (B, 1, D)
+            **self.word_fields(images[0], batch),
         )
 
     def terms(self) -> dict[str, Term]:

@@ -10,9 +10,9 @@ from declip_cli.batch import Batch, Embeddings
 from declip_cli.config import ImageView, MethodConfig, TextView, Views
 from declip_cli.distributed import Gathered, gather
 from declip_cli.methods.base import Method, Term, embeddings_of
-from declip_cli.methods.terms import contrastive_loss, mlm_loss, simsiam_loss
+from declip_cli.methods.terms import contrastive_loss, mlm_loss, simclr_loss, simsiam_loss
 from declip_cli.model.clip import DualEncoder
-from declip_cli.model.heads import SimSiamPredictor, SimSiamProjector
+from declip_cli.model.heads import SimClrHead, SimSiamPredictor, SimSiamProjector
 from declip_cli.model.neighbours import NeighbourQueue
 from declip_cli.model.vision_transformer import ImageStates
 
@@ -21,6 +21,7 @@ class DeClip(Method):
     """Every supervision of the paper; each term can be switched off by its weight."""
 
     default_weights: ClassVar[dict[str, float]] = {"clip": 0.4, "simsiam": 0.2, "mlm": 0.2, "nn": 0.2}
+    further_terms: ClassVar[frozenset[str]] = Method.further_terms | {"simclr"}
     options: ClassVar[frozenset[str]] = Method.options | {
         "pairs",
         "queue_size",
@@ -31,6 +32,7 @@ class DeClip(Method):
         "mlm_mean",
         "mask_special_ids",
         "cap_logit_scale",
+        "simclr_temperature",
     }
 
     def __init__(self, encoder: DualEncoder, config: MethodConfig) -> None:
@@ -38,6 +40,8 @@ class DeClip(Method):
         embed_dim = encoder.architecture.embed_dim
         if self.is_active("simsiam"):
             self.projector, self.predictor = SimSiamProjector(embed_dim), SimSiamPredictor()
+        if self.is_active("simclr"):
+            self.simclr_head = SimClrHead(encoder.visual.feature_dim)
         if self.is_active("nn"):
             self.queue = NeighbourQueue(config.queue_size, embed_dim, exact=config.faithful)
             if self.config.queue_start == "random":
@@ -46,7 +50,7 @@ class DeClip(Method):
     @property
     def views(self) -> Views:
         """Two strong images, the masked caption and an augmented one; only what the weights ask for."""
-        needs_two_images = self.config.pairs > 1 or self.is_active("simsiam")
+        needs_two_images = self.config.pairs > 1 or self.is_active("simsiam") or self.is_active("simclr")
         images: tuple[ImageView, ...] = ("augmented", "augmented") if needs_two_images else ("augmented",)
         first: TextView = "masked" if self.is_active("mlm") else "plain"
         return Views(images=images, texts=(first, "augmented") if self.config.pairs == 4 else (first,))
@@ -56,13 +60,16 @@ class DeClip(Method):
         images = self.encode_images(batch.images)
         states = self.encode_texts(batch)  # (B, T, L, E)
         losses, counts = self.mask_losses(states[:, 0], batch)
+        features = {"image_features": torch.stack([view.features for view in images], dim=1)}
         return embeddings_of(
             batch,
             images=self.project_images(images),  # (B, V, D)
             texts=self.project_texts(states, batch.tokens),  # (B, T, D)
             mask_losses=losses,
             mask_counts=counts,
+            **(features if self.is_active("simclr") else {}),  # (B, 2, E)
             **self.token_fields(images[0], states[:, 0], batch.tokens[:, 0]),
+            **self.word_fields(images[0], batch),
         )
 
     def token_fields(self, image: ImageStates, states: Tensor, tokens: Tensor) -> dict[str, Tensor]:
@@ -70,14 +77,23 @@ class DeClip(Method):
         return {}
 
     def terms(self) -> dict[str, Term]:
-        """Name the paper's four supervisions."""
+        """Name the paper's four supervisions, and SimCLR, which may stand in the place of SimSiam."""
         num_images, num_texts = {1: (1, 1), 2: (2, 1), 4: (2, 2)}[self.config.pairs]
-        clip_term = partial(self.clip_term, num_images=num_images, num_texts=num_texts)
-        return {"clip": clip_term, "simsiam": self.simsiam_term, "mlm": self.mlm_term, "nn": self.nn_term}
+        return {
+            "clip": partial(self.clip_term, num_images=num_images, num_texts=num_texts),
+            "simsiam": self.simsiam_term,
+            "simclr": self.simclr_term,
+            "mlm": self.mlm_term,
+            "nn": self.nn_term,
+        }
 
     def simsiam_term(self, embeddings: Embeddings) -> Tensor:
         """Predict each view of an image from the other, in [-1, 1], ()."""
         return simsiam_loss(embeddings.images, self.projector, self.predictor)
+
+    def simclr_term(self, embeddings: Embeddings) -> Tensor:
+        """Tell the other view of an image from all views of all images, in nats, ()."""
+        return simclr_loss(embeddings.image_features, self.simclr_head, temperature=self.config.simclr_temperature)
 
     def mlm_term(self, embeddings: Embeddings) -> Tensor:
         """Average the masked-language loss over masked tokens, in nats per token, ()."""
@@ -104,6 +120,7 @@ class DeClip(Method):
             embeddings: of this rank's whole batch; may hold NaN where `is_good` is False.
             is_good: False leaves the queue exactly as it was; bool, on the device, the same on every rank, ().
         """
+        super().update_queue(embeddings, is_good)
         if not self.is_active("nn"):
             return
         texts, numbers = embeddings.unit_texts.own, embeddings.numbers

@@ -32,6 +32,7 @@ class Filip(TokenWise):
             images=self.project_images(images),  # (B, 1, D)
             texts=self.project_texts(states, batch.tokens),  # (B, 1, D)
             **self.token_fields(images[0], states[:, 0], batch.tokens[:, 0]),
+            **self.word_fields(images[0], batch),
         )
 
     def terms(self) -> dict[str, Term]:

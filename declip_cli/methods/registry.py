@@ -6,6 +6,7 @@ from declip_cli.methods.clip import Clip
 from declip_cli.methods.declip import DeClip
 from declip_cli.methods.defilip import DeFilip
 from declip_cli.methods.filip import Filip
+from declip_cli.methods.rocket import Rocket
 from declip_cli.methods.slip import Slip
 from declip_cli.model.architectures import find_architecture
 from declip_cli.model.clip import DualEncoder
@@ -17,6 +18,7 @@ METHODS: dict[str, type[Method]] = {
     "filip": Filip,
     "declip": DeClip,
     "defilip": DeFilip,
+    "rocket": Rocket,
 }
 
 

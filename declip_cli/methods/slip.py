@@ -7,10 +7,9 @@ from torch import Tensor
 
 from declip_cli.batch import Batch, Embeddings
 from declip_cli.config import ImageView, MethodConfig, Views
-from declip_cli.distributed import gather, rows_of_rank
-from declip_cli.losses import nt_xent
 from declip_cli.methods.base import Method, Term, embeddings_of
-from declip_cli.model.clip import DualEncoder, unit
+from declip_cli.methods.terms import simclr_loss
+from declip_cli.model.clip import DualEncoder
 from declip_cli.model.heads import SimClrHead
 
 
@@ -40,6 +39,7 @@ class Slip(Method):
             images=self.project_images([plain]),  # (B, 1, D)
             texts=self.project_texts(self.encode_texts(batch), batch.tokens),  # (B, 1, D)
             **features,  # (B, 2, E)
+            **self.word_fields(plain, batch),
         )
 
     def terms(self) -> dict[str, Term]:
@@ -48,7 +48,4 @@ class Slip(Method):
 
     def simclr_term(self, embeddings: Embeddings) -> Tensor:
         """Tell the other view of an image from all views of all images, in nats, ()."""
-        views = [self.simclr_head(embeddings.image_features[:, view]) for view in (0, 1)]  # BatchNorm sees one view
-        queries = unit(torch.stack(views, dim=1))  # (B, 2, 256)
-        rows = rows_of_rank(len(queries), queries.device)
-        return nt_xent(queries, gather(queries), rows, temperature=self.config.simclr_temperature)
+        return simclr_loss(embeddings.image_features, self.simclr_head, temperature=self.config.simclr_temperature)

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from declip_cli.contrastive_losses import sigmoid_loss, softmax_loss, symmetric_softmax_loss
-from declip_cli.distributed import Gathered, rows_of_rank, sum_over_ranks, world_size
-from declip_cli.losses import negative_cosine
-from declip_cli.model.heads import SimSiamPredictor, SimSiamProjector
+from declip_cli.distributed import Gathered, gather, rows_of_rank, sum_over_ranks, world_size
+from declip_cli.losses import negative_cosine, nt_xent
+from declip_cli.model.clip import unit
+from declip_cli.model.heads import SimClrHead, SimSiamPredictor, SimSiamProjector
 
 PAIRS: dict[int, tuple[tuple[int, int], ...]] = {
     1: ((0, 0),),
@@ -101,6 +102,23 @@ def simsiam_loss(embeds: Tensor, projector: SimSiamProjector, predictor: SimSiam
     z1, z2 = projector(embeds[:, 0]), projector(embeds[:, 1])  # (B, 1024) each; BatchNorm sees one view
     p1, p2 = predictor(z1), predictor(z2)
     return (negative_cosine(p1, z2) + negative_cosine(p2, z1)) / 2
+
+
+def simclr_loss(features: Tensor, head: SimClrHead, *, temperature: float) -> Tensor:
+    """Tell the other view of an image from all views of all images.
+
+    Args:
+        features: of two views, before the projection into the shared embedding, (B, 2, E).
+        head: SimCLR's.
+        temperature: what the cosine is divided by.
+
+    Returns:
+        In nats, ().
+
+    Source: SimCLR, arXiv 2002.05709, equation 1, as SLIP (arXiv 2112.12750) uses it.
+    """
+    queries = unit(torch.stack([head(features[:, view]) for view in (0, 1)], dim=1))  # BatchNorm sees one view
+    return nt_xent(queries, gather(queries), rows_of_rank(len(queries), queries.device), temperature=temperature)
 
 
 def mlm_loss(losses: Tensor, counts: Tensor, *, over_all_ranks: bool) -> Tensor:

@@ -1,9 +1,17 @@
-"""What training adds to the towers: SimSiam, SimCLR and masked-language heads, token-wise projections."""
+"""What training adds to the towers: SimSiam, SimCLR, word and masked-language heads, token-wise projections."""
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from declip_cli.distributed import sum_over_ranks
 
 TOKEN_WISE_DIM = 256
 """Width in which FILIP and DeFILIP compare tokens (prototype/model/filip.py)."""
+_NEVER = -1e4
+"""Logit of what cannot be predicted: its share of a softmax is 0; float16 holds it."""
+_COUNTED_AT_ONCE = ("cpu",)
+"""Kinds of devices that say how many words they hold without being waited for."""
 
 
 class SimSiamProjector(nn.Module):
@@ -61,6 +69,81 @@ class SimClrHead(nn.Module):
         hidden = self.bn2(self.linear2(hidden)).relu()
         out: Tensor = self.linear3(hidden)
         return out
+
+
+class WordHead(nn.Module):
+    """Layer norm and linear map from an image's mean patch to the words of its caption.
+
+    Only words of earlier steps can be predicted: how rare a word is, is not known before. It is counted in captions.
+
+    Args:
+        in_dim: E, of the patches.
+        num_words: V, size of the vocabulary.
+
+    Source: SuperCLIP, arXiv 2512.14480.
+    """
+
+    num_captions: Tensor
+    num_with: Tensor
+
+    def __init__(self, in_dim: int, num_words: int) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(in_dim), nn.Linear(in_dim, num_words)
+        nn.init.normal_(self.linear.weight, std=in_dim**-0.5)
+        nn.init.zeros_(self.linear.bias)
+        self.register_buffer("num_captions", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("num_with", torch.zeros(num_words, dtype=torch.int64))
+
+    def forward(self, features: Tensor, words: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Score the words that have been seen.
+
+        On a CPU, K is their number, a small part of V where data are few. Elsewhere it is V, since asking a GPU for
+        their number would hold it up; words not seen then score too low to matter.
+
+        Args:
+            features: mean of the patches, (B, E).
+            words: ids, -1 elsewhere, int64, (B, L).
+
+        Returns:
+            Logits (B, K), where among the K each word is, -1 where it is not, (B, L), and the rarity of the K,
+            log((captions + 1) / (captions with the word + 1)), 0 of a word not seen, (K,).
+        """
+        weight: Tensor = self.linear.weight  # (V, E)
+        bias: Tensor = self.linear.bias  # (V,)
+        is_seen = self.num_with > 0  # (V,)
+        rarity = torch.where(is_seen, ((self.num_captions + 1) / (self.num_with + 1)).log(), 0.0)  # (V,)
+        if features.device.type in _COUNTED_AT_ONCE and is_seen.any():
+            seen = is_seen.nonzero()[:, 0]  # (K,)
+            places = torch.full_like(self.num_with, -1).index_put((seen,), torch.arange(len(seen)))
+            words = torch.where(words >= 0, places[words], -1)
+            weight, bias, rarity = weight[seen], bias[seen], rarity[seen]
+        else:
+            bias = bias.masked_fill(~is_seen, _NEVER)
+        return F.linear(self.norm(features), weight, bias), words, rarity
+
+    @torch.no_grad()
+    def count(self, words: Tensor, is_good: Tensor) -> None:
+        """Count the captions of all ranks, (B, L), and those with each word, unless the batch was broken."""
+        with_word = torch.zeros(len(self.num_with) + 1, dtype=torch.int64, device=words.device)
+        with_word.scatter_add_(0, words.flatten() + 1, torch.ones_like(words).flatten())
+        with_word[0] = len(words)  # in the place of what is no word
+        with_word = sum_over_ranks(with_word * is_good)
+        self.num_captions += with_word[0]
+        self.num_with += with_word[1:]
+
+
+def distinct_ids(tokens: Tensor, mask: Tensor) -> Tensor:
+    """Keep each id of a text once.
+
+    Args:
+        tokens: ids, int64, (B, L).
+        mask: True where a token counts, bool, (B, L); those that do not are behind those that do.
+
+    Returns:
+        The ids where they stand first, -1 elsewhere, (B, L).
+    """
+    is_repeated = (tokens[:, :, None] == tokens[:, None, :]).tril(-1).any(2)  # (B, L)
+    return tokens.masked_fill(~mask | is_repeated, -1)
 
 
 class TokenWiseHeads(nn.Module):

@@ -188,7 +188,7 @@ def build_training(run: ResolvedRun, samples: Dataset, *, path: Path, is_resumed
 @torch.no_grad()
 def _start_logits(method: Method, train: TrainConfig) -> None:
     for name, parameter in method.named_parameters():
-        if "logit_scale" in name:
+        if "logit_scale" in name and name != "logit_scale_strong":  # rocket's, of its own
             parameter.fill_(settled(train.logit_scale_init))
         elif "logit_bias" in name:
             parameter.fill_(settled(train.logit_bias_init))

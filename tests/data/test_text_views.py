@@ -7,7 +7,14 @@ import pytest
 from declip_cli.config import AugmentConfig
 from declip_cli.data import text_views
 from declip_cli.data.synonyms import STOP_WORDS
-from declip_cli.data.text_views import NO_LABEL, TextViews, delete_words, replace_by_synonym, swap_words
+from declip_cli.data.text_views import (
+    NO_LABEL,
+    TextViews,
+    delete_words,
+    drop_stop_words,
+    replace_by_synonym,
+    swap_words,
+)
 from declip_cli.data.tokenizer import END, MASK, NUM_ORDINARY, START, VOCAB_SIZE, Tokenizer
 
 CAPTION = "two dogs run along the long beach near Porto"
@@ -81,6 +88,22 @@ def test_the_operations_are_chosen_evenly(monkeypatch, tokenizer):
 def test_no_operations_leave_the_text_alone(tokenizer):
     views = TextViews(AugmentConfig(text_operations=()), tokenizer)
     assert views.draw("augmented", CAPTION, random.Random(0))[0] == [START, *tokenizer.word_ids(CAPTION), END]
+
+
+def test_keywords_lose_all_stop_words_with_a_probability_and_keep_a_text_of_nothing_else(tokenizer):
+    assert drop_stop_words("The cat is on a Mat , not the bed") == "cat Mat , bed"
+    assert drop_stop_words("to be or not to be") == "to be or not to be"
+    views, rng = TextViews(AugmentConfig(stop_word_probability=0.3), tokenizer), random.Random(0)
+    bare, whole = (tokenizer.frame(tokenizer.word_ids(text)) for text in ("dog grass", "a dog on the grass"))
+    drawn = [views.draw("keywords", "a dog on the grass", rng)[0] for _ in range(2000)]
+    assert drawn.count(bare) + drawn.count(whole) == 2000
+    assert drawn.count(bare) == pytest.approx(600, abs=80)  # 3.9 standard deviations
+
+
+def test_augmented_keywords_lose_stop_words_and_then_see_one_operation(tokenizer):
+    config = AugmentConfig(stop_word_probability=1.0, text_operations=("swap",))
+    ids, _ = TextViews(config, tokenizer).draw("augmented_keywords", "a dog on the grass", random.Random(0))
+    assert ids == tokenizer.frame(tokenizer.word_ids("grass dog"))
 
 
 def test_swapping_exchanges_two_different_words():

@@ -1,9 +1,12 @@
-"""The five objectives as plain loops over pairs, written from the papers; slow, in float64, on one process.
+"""The objectives as plain loops over pairs, written from the papers; slow, in float64, on one process.
 
 CLIP arXiv 2103.00020 (fig. 3) · SLIP 2112.12750 · SimCLR 2002.05709 (eq. 1) · FILIP 2111.07783 (eq. 3 to 6) ·
-DeCLIP 2110.05208 (section 3) · SimSiam 2011.10566 (algorithm 1) · BERT 1810.04805 · DeFILIP 2203.05796.
+DeCLIP 2110.05208 (section 3) · SimSiam 2011.10566 (algorithm 1) · BERT 1810.04805 · DeFILIP 2203.05796 ·
+CLIP:rocket 2305.08675 (section 3) · SuperCLIP 2512.14480.
 Nothing here is imported from the package. Numbers are torch scalars, so that gradients come from autograd.
 """
+
+import math
 
 import torch
 
@@ -84,6 +87,36 @@ def nt_xent(features, weights, temperature, *, norm_size=None):
         logits = [views[view][image] @ views[v][i] / temperature for i, v in others]
         losses.append(cross_entropy(logits, others.index((image, 1 - view))))
     return mean(losses)
+
+
+def rocket_strong(image_features, text_features, image_head, text_head, scale, *, smoothing):
+    """(B, 2, E), (B, 2, F): strong views through heads of their own; each of an image's with each of its text's."""
+    images = [simclr_head(list(image_features[:, view]), image_head) for view in (0, 1)]
+    texts = [simclr_head(list(text_features[:, view]), text_head) for view in (0, 1)]
+    return mean([both_ways(image, text, scale, smoothing) for image in images for text in texts])
+
+
+def words(features, captions, earlier, head):
+    """(B, E), sets of ids, batches of such sets: each caption's ids are predicted, weighted by their rarity.
+
+    log((n + 1/B) / (c + 1/B)): n earlier batches of B; c the shares of their captions with the id, added up.
+    """
+    size = len(earlier[0])
+    shares = {}
+    for batch in earlier:
+        for caption in batch:
+            for word in caption:
+                shares[word] = shares.get(word, 0.0) + 1 / size
+    losses = []
+    for feature, caption in zip(features, captions, strict=True):
+        centred = feature - feature.mean()
+        normed = centred / (centred.square().mean() + 1e-5).sqrt() * head["norm.weight"] + head["norm.bias"]
+        logits = {word: head["linear.weight"][word] @ normed + head["linear.bias"][word] for word in shares}
+        log_total = torch.logsumexp(torch.stack(list(logits.values())), 0)
+        rarity = {w: math.log((len(earlier) + 1 / size) / (shares[w] + 1 / size)) for w in caption if w in shares}
+        whole = sum(rarity.values()) or 1.0
+        losses.append(sum((rarity[w] / whole * (log_total - logits[w]) for w in rarity), 0 * log_total))
+    return losses
 
 
 def simsiam(images, projector, predictor):

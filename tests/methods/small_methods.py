@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from declip_cli.batch import Batch, Embeddings
 from declip_cli.config import MethodConfig
-from declip_cli.methods import declip, slip
+from declip_cli.methods import declip, rocket, slip
 from declip_cli.methods.registry import METHODS
 from declip_cli.model.architectures import Architecture, TextDims, VitDims
 from declip_cli.model.batch_norm import use_full_batch_norm
@@ -33,6 +33,8 @@ RANK_JOBS = [
     *(("declip", {"weights": {"simsiam": 1.0}, "batch_norm": norm}) for norm in ("global", "rank")),
     *(("declip", {"weights": {"nn": 1.0}, "queue_scope": scope}) for scope in ("global", "rank")),
     *(("slip", {"weights": {"simclr": 1.0}, "batch_norm": norm}) for norm in ("global", "rank")),
+    ("declip", {"weights": {"simclr": 1.0}}),
+    ("clip", {"weights": {"words": 1.0}}),
 ]
 
 
@@ -46,6 +48,8 @@ def narrow_heads():
     """Let methods have narrow heads: SLIP's are 4,096 wide, DeCLIP's 1,024, and their weights most of a state."""
     with (
         mock.patch.object(slip, "SimClrHead", partial(SimClrHead, width=9, out_dim=7)),
+        mock.patch.object(declip, "SimClrHead", partial(SimClrHead, width=9, out_dim=7)),
+        mock.patch.object(rocket, "SimClrHead", partial(SimClrHead, width=9, out_dim=7)),
         mock.patch.object(declip, "SimSiamProjector", partial(SimSiamProjector, width=9)),
         mock.patch.object(declip, "SimSiamPredictor", partial(SimSiamPredictor, width=9, bottleneck=5)),
     ):
@@ -66,11 +70,13 @@ def build(name, *, seed=0, **options):
         encoder.logit_scale.fill_(2.0)
         if kind.is_token_wise:
             method.logit_scale_dense.fill_(1.7)
+        if hasattr(method, "logit_scale_strong"):
+            method.logit_scale_strong.fill_(1.4)
     return method
 
 
 def draw(num=4, *, seed=0):
-    """Draw every field of `Embeddings` at random: V = T = 2, D = 8, E = 24, P = 3, L = 7, Q = 6."""
+    """Draw every field of `Embeddings` at random: V = T = 2, D = 8, E = 24 or 10, P = 3, L = 7, Q = 6."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.arange(num) % 6 + 2
     counts = torch.arange(num) * 2 % 5  # some texts have no masked token; halves of a batch have unequal many
@@ -84,6 +90,9 @@ def draw(num=4, *, seed=0):
         "mask_losses": counts * (5 + torch.rand(num, generator=generator)),
         "mask_counts": counts.float(),
         "numbers": torch.arange(num) * 3 + 100,
+        "text_features": torch.randn(num, 2, 10, generator=generator),
+        "word_losses": 4 + torch.rand(num, generator=generator),
+        "words": torch.arange(num * 7).view(num, 7) % 11,
     }
 
 

@@ -12,13 +12,15 @@ from declip_cli.methods.registry import METHODS, build_method
 from declip_cli.model.clip import text_token_mask
 from declip_cli.model.text_transformer import END_ID
 from declip_cli.presets import PRESETS
+from tests.methods.small_methods import narrow_heads
 
 GOOD, BROKEN = torch.tensor(True), torch.tensor(False)
 
 
 def build(name, **options):
     torch.manual_seed(0)
-    return build_method(ModelConfig(arch="vit-tiny32"), MethodConfig(name=name, queue_size=16, **options))
+    with narrow_heads():
+        return build_method(ModelConfig(arch="vit-tiny32"), MethodConfig(name=name, queue_size=16, **options))
 
 
 def batch(method, *, num=5):
@@ -68,6 +70,7 @@ def test_every_switch_is_an_option_of_some_method():
         ("filip", {"filip": 0.0, "clip": 1.0}, "encoder.logit_scale"),
         ("declip", {}, "encoder.logit_scale"),
         ("defilip", {}, "encoder.logit_scale"),
+        ("rocket", {}, "encoder.logit_scale"),
         ("defilip", {"clip": 0.0, "nn": 0.0}, "logit_scale_dense"),
     ],
 )
@@ -93,9 +96,12 @@ def test_shapes_of_the_embeddings(name):
     views, texts = len(method.views.images), len(method.views.texts)
     is_declip, is_token_wise = name in ("declip", "defilip"), name in ("filip", "defilip")
     width = method.encoder.architecture.embed_dim
-    assert embeddings.images.shape == (5, 1 if name == "slip" else views, width)
-    assert embeddings.texts.shape == (5, texts, width)
-    assert embeddings.image_features.shape == ((5, 2, method.encoder.visual.feature_dim) if name == "slip" else (5, 0))
+    has_strong_views, is_rocket = name in ("slip", "rocket"), name == "rocket"
+    feature_dims = method.encoder.visual.feature_dim, method.encoder.text.feature_dim
+    assert embeddings.images.shape == (5, 1 if has_strong_views else views, width)
+    assert embeddings.texts.shape == (5, 1 if is_rocket else texts, width)
+    assert embeddings.image_features.shape == ((5, 2, feature_dims[0]) if has_strong_views else (5, 0))
+    assert embeddings.text_features.shape == ((5, 2, feature_dims[1]) if is_rocket else (5, 0))
     assert embeddings.mask_losses.shape == embeddings.mask_counts.shape == ((5,) if is_declip else (5, 0))
     num_patches = (32 // method.encoder.visual.patch_side_px) ** 2
     assert embeddings.image_tokens.shape == ((5, num_patches, 256) if is_token_wise else (5, 0))

@@ -34,6 +34,7 @@ WEIGHTS = {
     "filip": {"filip": 1.0, "clip": 0.0},
     "declip": {"clip": 0.4, "simsiam": 0.2, "mlm": 0.2, "nn": 0.2},
     "defilip": {"clip": 0.4, "simsiam": 0.2, "mlm": 0.2, "nn": 0.2, "filip": 0.2},
+    "rocket": {"clip": 1 / 3, "strong": 2 / 3},
 }
 NEIGHBOURS_ONLY = only("declip", nn=1.0)
 CASES = [
@@ -67,6 +68,14 @@ CASES = [
     ("defilip", {"pairs": 1, "token_wise_top_k": 2, "label_smoothing": 0.1}),
     ("defilip", {"nn_symmetric": False, "nn_exclude_own": True}),
     ("defilip", {"weights": only("defilip", filip=1.0)}),
+    ("declip", {"weights": {"simsiam": 0.0, "simclr": 0.2}}),
+    ("declip", {"weights": only("declip", simclr=0.7), "simclr_temperature": 0.5}),
+    ("defilip", {"weights": only("defilip", simclr=0.7)}),
+    ("rocket", {}),
+    ("rocket", {"label_smoothing": 0.2, "strong_label_smoothing": 0.0}),
+    ("rocket", {"weights": only("rocket", clip=1.0)}),
+    ("rocket", {"weights": only("rocket", strong=1.0)}),
+    *((name, {"weights": {"words": 0.5}}) for name in METHODS),
 ]
 
 
@@ -76,7 +85,7 @@ def expected_terms(name, fields, parameters, *, queue, **options):
     active = WEIGHTS[name] | options.get("weights", {})
     head = {
         part: {key.removeprefix(f"{part}."): value for key, value in parameters.items() if key.startswith(f"{part}.")}
-        for part in ("simclr_head", "projector", "predictor")
+        for part in ("simclr_head", "projector", "predictor", "image_head", "text_head")
     }
     images, texts = fields["images"], fields["texts"]
     terms = {}
@@ -105,6 +114,17 @@ def expected_terms(name, fields, parameters, *, queue, **options):
         parts = fields["image_tokens"], fields["text_tokens"], fields["text_token_mask"]
         dense, top_k = parameters["logit_scale_dense"].exp(), options.get("token_wise_top_k", 16)
         terms["filip"] = loops.filip(*parts, dense, top_k=top_k, smoothing=smoothing)
+    if active.get("strong"):
+        terms["strong"] = loops.rocket_strong(
+            fields["image_features"],
+            fields["text_features"],
+            head["image_head"],
+            head["text_head"],
+            parameters["logit_scale_strong"].exp(),
+            smoothing=options.get("strong_label_smoothing", 0.1),
+        )
+    if active.get("words"):
+        terms["words"] = loops.mean(list(fields["word_losses"]))
     return terms
 
 
@@ -229,6 +249,16 @@ def encoded(method, batch, *, score_padding):
         features = [encoder.encode_image(batch.images[:, view], projected=False) for view in views]
         fields["image_features"] = torch.stack(features[1:], 1)
         fields["images"] = fields["images"][:, :1]
+    if method.config.name == "rocket":
+        features = [encoder.encode_image(batch.images[:, view], projected=False) for view in views]
+        fields["image_features"] = torch.stack(features[1:], 1)
+        states = [encoder.text(batch.tokens[:, t]) for t in (1, 2)]
+        features = [encoder.text.pool_at_end(states[t - 1], batch.tokens[:, t]) for t in (1, 2)]
+        fields["text_features"] = torch.stack(features, 1)
+        fields["images"], fields["texts"] = fields["images"][:, :1], fields["texts"][:, :1]
+    if getattr(method, "simclr_head", None) is not None and method.config.name == "declip":
+        features = [encoder.encode_image(batch.images[:, view], projected=False) for view in views]
+        fields["image_features"] = torch.stack(features, 1)
     if method.mask_head is not None:
         weight, bias = method.mask_head.weight.double(), method.mask_head.bias.double()
         states = encoder.text(first).double()
@@ -249,6 +279,7 @@ TOWER_CASES = [
     *((name, {"score_padding": True, "token_wise_top_k": 2}) for name in ("filip", "defilip")),
     ("declip", {"pairs": 1}),
     ("declip", {"pairs": 2, "nn_exclude_own": True}),
+    ("declip", {"weights": {"simsiam": 0.0, "simclr": 0.2}}),
 ]
 
 
@@ -267,7 +298,7 @@ def test_the_objective_through_the_towers_equals_the_loops(name, options):
     assert {key: term.item() for key, term in found.terms.items()} == pytest.approx(
         {key: term.item() for key, term in terms.items()}, rel=1e-5, abs=1e-6
     )
-    total_of(name, terms, {}).backward()
+    total_of(name, terms, options.get("weights", {})).backward()
     expected = dict(method.named_parameters())
     assert_same_gradients(gradients, expected)
 
@@ -302,6 +333,9 @@ def test_micro_batches_leave_out_own_captions_too():
         ("declip", {"pairs": 2}, ("augmented", "augmented"), ("masked",), False),
         ("declip", {"pairs": 1}, ("augmented", "augmented"), ("masked",), False),
         ("declip", {"pairs": 1, "weights": {"simsiam": 0.0}}, ("augmented",), ("masked",), False),
+        ("declip", {"pairs": 1, "weights": {"simsiam": 0, "simclr": 1}}, ("augmented",) * 2, ("masked",), False),
+        ("rocket", {}, ("plain", *("augmented",) * 2), ("keywords", *("augmented_keywords",) * 2), False),
+        ("rocket", {"weights": {"strong": 0.0}}, ("plain",), ("keywords",), False),
         ("declip", {"pairs": 1, "weights": {"mlm": 0.0}}, ("augmented", "augmented"), ("plain",), False),
         ("defilip", {}, ("augmented", "augmented"), ("masked", "augmented"), False),
         ("defilip", {"score_padding": True}, ("augmented", "augmented"), ("masked", "augmented"), True),

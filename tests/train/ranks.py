@@ -24,6 +24,9 @@ def step(name, *, rank, num_ranks, micro_batch_size=0, **options):
     if name in METHODS:
         method = build(name, queue_start="random", **options)
         batch = batch_of(method, 8).split(8 // num_ranks)[rank]
+        if method.word_head is not None:  # as after earlier steps
+            method.word_head.num_captions.fill_(50)
+            method.word_head.num_with.copy_(torch.arange(len(method.word_head.num_with)) % 50)
     else:
         golden = load_golden(name)
         method, batch = golden_method(golden, **options), golden_batch(golden, rank, num_ranks)
@@ -43,6 +46,8 @@ def step(name, *, rank, num_ranks, micro_batch_size=0, **options):
     method.update_queue(result.embeddings, torch.tensor(True))
     found = {f"grad/{k}": p.grad.clone() for k, p in method.named_parameters() if p.grad is not None}
     found |= {f"term/{k}": v for k, v in zip([*result.terms.terms, "total"], terms, strict=True)}
+    if method.word_head is not None:
+        found["num_with"] = method.word_head.num_with.clone()
     if hasattr(method, "queue"):
         found["queue"], found["queue_numbers"] = method.queue.rows.clone(), method.queue.numbers.clone()
     return found

@@ -19,6 +19,11 @@ pytestmark = pytest.mark.usefixtures("quick_ranks")
 
 METHODS = ("clip", "slip", "filip", "declip", "defilip")
 RECORDED = golden_cases(world=2, methods=METHODS)
+ADDED = [
+    ("rocket", {}),
+    ("declip", {"weights": {"simsiam": 0.0, "simclr": 0.2}}),
+    *((name, {"weights": {"words": 1.0}}) for name in ("clip", "slip", "declip")),
+]
 RESNET = golden_case("clip", arch="rn")
 JOBS = [
     *(
@@ -29,6 +34,7 @@ JOBS = [
     *((name, {}) for name in METHODS),
     *((name, {"micro_batch_size": 3}) for name in METHODS),
     *((name, {"micro_batch_size": 3, "contrastive": "sigmoid"}) for name in ("clip", "declip")),
+    *((name, options | more) for name, options in ADDED for more in ({}, {"micro_batch_size": 3})),
 ]
 
 
