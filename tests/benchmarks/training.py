@@ -13,6 +13,7 @@ from contextlib import nullcontext
 
 import open_clip
 import torch
+from old_ways import OLD_WAYS
 from original_step import original_step
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -192,8 +193,9 @@ def throughput(options: argparse.Namespace, device: torch.device) -> None:
 def compare(name: str, step, peer, options: argparse.Namespace, device: torch.device) -> None:
     """Time our step and a peer's, with its name, in turn."""
     times, theirs = seconds_in_turn((step, peer[0]), options, device)
+    without = "".join(f" without {name}" for name in options.without)
     line = {
-        "name": f"train {name} {options.precision}{' compiled' if options.compile else ''}",
+        "name": f"train {name} {options.precision}{' compiled' if options.compile else ''}{without}",
         "ours": round(options.batch_size / statistics.median(times), 1),
         "peer": round(options.batch_size / statistics.median(theirs), 1),
         "peer_name": peer[1],
@@ -255,6 +257,7 @@ def main() -> None:
     parser.add_argument("--captions", choices=["normal", "heavy"], default="normal", help="how long captions are")
     parser.add_argument("--ungrouped", action="store_true", help="encode all texts as long as the longest")
     parser.add_argument("--faithful", action="store_true", help="compare DeCLIP with the original's step, too")
+    parser.add_argument("--without", nargs="+", default=[], choices=OLD_WAYS, help="compute these the old way")
     parser.add_argument("--memory", action="store_true", help="measure memory instead of time (GPU only)")
     parser.add_argument("--profile", type=int, default=0, metavar="N", help="print the N operators that take longest")
     parser.add_argument("--cpu-time", action="store_true", help="on a busy CPU: time of this process, not of the clock")
@@ -263,6 +266,8 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=1)
     parser.add_argument("--peak-tflops", type=float, default=0.0, help="of the device, to print the share reached")
     options = parser.parse_args()
+    for name in options.without:
+        OLD_WAYS[name]()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     (profile if options.profile else memory if options.memory else throughput)(options, device)
 
