@@ -157,7 +157,7 @@ def test_the_head_names_paper_cost_and_published_result(name):
 
 def test_every_recipe_can_be_built_and_has_a_title():
     recipes = list_recipes()
-    assert list(recipes) == sorted({*RECIPES, "declip-demo"})
+    assert list(recipes) == sorted({*RECIPES, "declip-demo", "fine-tune"})
     for name, title in recipes.items():
         assert title
         build_config(RunConfig, load_recipe(name))
@@ -170,3 +170,10 @@ def test_an_unknown_recipe_names_close_ones():
     with pytest.raises(ConfigError, match="unknown recipe") as caught:
         load_recipe("../recipes/declip-demo")
     assert "--list-recipes" in caught.value.remedy
+
+
+def test_fine_tuning_keeps_the_losses_of_clip_and_averages_the_weights():
+    config = config_of("fine-tune")
+    assert (config.model.arch, config.method.name, config.train.ema_decay) == ("init", "clip", 0.99)
+    assert config.optim.learning_rate_peak == 1e-5
+    assert config.optim.layer_decay < 1
