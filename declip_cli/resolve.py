@@ -172,7 +172,7 @@ def resolve_run(
         if file is None or name != str(file) or file.suffix != ".json":  # that one says everything
             _overlay(said, part)
         whose = name if "method" in part and name else whose
-    if recipe is not None and settings.get("model", {}).get("arch") == OF_INIT:
+    if recipe is not None and said.get("model", {}).get("arch") == OF_INIT:
         settings["model"] = said["model"]  # the recipe's sizes are of another model
     config = build_config(RunConfig, settings)
     return config, notes + list(_ignored(said, config))

@@ -9,6 +9,7 @@ from declip_cli.config_files import build_config, list_recipes, load_recipe
 from declip_cli.errors import ConfigError
 from declip_cli.methods.registry import METHODS
 from declip_cli.model.architectures import find_architecture
+from declip_cli.resolve import resolve_run
 from declip_cli.train.optim import schedule_of
 from tests.train.small_runs import resolved
 
@@ -177,3 +178,8 @@ def test_fine_tuning_keeps_the_losses_of_clip_and_averages_the_weights():
     assert (config.model.arch, config.method.name, config.train.ema_decay) == ("init", "clip", 0.99)
     assert config.optim.learning_rate_peak == 1e-5
     assert config.optim.layer_decay < 1
+
+
+def test_fine_tuning_takes_the_architecture_of_the_model_that_it_starts_from():
+    asked, notes = resolve_run("fine-tune", None, {"train": {"init": "MODEL"}}, [])
+    assert (asked.model.arch, asked.train.init, notes) == ("init", "MODEL", [])
