@@ -22,6 +22,8 @@ _NUM_COLOURS = 6
 _LOG_RATIO = 10
 """Largest by smallest value from which a logarithmic scale shows more."""
 _MAX_TICKS = 5
+_DOT = 70
+"""Diameter of a point alone, in the units of a path."""
 
 CHART_STYLE = """:root { --c0: #0072b2; --c1: #d55e00; --c2: #008060; --c3: #b5558f; --c4: #8a6d00; --c5: #555; }
 @media (prefers-color-scheme: dark) {
@@ -89,7 +91,7 @@ def line_chart(
         for x in across.ticks()
     ]
     words.append(f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 4}" text-anchor="end">{escape(x_name)}</text>')
-    curves = [f'<path {_look(number)} d="{_path(one, across, up)}"/>' for number, one in enumerate(thinned)]
+    curves = [f'<path {_look(number, one)} d="{_path(one, across, up)}"/>' for number, one in enumerate(thinned)]
     name = escape(f"{title}{', logarithmic scale' if is_log else ''}")
     return (
         f'<figure class="card chart"><h3>{name}</h3>{_legend(thinned, is_share)}'
@@ -171,8 +173,10 @@ def _with_room(low: float, high: float, *, is_log: bool) -> tuple[float, float]:
     return low - room if low < 0 or low > room else 0.0, high + room
 
 
-def _look(number: int) -> str:
-    """Colour and, beyond the colours, dashes of a curve."""
+def _look(number: int, curve: _Curve | None = None) -> str:
+    """Colour and, beyond the colours, dashes of a curve; one of a single point is a dot that can be seen."""
+    if curve is not None and np.isfinite(curve.y).sum() == 1:
+        return f'style="stroke:var(--c{number % _NUM_COLOURS});stroke-width:{_DOT}"'
     dashes = number // _NUM_COLOURS
     dashed = f";stroke-dasharray:{60 // dashes} 50" if dashes else ""
     return f'style="stroke:var(--c{number % _NUM_COLOURS}){dashed}"'

@@ -44,6 +44,11 @@ def test_values_that_are_no_numbers_break_the_line():
     assert "inf" not in chart.lower()
 
 
+def test_a_single_score_is_a_dot_that_can_be_seen():
+    assert "stroke-width:70" in line_chart("t", [Series("a", [346], [0.28]), Series("b", [1, 346], [0.2, 0.3])])
+    assert "stroke-width:70" not in line_chart("t", [Series("b", [1, 346], [0.2, 0.3])])
+
+
 def test_points_lie_where_axes_say():
     """From 0 to 1 across and from 0 to 100, with a twentieth of room above, up: corners in closed form, in tenths."""
     assert path_of(line_chart("t", [Series("a", [0, 1], [0.0, 100.0])])) == "M460 1960h0l3640 -1790"
