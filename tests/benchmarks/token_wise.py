@@ -18,7 +18,7 @@ from declip_cli.config import MethodConfig, ModelConfig
 from declip_cli.methods.registry import build_method
 from declip_cli.token_wise_losses import token_wise_similarity
 from tests.benchmarks.lines import compare
-from tests.benchmarks.training import autocast, make_batch
+from tests.benchmarks.made_up_batches import autocast, make_batch
 
 PATCHES, TOP_K, WIDTH = 49, 16, 256
 CHUNK_ELEMENTS = 2**25

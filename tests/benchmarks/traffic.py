@@ -18,7 +18,7 @@ from declip_cli.methods.base import Method
 from declip_cli.methods.registry import METHODS, build_method
 from declip_cli.model.heads import TOKEN_WISE_DIM
 from declip_cli.train.grad_cache import forward_backward
-from tests.benchmarks.training import make_batch
+from tests.benchmarks.made_up_batches import make_batch
 
 GPU_FLOPS = 0.4 * 989e12
 """What a step is taken to reach of an H100's peak in bfloat16."""
@@ -33,14 +33,17 @@ SMALL_MESSAGES = {"decisions": 3 * NUMBER, "parameters left out": NUMBER}
 def floats_of_a_pair(method: Method, *, token_dim: int = TOKEN_WISE_DIM, simclr_dim: int = 256) -> tuple[int, int]:
     """Count the numbers of a pair that every rank gets: those with a gradient, those without (8 bytes count as 2)."""
     config, views, dim = method.config, method.views, method.encoder.architecture.embed_dim
-    num_images = 1 if config.name == "slip" else len(views.images)  # its other views are not projected
+    num_images = 1 if config.name in ("slip", "rocket") else len(views.images)  # their others are not projected
+    num_texts = 1 if config.name == "rocket" else len(views.texts)
     with_gradient, without = 0, 0
     if method.is_active("clip") or method.is_active("nn"):
-        with_gradient += (num_images + len(views.texts)) * dim  # each embedding once, whoever uses it
+        with_gradient += (num_images + num_texts) * dim  # each embedding once, whoever uses it
     if method.is_active("nn"):
         without += len(views.texts) * dim + 2  # the neighbours; the pair's number in the data set
     if method.is_active("simclr"):
         with_gradient += 2 * simclr_dim
+    if method.is_active("strong"):
+        with_gradient += (2 + 2) * simclr_dim  # the heads' results for two images and two texts
     if method.is_active("filip"):
         with_gradient += 2 * config.token_wise_top_k * token_dim  # of the image and of the text
     return with_gradient, without

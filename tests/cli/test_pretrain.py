@@ -85,7 +85,7 @@ def test_the_run_folder_has_what_the_documentation_promises(done):
     open_settings = {"split", "workers", "loader", "cache_dir", "micro_batch_size", "threads", "processes", "init"}
     open_settings |= {"epochs", "steps", "checkpoint_every_steps", "keep_best", "eval_every_steps", "ema_decay"}
     open_settings |= {"tracker", "text_optimizer", "text_learning_rate_peak", "text_weight_decay", "warmup_steps"}
-    open_settings |= {"logit_scale_learning_rate"}
+    open_settings |= {"logit_scale_learning_rate", "logit_bias_init"}
     left = {key for section in config["config"].values() for key, value in section.items() if value is None}
     assert left <= open_settings  # what is switched off, follows another, or concerns the machine
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
