@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from declip_cli.errors import ModelError
 from declip_cli.interop.assumptions import Assumptions
 from declip_cli.interop.foreign import DAMAGED, changed_preprocessing
-from declip_cli.interop.other_towers import MAX_CONTEXT_LENGTH, OtherTowers, imported
+from declip_cli.interop.other_towers import MAX_CONTEXT_LENGTH, OtherEncoder, OtherTowers, imported
 from declip_cli.interop.weights import Checkpoint
-from declip_cli.model.clip import Encoder
 from declip_cli.model.preprocessing import read_preprocessing
 
 _OF_CLIP = "positional_embedding"
@@ -56,7 +55,7 @@ def read_other_open_clip(
         project="open_clip",
         reason=reason,
         make=partial(_make, config),
-        state={name: v.float() if v.is_floating_point() else v for name, v in checkpoint.state.items()},
+        state=checkpoint.state,
         config=config,
         embed_dim=config.get("embed_dim"),
         preprocessing=changed_preprocessing(known, assumptions.said),
@@ -107,28 +106,8 @@ def _own_names(towers: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tens
     }
 
 
-class OpenClipEncoder(Encoder):
-    """Encode by OpenCLIP's module.
-
-    Args:
-        towers: its `CLIP`, `CustomTextCLIP` or `CoCa`.
-    """
-
-    def __init__(self, towers: Any) -> None:  # noqa: ANN401  (OpenCLIP's)
-        super().__init__()
-        self.towers = towers
-
-    @property
-    def logit_scale(self) -> Tensor:  # type: ignore[override]
-        """Logarithm of the scale of the cosines."""
-        scale: Tensor = self.towers.logit_scale
-        return scale
-
-    @property
-    def logit_bias(self) -> Tensor | None:
-        """What a sigmoid loss adds to the scaled cosines; None for a softmax."""
-        bias: Tensor | None = self.towers.logit_bias
-        return bias
+class OpenClipEncoder(OtherEncoder):
+    """Encode by OpenCLIP's `CLIP`, `CustomTextCLIP` or `CoCa`."""
 
     def encode_image(self, images: Tensor, *, projected: bool = True) -> Tensor:
         """Embed images, as of `Encoder`."""

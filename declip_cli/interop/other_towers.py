@@ -77,7 +77,7 @@ class OtherTowers:
         _check_numbers(self.config, self.state)
         try:
             with torch.random.fork_rng(devices=[]):
-                encoder = self.make(self.state)
+                encoder = self.make({n: v.float() if v.is_floating_point() else v for n, v in self.state.items()})
         except (
             TypeError,
             ValueError,
@@ -118,6 +118,30 @@ def _numbers(value: object) -> Iterator[float]:
             yield from _numbers(item)
     elif isinstance(value, int | float):
         yield value
+
+
+class OtherEncoder(Encoder):
+    """Encode by another project's module.
+
+    Args:
+        towers: the module, with a `logit_scale` and perhaps a `logit_bias`.
+    """
+
+    def __init__(self, towers: Any) -> None:  # noqa: ANN401  (the project's)
+        super().__init__()
+        self.towers = towers
+
+    @property
+    def logit_scale(self) -> Tensor:  # type: ignore[override]
+        """Logarithm of the scale of the cosines."""
+        scale: Tensor = self.towers.logit_scale
+        return scale
+
+    @property
+    def logit_bias(self) -> Tensor | None:
+        """What a sigmoid loss adds to the scaled cosines; None for a softmax."""
+        bias: Tensor | None = self.towers.logit_bias
+        return bias
 
 
 class OtherTokenizer:

@@ -10,9 +10,8 @@ from declip_cli.errors import ModelError
 from declip_cli.interop.assumptions import Assumptions
 from declip_cli.interop.foreign import DAMAGED, changed_preprocessing
 from declip_cli.interop.hugging_face import read_pixels
-from declip_cli.interop.other_towers import MAX_CONTEXT_LENGTH, OtherTowers, imported
+from declip_cli.interop.other_towers import MAX_CONTEXT_LENGTH, OtherEncoder, OtherTowers, imported
 from declip_cli.interop.weights import Checkpoint
-from declip_cli.model.clip import Encoder
 from declip_cli.model.preprocessing import read_preprocessing
 
 _USUAL_PIXELS = {"size": {"height": 224, "width": 224}, "resample": 3, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -61,7 +60,7 @@ def read_siglip(
         project="huggingface",
         reason="it is a SigLIP model, whose towers and vocabulary are not CLIP's",
         make=partial(_make, towers),
-        state={name: v.float() if v.is_floating_point() else v for name, v in checkpoint.state.items()},
+        state=checkpoint.state,
         config=towers,
         embed_dim=towers["text_config"].get("projection_size", towers["text_config"].get("hidden_size", 768)),
         preprocessing=changed_preprocessing(known, assumptions.said),
@@ -84,28 +83,8 @@ def _make(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> "SiglipEnco
     return SiglipEncoder(towers)
 
 
-class SiglipEncoder(Encoder):
-    """Encode by transformers' module.
-
-    Args:
-        towers: its `SiglipModel`.
-    """
-
-    def __init__(self, towers: Any) -> None:  # noqa: ANN401  (transformers')
-        super().__init__()
-        self.towers = towers
-
-    @property
-    def logit_scale(self) -> Tensor:  # type: ignore[override]
-        """Logarithm of the scale of the cosines."""
-        scale: Tensor = self.towers.logit_scale
-        return scale
-
-    @property
-    def logit_bias(self) -> Tensor:
-        """What the sigmoid loss adds to the scaled cosines."""
-        bias: Tensor = self.towers.logit_bias
-        return bias
+class SiglipEncoder(OtherEncoder):
+    """Encode by transformers' `SiglipModel`."""
 
     def encode_image(self, images: Tensor, *, projected: bool = True) -> Tensor:
         """Embed images, as of `Encoder`; the image tower has no projection."""
