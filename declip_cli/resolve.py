@@ -29,17 +29,17 @@ T = TypeVar("T")
 PAPER_EPOCHS = 32
 _PEAK_AT_4096 = 1e-3
 _WARMUP_STEPS = 2500
+_OF_ARCHITECTURE = ("architecture", "image_side_px", "context_length", "embed_dim", "quick_gelu", "resize_px")
 _DEPENDENT = {
     ("optim", "learning_rate_peak"): (("optim", "learning_rate_start"),),
     ("optim", "warmup_steps"): (("optim", "warmup_samples"), ("optim", "warmup_in_full")),
     ("train", "steps"): (("train", "samples"),),
     ("train", "epochs"): (("train", "samples"),),
-    ("model", "arch"): tuple(("model", k) for k in ("architecture", "image_side_px", "context_length", "embed_dim")),
+    ("model", "arch"): tuple(("model", key) for key in _OF_ARCHITECTURE),
     ("model", "image_side_px"): (("model", "resize_px"),),
 }
 """Settings that are settled anew when a run is resumed with another one changed."""
 _SWITCHES = tuple((section, key) for section, values in PRESETS.items() for key in values)
-_DEPENDENT["model", "arch"] += (("model", "quick_gelu"), ("model", "resize_px"))
 _DEPENDENT |= dict.fromkeys([("method", "name"), ("method", "faithful")], (("method", "weights"), *_SWITCHES))
 
 

@@ -1,6 +1,5 @@
 """Terms that several methods share: what is gathered, which rows match, which directions count."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,13 +10,6 @@ from declip_cli.distributed import Gathered, gather, rows_of_rank, sum_over_rank
 from declip_cli.losses import negative_cosine, nt_xent
 from declip_cli.model.clip import unit
 from declip_cli.model.heads import SimClrHead, SimSiamPredictor, SimSiamProjector
-
-PAIRS: dict[int, tuple[tuple[int, int], ...]] = {
-    1: ((0, 0),),
-    2: ((0, 0), (1, 0)),
-    4: ((0, 0), (1, 0), (0, 1), (1, 1)),
-}
-"""(image view, text view) of each contrastive pair, in the original's order (prototype/model/declip.py)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,26 +56,6 @@ def contrastive_loss(images: Gathered, texts: Gathered, contrast: Contrast, *, i
     if not is_symmetric:
         return to_text
     return (to_text + softmax_loss(texts.own, images.all, ids, logit_scale=scale, label_smoothing=smoothing)) / 2
-
-
-def contrastive_pairs(
-    images: Tensor, texts: Tensor, *, pairs: Sequence[tuple[int, int]], scale: Tensor, label_smoothing: float = 0.0
-) -> Tensor:
-    """Compute CLIP's symmetric loss for each chosen pair of views by itself.
-
-    Args:
-        images: unit length, (B, V, D).
-        texts: unit length, (B, T, D).
-        pairs: (image view, text view) of each pair.
-        scale: exponentiated logit scale, ().
-        label_smoothing: in [0, 1].
-
-    Returns:
-        Loss of each pair, in nats, (number of pairs,).
-    """
-    how = Contrast(ids=own_ids(len(images), images.device), scale=scale, label_smoothing=label_smoothing)
-    chosen = [(Gathered(images[:, [view]]), Gathered(texts[:, [text]])) for view, text in pairs]
-    return torch.stack([contrastive_loss(*pair, how) for pair in chosen])
 
 
 def simsiam_loss(embeds: Tensor, projector: SimSiamProjector, predictor: SimSiamPredictor) -> Tensor:

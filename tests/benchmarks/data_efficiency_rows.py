@@ -118,11 +118,6 @@ def draw(row: str, trial: int, weights: Mapping[str, float]) -> dict[str, Any]:
     return changes
 
 
-def _draw_weight(name: str, trial: int, weight: float) -> float:
-    rng = random.Random(f"trial {trial} {name}")
-    return 0.0 if rng.random() < 0.25 else round(weight * 4 ** rng.uniform(-1, 1), 3)
-
-
 def best_trial(lines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """Take the trial with the best validation score; of equal ones the first."""
     return max(lines, key=lambda line: (line["validation"], -line["trial"]))

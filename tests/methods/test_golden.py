@@ -54,15 +54,20 @@ def test_the_queue_after_the_step_equals_the_recording(name):
 
 @pytest.mark.parametrize("name", golden_cases(world=1, methods=("declip",)))
 def test_each_of_the_four_pairs_equals_the_recording(name):
-    from declip_cli.methods.terms import PAIRS, contrastive_pairs
+    from declip_cli.distributed import Gathered
+    from declip_cli.methods.terms import Contrast, contrastive_loss, own_ids
     from declip_cli.model.clip import unit
 
     golden = load_golden(name)
     method = golden_method(golden, faithful=True)
     embeddings = method.embed(golden_batch(golden))
     images, texts = unit(embeddings.images), unit(embeddings.texts)
-    losses = contrastive_pairs(images, texts, pairs=PAIRS[4], scale=method.exp_logit_scale())
-    assert losses.tolist() == pytest.approx(golden.meta["components"]["clip_pairs"], rel=1e-4)
+    contrast = Contrast(ids=own_ids(len(images), images.device), scale=method.exp_logit_scale())
+    losses = [
+        contrastive_loss(Gathered(images[:, [view]]), Gathered(texts[:, [text]]), contrast).item()
+        for view, text in ((0, 0), (1, 0), (0, 1), (1, 1))
+    ]
+    assert losses == pytest.approx(golden.meta["components"]["clip_pairs"], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", CASES)
