@@ -52,6 +52,8 @@ class Batch:
     """Ids hidden by masking in the text view of kind `masked`, -100 elsewhere, int64, (B, L)."""
     numbers: Tensor
     """Position of each pair in the data set, int64, (B,)."""
+    caption_ids: Tensor | None = None
+    """The same number where captions are the same, int64, (B, C), C = 0 or None where nobody compared them."""
     text_lengths: Tensor | None = None
     """Tokens of each text without padding, int64, always on the CPU, (B, T); None where nobody counted them."""
     mask_counts: Tensor | None = None
@@ -83,17 +85,18 @@ class Batch:
             tokens=send(self.tokens, device),
             mask_labels=send(self.mask_labels, device),
             numbers=send(self.numbers, device),
+            caption_ids=None if self.caption_ids is None else send(self.caption_ids, device),
             mask_positions=None if self.mask_positions is None else send(self.mask_positions, device),
         )
 
     def on_device(self) -> list[Tensor]:
         """Return the tensors that `to` moves."""
-        values = (self.images, self.tokens, self.mask_labels, self.numbers, self.mask_positions)
+        values = (self.images, self.tokens, self.mask_labels, self.numbers, self.caption_ids, self.mask_positions)
         return [value for value in values if value is not None]
 
     def split(self, size: int) -> "list[Batch]":
         """Cut into consecutive batches of at most `size` pairs, without waiting for a device."""
-        names = ("images", "tokens", "mask_labels", "numbers", "text_lengths", "mask_counts")
+        names = ("images", "tokens", "mask_labels", "numbers", "caption_ids", "text_lengths", "mask_counts")
         pieces = {name: value.split(size) for name in names if (value := getattr(self, name)) is not None}
         if self.mask_positions is not None and self.mask_counts is not None:
             parts = self.mask_positions.split([int(counts.numpy().sum()) for counts in self.mask_counts.split(size)])
@@ -141,6 +144,8 @@ class Embeddings:
     """Ids of each caption's tokens, every id once, -1 elsewhere, int64, (B, L)."""
     numbers: Tensor
     """Position of each pair in the data set, int64, (B,)."""
+    caption_ids: Tensor
+    """The same number where captions are the same, int64, (B, C) or (B, 0)."""
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -154,6 +159,11 @@ class Embeddings:
     def unit_texts(self) -> Gathered:
         """`texts` scaled to unit length, for all terms of a step, (B, T, D) and (M, T, D)."""
         return Gathered(F.normalize(self.texts.float(), dim=-1))
+
+    @cached_property
+    def captions(self) -> Gathered:
+        """`caption_ids` for all terms of a step, (B, C) and (M, C)."""
+        return Gathered(self.caption_ids)
 
     def detached(self) -> "Embeddings":
         """Leave the graph behind, and keep what is gathered."""

@@ -4,57 +4,15 @@ None leaves a choice to `resolve.py`, which writes down what was chosen; on the 
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeAlias
 
 from declip_cli.errors import require
+from declip_cli.rules import AtLeast0, AtLeast1, Fraction, FractionBelow1, NotNegative, Positive, Rule, check_rules
 
 ImageView: TypeAlias = Literal["plain", "augmented"]
 TextView: TypeAlias = Literal["plain", "augmented", "masked", "keywords", "augmented_keywords"]
 MethodName: TypeAlias = Literal["clip", "slip", "filip", "declip", "defilip", "rocket"]
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """What a number must be; it stands in the annotation of its field. None is left to be settled later."""
-
-    words: str
-    """Follows the name of the setting in the message."""
-    holds: Callable[[float], bool]
-
-
-Fraction: TypeAlias = Annotated[float, Rule("is a fraction in [0, 1]", lambda value: 0 <= value <= 1)]
-FractionBelow1: TypeAlias = Annotated[float, Rule("is in [0, 1)", lambda value: 0 <= value < 1)]
-Positive: TypeAlias = Annotated[float, Rule("must be positive", lambda value: 0 < value < math.inf)]
-NotNegative: TypeAlias = Annotated[float, Rule("cannot be negative", lambda value: value >= 0)]
-AtLeast0: TypeAlias = Annotated[int, Rule("cannot be negative", lambda value: value >= 0)]
-AtLeast1: TypeAlias = Annotated[int, Rule("must be at least 1", lambda value: value >= 1)]
-
-
-def _check_rules(section: str, config: Any) -> None:  # noqa: ANN401
-    """Hold the fields of a section against the rules in their annotations.
-
-    Raises:
-        ConfigError: a value breaks its rule; the remedy is the default.
-    """
-    for key, rule, default in _rules_of(type(config)):
-        value = getattr(config, key)
-        named = {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, Mapping) else {key: value}
-        for name, item in named.items():
-            message = f"{section}.{name} {rule.words} (got {item})"
-            require(item is None or rule.holds(item), message, remedy=f"--set {section}.{name}={default}")
-
-
-def _rules_of(kind: type) -> list[tuple[str, Rule, str]]:
-    """List each rule of a section with the field's name and default, as `--set` takes it."""
-    hints, found = get_type_hints(kind, include_extras=True), []
-    for one in fields(kind):
-        default = "…" if one.default is MISSING else "none" if one.default is None else str(one.default)
-        for part in (hints[one.name], *get_args(hints[one.name])):
-            rules = [extra for extra in getattr(part, "__metadata__", ()) if isinstance(extra, Rule)]
-            found += [(one.name, rule, default) for rule in rules]
-    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +81,7 @@ class AugmentConfig:
     """Share of tokens to predict in a `masked` text; of these 80 % masked, 10 % random, 10 % kept."""
 
     def __post_init__(self) -> None:
-        _check_rules("augment", self)
+        check_rules("augment", self)
         require(
             self.blur_sigma_min_px <= self.blur_sigma_max_px,
             "augment.blur_sigma_min_px must not exceed blur_sigma_max_px "
@@ -160,7 +118,7 @@ class DataConfig:
     """Named split of the data (of the demo: `train`, `fit`, `validation`); None: all training pairs."""
 
     def __post_init__(self) -> None:
-        _check_rules("data", self)
+        check_rules("data", self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,8 +142,11 @@ class MethodConfig:
     """Of the contrastive losses between images and texts, in [0, 1]; the softmax only."""
     contrastive: Literal["softmax", "sigmoid"] = "softmax"
     """Loss between whole images and texts: CLIP's, or SigLIP's (arXiv 2303.15343) with a learned bias."""
+    positives: Literal["pair", "caption"] = "pair"
+    """Which texts of a batch belong to an image in the losses between images and texts: its own only, or every text of
+    the same caption as well (same tokens; UniCL, arXiv 2204.03610)."""
     strong_label_smoothing: Fraction = 0.1
-    """Likewise between rocket's strong views, in the place of `label_smoothing`."""
+    """Label smoothing between rocket's strong views, in the place of `label_smoothing`."""
     nn_symmetric: bool | None = None
     """Match neighbour → image as well as image → neighbour (P/model/declip.py:281-300 has the latter only)."""
     nn_exclude_own: bool | None = None
@@ -210,7 +171,7 @@ class MethodConfig:
     """Keep a ViT's patch embedding at its random start, as the original does."""
 
     def __post_init__(self) -> None:
-        _check_rules("method", self)
+        check_rules("method", self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,7 +212,7 @@ class OptimConfig:
     """Factor on the learning rate per layer from the output down to the input; 1 is off."""
 
     def __post_init__(self) -> None:
-        _check_rules("optim", self)
+        check_rules("optim", self)
         if self.learning_rate_peak is not None:
             require(
                 0 < self.learning_rate_peak < math.inf,
@@ -330,7 +291,7 @@ class TrainConfig:
     """Processes to start; None: one per GPU, else 1. Ignored under a launcher that already set the ranks."""
 
     def __post_init__(self) -> None:
-        _check_rules("train", self)
+        check_rules("train", self)
         require(
             self.batch_size >= 2,
             f"--batch-size must be at least 2, a contrastive loss needs negatives (got {self.batch_size})",

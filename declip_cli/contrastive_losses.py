@@ -160,7 +160,7 @@ class _Blocks(torch.autograd.Function):
             rows = slice(first, first + num_rows)
             query = scale * queries[rows].flatten(0, 1)  # (b·V, D)
             logits = (query @ by_view.T).add_(bias)  # (b·V, T·M)
-            positives = _share(ids[0][rows], ids[1])  # (b, M)
+            positives = find_positives(ids[0][rows], ids[1])  # (b, M)
             total += score(logits.view(len(positives), queries.shape[1], keys.shape[1], len(keys)), positives)
             # What is in the logits now is the gradient by them.
             d_queries[rows] = (scale * (logits @ by_view)).view_as(d_queries[rows])
@@ -179,7 +179,7 @@ class _Blocks(torch.autograd.Function):
         return (*(weight * gradient for gradient in ctx.saved_tensors), None, None, None)
 
 
-def _share(ids: Tensor, others: Tensor) -> Tensor:
+def find_positives(ids: Tensor, others: Tensor) -> Tensor:
     """Tell who has an identity in common, (b, I) and (M, I) → bool, (b, M)."""
     found = torch.zeros(len(ids), len(others), dtype=torch.bool, device=ids.device)
     for one in ids.unbind(1):

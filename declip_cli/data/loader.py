@@ -53,6 +53,8 @@ class StreamConfig:
     """Blocks between which samples are shuffled."""
     mask_special_ids: bool = False
     """Let random ids of masked texts be special ones too, as the original does."""
+    compare_captions: bool = False
+    """Tell which captions are the same."""
     max_bad: float = 0.05
     """Largest share of samples that may be unreadable before the stream stops."""
     pin_memory: bool = False
@@ -77,6 +79,8 @@ class Room(NamedTuple):
     """(B, L)."""
     numbers: NDArray[np.int64]
     """(B,)."""
+    caption_ids: NDArray[np.int64]
+    """(B, C), C = 1, or 0 if captions are not compared."""
 
 
 class Task(NamedTuple):
@@ -148,7 +152,7 @@ class Filler:
         for row, position, number in zip(count(task.first), task.positions, task.numbers, strict=False):
             for attempt in range(1, _MAX_STAND_INS + 1):
                 try:
-                    texts = room.tokens[row], room.mask_labels[row]
+                    texts = room.tokens[row], room.mask_labels[row], room.caption_ids[row]
                     longest = max(longest, self._pairs.draw(number, task.epoch, room.images[row], *texts))
                     room.numbers[row] = number
                     break
@@ -168,6 +172,7 @@ def room_shapes(config: StreamConfig) -> dict[str, tuple[int, ...]]:
         "tokens": (size, len(config.views.texts), length),
         "mask_labels": (size, length),
         "numbers": (size,),
+        "caption_ids": (size, int(config.compare_captions)),
     }
 
 

@@ -95,7 +95,7 @@ class ProcessLoader:
             self._held.append((ticket.room, None))
             return room, filled
         self._free.append(ticket.room)
-        return Room(room.images.copy(), room.tokens.copy(), room.mask_labels.copy(), room.numbers.copy()), filled
+        return Room(room.images.copy(), *(texts.copy() for texts in room[1:])), filled
 
     def drop(self, ticket: RoomTicket) -> None:
         """As `ThreadLoader`'s."""

@@ -71,7 +71,13 @@ class PairViews:
         self._bad: dict[int, BadSample] = {}
 
     def draw(
-        self, number: int, epoch: int, images: Pixels, tokens: NDArray[np.int64], mask_labels: NDArray[np.int64]
+        self,
+        number: int,
+        epoch: int,
+        images: Pixels,
+        tokens: NDArray[np.int64],
+        mask_labels: NDArray[np.int64],
+        caption_ids: NDArray[np.int64],
     ) -> int:
         """Draw all views of one pair into a row of a batch.
 
@@ -82,6 +88,7 @@ class PairViews:
             tokens: filled with token ids, `PAD` behind them, int64, (T, L).
             mask_labels: filled with the labels of the masked view, `NO_LABEL` where nothing is to be predicted or
                 there is no such view, int64, (L,).
+            caption_ids: filled with a number that is the same for the same caption, int64, (C,).
 
         Returns:
             Tokens of the longest text.
@@ -96,6 +103,8 @@ class PairViews:
         except DataError as error:  # the picture was not decoded before its crops were known
             raise self._unreadable(number, error) from error
         caption = captions[0] if len(captions) == 1 else rng.choice(captions)
+        for place in range(len(caption_ids)):
+            caption_ids[place] = self._text_views.identify(caption)
         tokens.fill(PAD)
         mask_labels.fill(NO_LABEL)
         longest = 0

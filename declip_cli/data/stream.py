@@ -191,6 +191,7 @@ class TrainStream(Iterator[Batch]):
             tokens=torch.from_numpy(room.tokens[..., :length].copy()),
             mask_labels=torch.from_numpy(room.mask_labels[:, :length].copy()),
             numbers=torch.from_numpy(room.numbers.copy()),
+            caption_ids=torch.from_numpy(room.caption_ids.copy()),
         ).counted()
 
     def _schedule(self) -> _Pending:

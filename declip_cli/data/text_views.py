@@ -1,8 +1,10 @@
 """A caption as a method wants to see it: plain, augmented (EDA), masked or without stop words, always as token ids."""
 
 import random
+from array import array
 from collections.abc import Callable
 from functools import partial
+from hashlib import blake2b
 
 from declip_cli.config import AugmentConfig, TextView
 from declip_cli.data.synonyms import STOP_WORDS, synonyms
@@ -65,6 +67,11 @@ class TextViews:
         if kind == "masked":
             self._mask(ids, labels, rng)
         return ids, labels
+
+    def identify(self, caption: str) -> int:
+        """Give captions of the same tokens, before any is cut, the same number in the range of int64."""
+        ids = array("H", self._tokenizer.word_ids(caption))
+        return int.from_bytes(blake2b(ids, digest_size=8).digest(), "little", signed=True)
 
     def _mask(self, ids: list[int], labels: list[int], rng: random.Random) -> None:
         for place in range(1, len(ids) - 1):  # START and END are never hidden

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from declip_cli.batch import NO_LABEL, Batch, Embeddings, LossTerms
 from declip_cli.config import MethodConfig, Views
+from declip_cli.distributed import Gathered
 from declip_cli.errors import ChoiceError, require
 from declip_cli.losses import masked_cross_entropy, word_cross_entropy
 from declip_cli.methods.length_groups import call_tokens, encode_in_groups, group_texts
@@ -44,7 +45,16 @@ class Method(nn.Module, ABC):
     further_terms: ClassVar[frozenset[str]] = frozenset({"words"})
     """Terms that only count if they are given a weight."""
     options: ClassVar[frozenset[str]] = frozenset(
-        {"name", "faithful", "weights", "label_smoothing", "contrastive", "batch_norm", "freeze_patch_embed"}
+        {
+            "name",
+            "faithful",
+            "weights",
+            "label_smoothing",
+            "contrastive",
+            "positives",
+            "batch_norm",
+            "freeze_patch_embed",
+        }
     )
     """Fields of `MethodConfig` that change something for this method."""
     is_token_wise: ClassVar[bool] = False
@@ -139,10 +149,15 @@ class Method(nn.Module, ABC):
             return scale - (scale - scale.clamp(max=100.0)).detach()
         return scale
 
+    def ids(self, embeddings: Embeddings) -> Gathered:
+        """Say which pairs of this step are positives of each other: those that share an identity, (B, I)."""
+        if self.config.positives == "caption":
+            return embeddings.captions
+        return own_ids(len(embeddings), embeddings.images.device)
+
     def contrast(self, embeddings: Embeddings) -> Contrast:
         """Say how whole images and texts are told apart in this step, without label smoothing."""
-        ids = own_ids(len(embeddings), embeddings.images.device)
-        return Contrast(ids=ids, scale=self.exp_logit_scale(), bias=self.encoder.logit_bias)
+        return Contrast(ids=self.ids(embeddings), scale=self.exp_logit_scale(), bias=self.encoder.logit_bias)
 
     def clip_term(self, embeddings: Embeddings, *, num_images: int = 1, num_texts: int = 1) -> Tensor:
         """Match the first views of images with those of texts, the mean over all pairs of them, in nats, ()."""
@@ -245,7 +260,7 @@ def embeddings_of(batch: Batch, *, images: Tensor, texts: Tensor, **others: Tens
     """Make the parcel for `objective`; fields that a method does not use are empty.
 
     Args:
-        batch: the pairs, for their numbers.
+        batch: the pairs, for their numbers, which stand in for the identities of captions that nobody compared.
         images: (B, V, D).
         texts: (B, T, D).
         others: any other field of `Embeddings`.
@@ -255,4 +270,6 @@ def embeddings_of(batch: Batch, *, images: Tensor, texts: Tensor, **others: Tens
     """
     empty = images.new_zeros(len(images), 0)
     unused = {field.name: empty for field in fields(Embeddings)}
-    return Embeddings(**unused | {"images": images, "texts": texts, "numbers": batch.numbers} | others)
+    caption_ids = batch.numbers[:, None] if batch.caption_ids is None else batch.caption_ids
+    known = {"images": images, "texts": texts, "numbers": batch.numbers, "caption_ids": caption_ids}
+    return Embeddings(**unused | known | others)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from declip_cli.batch import Embeddings
 from declip_cli.config import MethodConfig
-from declip_cli.distributed import gather, rows_of_rank
+from declip_cli.contrastive_losses import find_positives
+from declip_cli.distributed import Gathered, gather
 from declip_cli.methods.base import Method
 from declip_cli.model.clip import INITIAL_LOGIT_SCALE, DualEncoder, text_token_mask, unit
 from declip_cli.model.vision_transformer import ImageStates
@@ -53,6 +54,7 @@ class TokenWise(Method):
             unit(embeddings.image_tokens),
             unit(embeddings.text_tokens),
             embeddings.text_token_mask,
+            self.ids(embeddings),
             scale=self.logit_scale_dense.exp(),
             top_k=self.config.token_wise_top_k,
             label_smoothing=self.config.label_smoothing,
@@ -68,6 +70,7 @@ def token_wise_loss(
     image_tokens: Tensor,
     text_tokens: Tensor,
     text_mask: Tensor,
+    ids: Gathered,
     *,
     scale: Tensor,
     top_k: int,
@@ -79,6 +82,7 @@ def token_wise_loss(
         image_tokens: unit length, (B, P, Q).
         text_tokens: unit length, (B, L, Q).
         text_mask: True where a text token counts, bool, (B, L); every patch counts.
+        ids: identities of the pairs, int64, (B, I); the target is spread evenly over those that share one.
         scale: exponentiated dense logit scale, ().
         top_k: tokens of each image and text that are gathered and compared with.
         label_smoothing: in [0, 1].
@@ -90,10 +94,11 @@ def token_wise_loss(
     """
     images = (image_tokens, torch.ones_like(image_tokens[..., 0], dtype=torch.bool))
     texts = (text_tokens, text_mask)
-    rows = rows_of_rank(len(image_tokens), image_tokens.device)
+    positives = find_positives(ids.own, ids.all).to(scale.dtype)  # (B, M)
+    targets = positives / positives.sum(1, keepdim=True)
     losses = []
     for (query, query_mask), (key, key_mask) in ((images, texts), (texts, images)):
         kept = most_relevant_tokens(key, query, mask=key_mask, partner_mask=query_mask, top_k=top_k)  # (B, K, Q)
         similarity = token_wise_similarity(query, gather(kept), query_mask=query_mask)  # (B, M)
-        losses.append(F.cross_entropy(scale * similarity, rows, label_smoothing=label_smoothing))
+        losses.append(F.cross_entropy(scale * similarity, targets, label_smoothing=label_smoothing))
     return torch.stack(losses).mean()

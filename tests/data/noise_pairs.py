@@ -22,6 +22,7 @@ CONFIG = StreamConfig(
     order="blocks",
     num_streams=2,
     open_blocks=8,
+    compare_captions=True,
     max_bad=0.2,
 )
 

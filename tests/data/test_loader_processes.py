@@ -53,6 +53,9 @@ def test_processes_change_nothing_and_are_told_of_when_they_die():
             assert values == [None, None] or torch.equal(*values), field.name
     assert source.skipped == with_threads.skipped == {"damaged shard": (2, source.skipped["damaged shard"][1])}
     assert source.num_cut_captions > 0
+    for batch in found:  # the captions are "dog" as often as the number's remainder and once more
+        captions = (batch.numbers % 9)[:, None]
+        assert torch.equal(batch.caption_ids == batch.caption_ids.T, captions == captions.T)
     workers[1].kill()
     with pytest.raises(DataError, match=r"loader process declip-loader-1 \(pid \d+\) has ended with exit code -9") as e:
         take(source, 10)
@@ -116,13 +119,14 @@ def test_page_locked_images_are_overwritten_only_when_they_are_copied(monkeypatc
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(loader_processes, "_pin", lambda memory: None)
     with_threads = TrainStream(Noise(), dataclasses.replace(CONFIG, loader="threads"))
-    source = TrainStream(Noise(), dataclasses.replace(CONFIG, workers=1, pin_memory=True))
+    source = TrainStream(Noise(), dataclasses.replace(CONFIG, workers=1, pin_memory=True, compare_captions=False))
     places = set()
     for _ in range(8):
         batch, wanted = next(source), next(with_threads)
         places.add(batch.images.data_ptr())
         time.sleep(0.02)  # time enough to overwrite it
         assert torch.equal(batch.images, wanted.images)
+        assert batch.caption_ids.shape == (CONFIG.batch_size, 0)
     assert 3 <= len(places) < 8
     assert Event.waited
     source.close()

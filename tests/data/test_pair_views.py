@@ -63,7 +63,7 @@ def pair_views(samples, texts=("plain",), cache_bytes=0):
 def draw(pairs, number=0, epoch=0, num_texts=1):
     images = np.zeros((2, SIDE, SIDE, 3), dtype=np.uint8)
     tokens, mask_labels = np.full((num_texts, 16), 7), np.full(16, 7)
-    return images, tokens, mask_labels, pairs.draw(number, epoch, images, tokens, mask_labels)
+    return images, tokens, mask_labels, pairs.draw(number, epoch, images, tokens, mask_labels, np.zeros(1, int))
 
 
 def test_a_pair_comes_with_all_its_views():
@@ -78,6 +78,16 @@ def test_a_pair_comes_with_all_its_views():
         hidden = np.flatnonzero(mask_labels != -100)
         assert set(hidden) <= {1, 2}
         assert mask_labels[hidden].tolist() == tokens[0, hidden].tolist()
+
+
+def test_the_number_of_a_caption_is_that_of_the_caption_itself_whatever_view_shows_it():
+    found = []
+    for kind, caption in (("masked", "A dog"), ("augmented", "a dog"), ("plain", "a cat")):
+        caption_ids = np.zeros(1, dtype=np.int64)
+        images, tokens, mask_labels = np.zeros((2, SIDE, SIDE, 3), np.uint8), np.zeros((1, 16), int), np.zeros(16, int)
+        pair_views(OneSample(jpeg(20), (caption,)), (kind,)).draw(0, 0, images, tokens, mask_labels, caption_ids)
+        found.append(int(caption_ids[0]))
+    assert found[0] == found[1] != found[2]
 
 
 def test_without_a_masked_view_nothing_is_to_be_predicted():

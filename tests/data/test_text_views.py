@@ -72,6 +72,18 @@ def test_long_captions_are_cut_to_the_context(kind):
     assert ids[-1] == END
 
 
+def test_captions_of_the_same_tokens_have_the_same_number(views):
+    same = ["a dog & a cat.", "A  dog &amp; a\tCat .", "a dog & a cat."]
+    others = ["a dog & a cat", "a cat & a dog.", "", "word " * 60, "word " * 60 + "end"]
+    numbers = {views.identify(caption) for caption in same}
+    assert len(numbers) == 1
+    assert len(numbers | {views.identify(caption) for caption in others}) == 1 + len(others)
+    many = [views.identify(f"dog {number}") for number in range(1000)]
+    assert len(set(many)) == 1000
+    assert min(many) < -(2**62)  # all 64 bits are used
+    assert 2**62 < max(many) < 2**63
+
+
 def test_the_operations_are_chosen_evenly(monkeypatch, tokenizer):
     counts = Counter()
     for name in ("replace_by_synonym", "swap_words"):

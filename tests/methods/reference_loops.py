@@ -2,7 +2,7 @@
 
 CLIP arXiv 2103.00020 (fig. 3) · SLIP 2112.12750 · SimCLR 2002.05709 (eq. 1) · FILIP 2111.07783 (eq. 3 to 6) ·
 DeCLIP 2110.05208 (section 3) · SimSiam 2011.10566 (algorithm 1) · BERT 1810.04805 · DeFILIP 2203.05796 ·
-CLIP:rocket 2305.08675 (section 3) · SuperCLIP 2512.14480.
+CLIP:rocket 2305.08675 (section 3) · SuperCLIP 2512.14480 · UniCL 2204.03610 (equation 2).
 Nothing here is imported from the package. Numbers are torch scalars, so that gradients come from autograd.
 """
 
@@ -23,32 +23,41 @@ def mean(values):
     return sum(values) / len(values)
 
 
-def cross_entropy(logits, target, smoothing=0.0):
-    """- sum_k q_k log p_k, where q is 1 - smoothing at the target and smoothing / K more everywhere."""
+def cross_entropy(logits, targets, smoothing=0.0):
+    """- sum_k q_k log p_k, where q is 1 - smoothing at the targets, evenly, and smoothing / K more everywhere."""
+    targets = targets if isinstance(targets, list) else [targets]
     log_total = torch.logsumexp(torch.stack(logits), 0)
     loss = 0.0
     for k, logit in enumerate(logits):
-        wanted = smoothing / len(logits) + (1 - smoothing if k == target else 0.0)
+        wanted = smoothing / len(logits) + ((1 - smoothing) / len(targets) if k in targets else 0.0)
         loss = loss + wanted * (log_total - logit)
     return loss
 
 
-def one_way(queries, keys, scale, smoothing=0.0):
-    """Each query is to be matched with the key of its own number."""
+def same(captions, i, num):
+    """Numbers of the pairs that have a caption in common with pair i; captions None: itself."""
+    return [i] if captions is None else [j for j in range(num) if set(captions[i]) & set(captions[j])]
+
+
+def one_way(queries, keys, scale, smoothing=0.0, captions=None):
+    """Each query is to be matched with the key of its own number, or those of the same captions."""
     queries, keys = units(queries), units(keys)
-    return mean(
-        [cross_entropy([scale * (query @ key) for key in keys], i, smoothing) for i, query in enumerate(queries)]
-    )
+    losses = []
+    for i, query in enumerate(queries):
+        logits = [scale * (query @ key) for key in keys]
+        losses.append(cross_entropy(logits, same(captions, i, len(keys)), smoothing))
+    return mean(losses)
 
 
-def both_ways(images, texts, scale, smoothing=0.0):
-    return (one_way(images, texts, scale, smoothing) + one_way(texts, images, scale, smoothing)) / 2
+def both_ways(images, texts, scale, smoothing=0.0, captions=None):
+    there, back = ((images, texts), (texts, images))
+    return (one_way(*there, scale, smoothing, captions) + one_way(*back, scale, smoothing, captions)) / 2
 
 
-def clip(images, texts, scale, *, pairs=1, smoothing=0.0):
+def clip(images, texts, scale, *, pairs=1, smoothing=0.0, captions=None):
     """(B, V, D), (B, T, D); pairs of views: 1 = first with first, 2 = both images with it, 4 = all."""
     chosen = {1: [(0, 0)], 2: [(0, 0), (1, 0)], 4: [(0, 0), (0, 1), (1, 0), (1, 1)]}[pairs]
-    return mean([both_ways(images[:, v], texts[:, t], scale, smoothing) for v, t in chosen])
+    return mean([both_ways(images[:, v], texts[:, t], scale, smoothing, captions) for v, t in chosen])
 
 
 def linear(vector, weights, name):
@@ -89,11 +98,11 @@ def nt_xent(features, weights, temperature, *, norm_size=None):
     return mean(losses)
 
 
-def rocket_strong(image_features, text_features, image_head, text_head, scale, *, smoothing):
+def rocket_strong(image_features, text_features, image_head, text_head, scale, *, smoothing, captions=None):
     """(B, 2, E), (B, 2, F): strong views through heads of their own; each of an image's with each of its text's."""
     images = [simclr_head(list(image_features[:, view]), image_head) for view in (0, 1)]
     texts = [simclr_head(list(text_features[:, view]), text_head) for view in (0, 1)]
-    return mean([both_ways(image, text, scale, smoothing) for image in images for text in texts])
+    return mean([both_ways(image, text, scale, smoothing, captions) for image in images for text in texts])
 
 
 def words(features, captions, earlier, head):
@@ -156,7 +165,7 @@ def nearest(query, rows, number=None, row_numbers=None):
     return rows[max(allowed, key=lambda k: float(query @ rows[k]))]
 
 
-def nn(images, texts, rows, scale, *, is_symmetric, numbers=None, row_numbers=None):
+def nn(images, texts, rows, scale, *, is_symmetric, numbers=None, row_numbers=None, captions=None):
     """(B, V, D), (B, T, D), (R, D): each image with the nearest earlier text of each of its texts."""
     losses = []
     for t in range(texts.shape[1]):
@@ -165,8 +174,9 @@ def nn(images, texts, rows, scale, *, is_symmetric, numbers=None, row_numbers=No
             number = None if numbers is None else int(numbers[i])
             found.append(nearest(unit(texts[i, t]).detach(), rows, number, row_numbers))
         for v in range(images.shape[1]):
-            there = one_way(images[:, v], found, scale)
-            losses.append((there + one_way(found, images[:, v], scale)) / 2 if is_symmetric else there)
+            there = one_way(images[:, v], found, scale, captions=captions)
+            back = one_way(found, images[:, v], scale, captions=captions)
+            losses.append((there + back) / 2 if is_symmetric else there)
     return mean(losses)
 
 
@@ -180,7 +190,7 @@ def relevant(tokens, counted, partners, partners_counted, top_k):
     return sorted(relevance, key=relevance.get, reverse=True)[:top_k]
 
 
-def filip(image_tokens, text_tokens, text_mask, scale, *, top_k, smoothing=0.0):
+def filip(image_tokens, text_tokens, text_mask, scale, *, top_k, smoothing=0.0, captions=None):
     """(B, P, Q), (B, L, Q), (B, L): tokens that count take their best match; the mean is the pair's score."""
     num = len(image_tokens)
     images = [(units(image_tokens[i]), [True] * image_tokens.shape[1]) for i in range(num)]
@@ -199,6 +209,6 @@ def filip(image_tokens, text_tokens, text_mask, scale, *, top_k, smoothing=0.0):
                     if counted[k]
                 ]
                 logits.append(scale * mean(best))
-            losses.append(cross_entropy(logits, i, smoothing))
+            losses.append(cross_entropy(logits, same(captions, i, num), smoothing))
         sides.append(mean(losses))
     return sum(sides) / 2

@@ -20,9 +20,9 @@ def siglip(images, texts, scale, bias, *, are_positives=lambda i, j: i == j):
     return total / len(images)
 
 
-def of_all_pairs(images, texts, scale, bias):
+def of_all_pairs(images, texts, scale, bias, **options):
     pairs = [(v, t) for v in range(images.shape[1]) for t in range(texts.shape[1])]
-    return sum(siglip(images[:, v], texts[:, t], scale, bias) for v, t in pairs) / len(pairs)
+    return sum(siglip(images[:, v], texts[:, t], scale, bias, **options) for v, t in pairs) / len(pairs)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +54,17 @@ def test_neighbours_are_contrasted_by_the_sigmoid_too():
     found = torch.stack([torch.stack(views) for views in found])
     scale, bias = method.encoder.logit_scale.detach().double().exp(), method.encoder.logit_bias.detach().double()
     assert terms["nn"].item() == pytest.approx(of_all_pairs(images, found, scale, bias).item(), rel=1e-5)
+
+
+def test_the_sigmoid_says_yes_to_every_text_of_the_same_caption():
+    method, fields = build("declip", weights=only("declip", clip=1.0), positives="caption", **SIGMOID), draw()
+    terms, _, _ = score(method, fields)
+    scale, bias = method.encoder.logit_scale.detach().double().exp(), method.encoder.logit_bias.detach().double()
+    captions = fields["caption_ids"].tolist()
+    assert captions[0] == captions[3]
+    images, texts = fields["images"].double(), fields["texts"].double()
+    expected = of_all_pairs(images, texts, scale, bias, are_positives=lambda i, j: captions[i] == captions[j])
+    assert terms["clip"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_sigmoid_refuses_label_smoothing():

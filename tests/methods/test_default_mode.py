@@ -76,6 +76,7 @@ CASES = [
     ("rocket", {"weights": only("rocket", clip=1.0)}),
     ("rocket", {"weights": only("rocket", strong=1.0)}),
     *((name, {"weights": {"words": 0.5}}) for name in METHODS),
+    *((name, {"positives": "caption", "label_smoothing": 0.1}) for name in METHODS),
 ]
 
 
@@ -88,10 +89,11 @@ def expected_terms(name, fields, parameters, *, queue, **options):
         for part in ("simclr_head", "projector", "predictor", "image_head", "text_head")
     }
     images, texts = fields["images"], fields["texts"]
+    captions = fields["caption_ids"].tolist() if options.get("positives") == "caption" else None
     terms = {}
     if active.get("clip"):
         pairs = options.get("pairs", 4) if name in ("declip", "defilip") else 1
-        terms["clip"] = loops.clip(images, texts, scale, pairs=pairs, smoothing=smoothing)
+        terms["clip"] = loops.clip(images, texts, scale, pairs=pairs, smoothing=smoothing, captions=captions)
     if active.get("simclr"):
         temperature = options.get("simclr_temperature", 0.1)
         norm_size = 3 if options.get("batch_norm") == "rank" else None
@@ -107,13 +109,12 @@ def expected_terms(name, fields, parameters, *, queue, **options):
             rows, row_numbers = list(queue[0].double()), queue[1].tolist()
             numbers = fields["numbers"].tolist() if options.get("nn_exclude_own") else None
             symmetric = options.get("nn_symmetric", True)
-            terms["nn"] = loops.nn(
-                images, texts, rows, scale, is_symmetric=symmetric, numbers=numbers, row_numbers=row_numbers
-            )
+            options_of_nn = {"is_symmetric": symmetric, "numbers": numbers, "row_numbers": row_numbers}
+            terms["nn"] = loops.nn(images, texts, rows, scale, **options_of_nn, captions=captions)
     if active.get("filip"):
         parts = fields["image_tokens"], fields["text_tokens"], fields["text_token_mask"]
         dense, top_k = parameters["logit_scale_dense"].exp(), options.get("token_wise_top_k", 16)
-        terms["filip"] = loops.filip(*parts, dense, top_k=top_k, smoothing=smoothing)
+        terms["filip"] = loops.filip(*parts, dense, top_k=top_k, smoothing=smoothing, captions=captions)
     if active.get("strong"):
         terms["strong"] = loops.rocket_strong(
             fields["image_features"],
@@ -122,6 +123,7 @@ def expected_terms(name, fields, parameters, *, queue, **options):
             head["text_head"],
             parameters["logit_scale_strong"].exp(),
             smoothing=options.get("strong_label_smoothing", 0.1),
+            captions=captions,
         )
     if active.get("words"):
         terms["words"] = loops.mean(list(fields["word_losses"]))
@@ -271,7 +273,7 @@ def encoded(method, batch, *, score_padding):
         lengths = [9 if score_padding else tokens.index(END_ID) + 1 for tokens in first.tolist()]
         fields["text_token_mask"] = torch.arange(9) < torch.tensor(lengths)[:, None]
     fields = {key: value.double() if value.is_floating_point() else value for key, value in fields.items()}
-    return fields | {"numbers": batch.numbers}
+    return fields | {"numbers": batch.numbers, "caption_ids": batch.caption_ids}
 
 
 TOWER_CASES = [
@@ -280,6 +282,7 @@ TOWER_CASES = [
     ("declip", {"pairs": 1}),
     ("declip", {"pairs": 2, "nn_exclude_own": True}),
     ("declip", {"weights": {"simsiam": 0.0, "simclr": 0.2}}),
+    ("clip", {"positives": "caption"}),
 ]
 
 
