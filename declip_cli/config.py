@@ -133,6 +133,9 @@ class MethodConfig:
     """Weight of each loss term; terms left out keep the method's own. 0 switches a term off."""
     pairs: Literal[1, 2, 4] = 4
     """Image-text pairs in the contrastive loss: 1 = first views; 2 = both images, first text; 4 = all."""
+    captions: AtLeast1 = 1
+    """Captions of a pair that its texts show in a step, drawn anew each time; where there are fewer, they repeat. The
+    method sees as many texts, if need be (clip, slip; declip and defilip with `pairs` = 4)."""
     queue_size: AtLeast1 = 65536
     """Rows of the nearest-neighbour queue (2^16 in the paper)."""
     token_wise_top_k: AtLeast1 = 16

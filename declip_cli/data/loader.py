@@ -53,6 +53,8 @@ class StreamConfig:
     """Blocks between which samples are shuffled."""
     mask_special_ids: bool = False
     """Let random ids of masked texts be special ones too, as the original does."""
+    num_captions: int = 1
+    """C, captions of a pair among its texts."""
     compare_captions: bool = False
     """Tell which captions are the same."""
     max_bad: float = 0.05
@@ -80,7 +82,7 @@ class Room(NamedTuple):
     numbers: NDArray[np.int64]
     """(B,)."""
     caption_ids: NDArray[np.int64]
-    """(B, C), C = 1, or 0 if captions are not compared."""
+    """(B, C), C = 0 if captions are not compared."""
 
 
 class Task(NamedTuple):
@@ -142,6 +144,7 @@ class Filler:
             config.views,
             image_views=ImageViews(config.augment, config.side_px),
             text_views=TextViews(config.augment, self._tokenizer, mask_special_ids=config.mask_special_ids),
+            num_captions=config.num_captions,
             seed=config.seed,
             cache_bytes=(config.cache_mib << 20) // num_shares,
         )
@@ -172,7 +175,7 @@ def room_shapes(config: StreamConfig) -> dict[str, tuple[int, ...]]:
         "tokens": (size, len(config.views.texts), length),
         "mask_labels": (size, length),
         "numbers": (size,),
-        "caption_ids": (size, int(config.compare_captions)),
+        "caption_ids": (size, config.num_captions if config.compare_captions else 0),
     }
 
 

@@ -1,5 +1,6 @@
 """All views of one image-text pair, drawn by the pair's number."""
 
+from itertools import cycle
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +48,7 @@ class PairViews:
         augment: how.
         image_views: cuts the pictures.
         text_views: changes the captions.
+        num_captions: C, captions of a pair among its texts, where it has so many.
         seed: of the run.
         cache_bytes: pictures are kept if all of the data set, decoded, would take less than this.
     """
@@ -58,6 +60,7 @@ class PairViews:
         *,
         image_views: ImageViews,
         text_views: TextViews,
+        num_captions: int = 1,
         seed: int,
         cache_bytes: int,
     ) -> None:
@@ -65,6 +68,7 @@ class PairViews:
         self._views = views
         self._image_views = image_views
         self._text_views = text_views
+        self._num_captions = num_captions
         self._seed = seed
         self._cache_bytes = cache_bytes
         self._cache: dict[int, tuple[Picture, tuple[str, ...]]] = {}
@@ -83,7 +87,8 @@ class PairViews:
 
         Args:
             number: of the pair in the data set.
-            epoch: from 0; also decides which of several captions is used.
+            epoch: from 0; also decides which of several captions are used, and in which order: text t shows the one
+                at place t, beginning again after the last.
             images: filled with the image views, uint8, (V, S, S, 3).
             tokens: filled with token ids, `PAD` behind them, int64, (T, L).
             mask_labels: filled with the labels of the masked view, `NO_LABEL` where nothing is to be predicted or
@@ -102,13 +107,14 @@ class PairViews:
             self._image_views.draw(picture, self._views.images, rng, images)
         except DataError as error:  # the picture was not decoded before its crops were known
             raise self._unreadable(number, error) from error
-        caption = captions[0] if len(captions) == 1 else rng.choice(captions)
+        if len(captions) > 1:
+            captions = tuple(rng.sample(captions, min(self._num_captions, len(captions))))
         for place in range(len(caption_ids)):
-            caption_ids[place] = self._text_views.identify(caption)
+            caption_ids[place] = self._text_views.identify(captions[place % len(captions)])
         tokens.fill(PAD)
         mask_labels.fill(NO_LABEL)
         longest = 0
-        for kind, row in zip(self._views.texts, tokens, strict=True):
+        for kind, row, caption in zip(self._views.texts, tokens, cycle(captions), strict=False):
             ids, labels = self._text_views.draw(kind, caption, rng)
             row[: len(ids)] = ids
             longest = max(longest, len(ids))

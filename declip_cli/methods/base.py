@@ -52,6 +52,7 @@ class Method(nn.Module, ABC):
             "label_smoothing",
             "contrastive",
             "positives",
+            "captions",
             "batch_norm",
             "freeze_patch_embed",
         }
@@ -77,6 +78,12 @@ class Method(nn.Module, ABC):
             any(self.weights.values()),
             f"all loss terms of method {config.name} are switched off",
             remedy=f"give at least one of {names} a weight above 0",
+        )
+        num_texts = len(self.views.texts)
+        require(
+            config.captions <= num_texts,
+            f"method {config.name} sees {num_texts} texts of a pair here, which cannot show {config.captions} captions",
+            remedy=f"--set method.captions={num_texts}",
         )
         if config.contrastive == "sigmoid":
             require(

@@ -49,11 +49,17 @@ class DeClip(Method):
 
     @property
     def views(self) -> Views:
-        """Two strong images, the masked caption and an augmented one; only what the weights ask for."""
+        """Two strong images, the masked caption and augmented ones; only what the weights ask for."""
         needs_two_images = self.config.pairs > 1 or self.is_active("simsiam") or self.is_active("simclr")
         images: tuple[ImageView, ...] = ("augmented", "augmented") if needs_two_images else ("augmented",)
-        first: TextView = "masked" if self.is_active("mlm") else "plain"
-        return Views(images=images, texts=(first, "augmented") if self.config.pairs == 4 else (first,))
+        first: tuple[TextView, ...] = ("masked",) if self.is_active("mlm") else ("plain",)
+        others: tuple[TextView, ...] = ("augmented",)
+        return Views(images=images, texts=first + others * (self.num_texts - 1))
+
+    @property
+    def num_texts(self) -> int:
+        """Texts of a pair, T."""
+        return max(2, self.config.captions) if self.config.pairs == 4 else 1
 
     def embed(self, batch: Batch) -> Embeddings:
         """Run both towers on all views; predict the masked tokens of the first text."""
@@ -78,9 +84,9 @@ class DeClip(Method):
 
     def terms(self) -> dict[str, Term]:
         """Name the paper's four supervisions, and SimCLR, which may stand in the place of SimSiam."""
-        num_images, num_texts = {1: (1, 1), 2: (2, 1), 4: (2, 2)}[self.config.pairs]
+        num_images = 1 if self.config.pairs == 1 else 2
         return {
-            "clip": partial(self.clip_term, num_images=num_images, num_texts=num_texts),
+            "clip": partial(self.clip_term, num_images=num_images, num_texts=self.num_texts),
             "simsiam": self.simsiam_term,
             "simclr": self.simclr_term,
             "mlm": self.mlm_term,

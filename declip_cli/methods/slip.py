@@ -1,12 +1,13 @@
 """SLIP: CLIP on one view, SimCLR on two others of the same image (arXiv 2112.12750)."""
 
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from declip_cli.batch import Batch, Embeddings
-from declip_cli.config import ImageView, MethodConfig, Views
+from declip_cli.config import ImageView, MethodConfig, TextView, Views
 from declip_cli.methods.base import Method, Term, embeddings_of
 from declip_cli.methods.terms import simclr_loss
 from declip_cli.model.clip import DualEncoder
@@ -26,9 +27,10 @@ class Slip(Method):
 
     @property
     def views(self) -> Views:
-        """One mild view for CLIP, two strong ones for SimCLR."""
+        """One mild view for CLIP, two strong ones for SimCLR; the captions themselves."""
         images: tuple[ImageView, ...] = ("plain", "augmented", "augmented") if self.is_active("simclr") else ("plain",)
-        return Views(images=images, texts=("plain",))
+        texts: tuple[TextView, ...] = ("plain",)
+        return Views(images=images, texts=texts * self.config.captions)
 
     def embed(self, batch: Batch) -> Embeddings:
         """Project the first view; keep the features of the others."""
@@ -37,14 +39,14 @@ class Slip(Method):
         return embeddings_of(
             batch,
             images=self.project_images([plain]),  # (B, 1, D)
-            texts=self.project_texts(self.encode_texts(batch), batch.tokens),  # (B, 1, D)
+            texts=self.project_texts(self.encode_texts(batch), batch.tokens),  # (B, T, D)
             **features,  # (B, 2, E)
             **self.word_fields(plain, batch),
         )
 
     def terms(self) -> dict[str, Term]:
         """Match images with their texts, and views of an image with each other."""
-        return {"clip": self.clip_term, "simclr": self.simclr_term}
+        return {"clip": partial(self.clip_term, num_texts=self.config.captions), "simclr": self.simclr_term}
 
     def simclr_term(self, embeddings: Embeddings) -> Tensor:
         """Tell the other view of an image from all views of all images, in nats, ()."""

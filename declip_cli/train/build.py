@@ -227,6 +227,7 @@ def _build_stream(run: ResolvedRun, samples: Dataset, method: Method, accelerato
             num_streams=config.data.streams or 1,
             open_blocks=config.data.open_blocks,
             mask_special_ids=bool(config.method.mask_special_ids),
+            num_captions=config.method.captions,
             compare_captions=config.method.positives == "caption",
             max_bad=config.data.max_bad,
             pin_memory=accelerator.device.type == "cuda",

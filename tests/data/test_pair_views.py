@@ -1,4 +1,5 @@
 import io
+import itertools
 import random
 from concurrent.futures import ThreadPoolExecutor
 
@@ -48,22 +49,23 @@ class OneSample(Dataset):
         return self.sample
 
 
-def pair_views(samples, texts=("plain",), cache_bytes=0):
+def pair_views(samples, texts=("plain",), cache_bytes=0, num_captions=1):
     augment = AugmentConfig()
     return PairViews(
         samples,
         Views(images=("plain", "augmented"), texts=texts),
         image_views=ImageViews(augment, SIDE),
         text_views=TextViews(augment, Tokenizer(16)),
+        num_captions=num_captions,
         seed=0,
         cache_bytes=cache_bytes,
     )
 
 
-def draw(pairs, number=0, epoch=0, num_texts=1):
+def draw(pairs, number=0, epoch=0, num_texts=1, caption_ids=()):
     images = np.zeros((2, SIDE, SIDE, 3), dtype=np.uint8)
     tokens, mask_labels = np.full((num_texts, 16), 7), np.full(16, 7)
-    return images, tokens, mask_labels, pairs.draw(number, epoch, images, tokens, mask_labels, np.zeros(1, int))
+    return images, tokens, mask_labels, pairs.draw(number, epoch, images, tokens, mask_labels, caption_ids)
 
 
 def test_a_pair_comes_with_all_its_views():
@@ -84,10 +86,27 @@ def test_the_number_of_a_caption_is_that_of_the_caption_itself_whatever_view_sho
     found = []
     for kind, caption in (("masked", "A dog"), ("augmented", "a dog"), ("plain", "a cat")):
         caption_ids = np.zeros(1, dtype=np.int64)
-        images, tokens, mask_labels = np.zeros((2, SIDE, SIDE, 3), np.uint8), np.zeros((1, 16), int), np.zeros(16, int)
-        pair_views(OneSample(jpeg(20), (caption,)), (kind,)).draw(0, 0, images, tokens, mask_labels, caption_ids)
+        draw(pair_views(OneSample(jpeg(20), (caption,)), (kind,)), caption_ids=caption_ids)
         found.append(int(caption_ids[0]))
     assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize(("num_captions", "num_shown"), [(1, 1), (2, 2), (3, 3), (5, 3)])
+def test_the_texts_of_a_pair_show_different_captions_in_turn_as_far_as_there_are(num_captions, num_shown):
+    captions = ("a dog", "a cat", "a cow")
+    pairs = pair_views(OneSample(jpeg(20), captions), ("plain",) * 5, num_captions=num_captions)
+    orders = set()
+    for number in range(60):
+        caption_ids = np.zeros(num_captions, dtype=np.int64)
+        _, tokens, _, _ = draw(pairs, number, num_texts=5, caption_ids=caption_ids)
+        words = [Tokenizer().decode(row) for row in tokens]
+        assert len(set(words)) == num_shown
+        assert words == [words[place % num_shown] for place in range(5)]
+        of_ids = [caption_ids[place % num_captions] for place in range(5)]
+        for one, other in itertools.combinations(range(min(5, num_captions)), 2):
+            assert (of_ids[one] == of_ids[other]) == (words[one] == words[other])
+        orders.add(tuple(words[:num_shown]))
+    assert orders == set(itertools.permutations(captions, num_shown))
 
 
 def test_without_a_masked_view_nothing_is_to_be_predicted():

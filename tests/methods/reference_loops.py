@@ -54,9 +54,9 @@ def both_ways(images, texts, scale, smoothing=0.0, captions=None):
     return (one_way(*there, scale, smoothing, captions) + one_way(*back, scale, smoothing, captions)) / 2
 
 
-def clip(images, texts, scale, *, pairs=1, smoothing=0.0, captions=None):
-    """(B, V, D), (B, T, D); pairs of views: 1 = first with first, 2 = both images with it, 4 = all."""
-    chosen = {1: [(0, 0)], 2: [(0, 0), (1, 0)], 4: [(0, 0), (0, 1), (1, 0), (1, 1)]}[pairs]
+def clip(images, texts, scale, *, views=(1, 1), smoothing=0.0, captions=None):
+    """(B, V, D), (B, T, D); the mean over all pairs of the first so many images and texts."""
+    chosen = [(v, t) for v in range(views[0]) for t in range(views[1])]
     return mean([both_ways(images[:, v], texts[:, t], scale, smoothing, captions) for v, t in chosen])
 
 

@@ -36,6 +36,7 @@ RANK_JOBS = [
     ("declip", {"weights": {"simclr": 1.0}}),
     ("clip", {"weights": {"words": 1.0}}),
     *((name, {"positives": "caption"}) for name in ("clip", "defilip", "rocket")),
+    ("clip", {"captions": 2}),
 ]
 
 
@@ -94,7 +95,7 @@ def draw(num=4, *, seed=0):
         "text_features": torch.randn(num, 2, 10, generator=generator),
         "word_losses": 4 + torch.rand(num, generator=generator),
         "words": torch.arange(num * 7).view(num, 7) % 11,
-        "caption_ids": torch.arange(num)[:, None] % 3 - 2**62,
+        "caption_ids": caption_ids(num),
     }
 
 
@@ -111,8 +112,13 @@ def batch_of(method, num=5):
     for pair in range(num - 1):
         labels[pair, 1 : 2 + pair % 3] = torch.arange(1 + pair % 3) + 17 * pair
     images = torch.randint(0, 256, (num, num_images, 16, 16, 3), dtype=torch.uint8, generator=generator)
-    numbers, caption_ids = torch.arange(num) * 3 + 100, torch.arange(num)[:, None] % 3 - 2**62
-    return Batch(images=images, tokens=tokens, mask_labels=labels, numbers=numbers, caption_ids=caption_ids)
+    numbers, ids = torch.arange(num) * 3 + 100, caption_ids(num)
+    return Batch(images=images, tokens=tokens, mask_labels=labels, numbers=numbers, caption_ids=ids)
+
+
+def caption_ids(num):
+    """Give each pair two captions: one that every third pair has, and one that the first shares with the third."""
+    return torch.stack([torch.arange(num) % 3, torch.arange(num) + 2], dim=1) - 2**62
 
 
 def earlier_texts(fields, *, seed=9):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from declip_cli.batch import Batch, Embeddings
 from declip_cli.config import Views
+from declip_cli.errors import ConfigError
 from declip_cli.methods.registry import METHODS
 from declip_cli.model.text_transformer import END_ID
 from declip_cli.train.grad_cache import forward_backward
@@ -77,7 +78,15 @@ CASES = [
     ("rocket", {"weights": only("rocket", strong=1.0)}),
     *((name, {"weights": {"words": 0.5}}) for name in METHODS),
     *((name, {"positives": "caption", "label_smoothing": 0.1}) for name in METHODS),
+    *((name, {"captions": 2}) for name in ("clip", "slip", "declip", "rocket")),
 ]
+
+
+def views_of(name, *, captions=1, pairs=4, **options):
+    """Count the images and texts that the term `clip` compares."""
+    if name in ("declip", "defilip"):
+        return {1: (1, 1), 2: (2, 1), 4: (2, max(2, captions))}[pairs]
+    return (1, captions if name in ("clip", "slip") else 1)
 
 
 def expected_terms(name, fields, parameters, *, queue, **options):
@@ -92,8 +101,8 @@ def expected_terms(name, fields, parameters, *, queue, **options):
     captions = fields["caption_ids"].tolist() if options.get("positives") == "caption" else None
     terms = {}
     if active.get("clip"):
-        pairs = options.get("pairs", 4) if name in ("declip", "defilip") else 1
-        terms["clip"] = loops.clip(images, texts, scale, pairs=pairs, smoothing=smoothing, captions=captions)
+        views = views_of(name, **options)
+        terms["clip"] = loops.clip(images, texts, scale, views=views, smoothing=smoothing, captions=captions)
     if active.get("simclr"):
         temperature = options.get("simclr_temperature", 0.1)
         norm_size = 3 if options.get("batch_norm") == "rank" else None
@@ -232,8 +241,7 @@ def test_the_logit_scale_is_capped_at_100_with_the_whole_gradient(name, is_cappe
     # The original's SLIP and FILIP have no cap.
     value = 100.0 if is_capped and name in ("clip", "declip", "defilip") else 150.0
     scale = torch.tensor(value, dtype=torch.float64, requires_grad=True)
-    pairs = 4 if name in ("declip", "defilip") else 1
-    expected = loops.clip(fields["images"].double(), fields["texts"].double(), scale, pairs=pairs)
+    expected = loops.clip(fields["images"].double(), fields["texts"].double(), scale, views=views_of(name))
     expected.backward()
     assert terms["clip"].item() == pytest.approx(expected.item(), rel=1e-5)
     assert gradients["encoder.logit_scale"].item() == pytest.approx(150 * scale.grad.item(), rel=1e-4)
@@ -282,7 +290,7 @@ TOWER_CASES = [
     ("declip", {"pairs": 1}),
     ("declip", {"pairs": 2, "nn_exclude_own": True}),
     ("declip", {"weights": {"simsiam": 0.0, "simclr": 0.2}}),
-    ("clip", {"positives": "caption"}),
+    *((name, {"captions": 3, "positives": "caption"}) for name in ("clip", "slip", "declip", "defilip", "rocket")),
 ]
 
 
@@ -332,6 +340,11 @@ def test_micro_batches_leave_out_own_captions_too():
         ("filip", {}, ("augmented",), ("plain",), False),
         ("filip", {"filip_text": "masked"}, ("augmented",), ("masked",), False),
         ("filip", {"score_padding": True}, ("augmented",), ("plain",), True),
+        ("clip", {"captions": 3}, ("plain",), ("plain",) * 3, False),
+        ("slip", {"captions": 2}, ("plain", "augmented", "augmented"), ("plain",) * 2, False),
+        ("declip", {"captions": 2}, ("augmented",) * 2, ("masked", "augmented"), False),
+        ("declip", {"captions": 3}, ("augmented",) * 2, ("masked", "augmented", "augmented"), False),
+        ("rocket", {"captions": 3}, ("plain", *("augmented",) * 2), ("keywords", *("augmented_keywords",) * 2), False),
         ("declip", {}, ("augmented", "augmented"), ("masked", "augmented"), False),
         ("declip", {"pairs": 2}, ("augmented", "augmented"), ("masked",), False),
         ("declip", {"pairs": 1}, ("augmented", "augmented"), ("masked",), False),
@@ -346,6 +359,21 @@ def test_micro_batches_leave_out_own_captions_too():
 )
 def test_a_method_asks_for_the_views_its_terms_need(name, options, images, texts, pad_to_context):
     assert build(name, **options).views == Views(images=images, texts=texts, pad_to_context=pad_to_context)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "num_texts"),
+    [
+        ("filip", {"captions": 2}, 1),
+        ("rocket", {"captions": 4}, 3),
+        ("declip", {"captions": 2, "pairs": 2}, 1),
+        ("rocket", {"captions": 2, "weights": {"strong": 0.0}}, 1),
+    ],
+)
+def test_more_captions_than_texts_are_refused(name, options, num_texts):
+    with pytest.raises(ConfigError, match=f"method {name} sees {num_texts} texts of a pair here") as caught:
+        build(name, **options)
+    assert f"--set method.captions={num_texts}" in caught.value.remedy
 
 
 def test_without_padding_scored_the_padding_has_no_influence():

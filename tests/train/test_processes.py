@@ -34,7 +34,7 @@ JOBS = [
     *((name, {}) for name in METHODS),
     *((name, {"micro_batch_size": 3}) for name in METHODS),
     *((name, {"micro_batch_size": 3, "contrastive": "sigmoid"}) for name in ("clip", "declip")),
-    ("declip", {"micro_batch_size": 3, "positives": "caption"}),
+    ("declip", {"micro_batch_size": 3, "positives": "caption", "captions": 3}),
     *((name, options | more) for name, options in ADDED for more in ({}, {"micro_batch_size": 3})),
 ]
 
