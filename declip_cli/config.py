@@ -140,6 +140,9 @@ class MethodConfig:
     """Rows of the nearest-neighbour queue (2^16 in the paper)."""
     token_wise_top_k: AtLeast1 = 16
     """Tokens of each text and image that are gathered in the token-wise loss: those most relevant to its pair."""
+    head_width: AtLeast1 | None = None
+    """Width of the hidden layers of SimSiam's, SimCLR's and rocket's heads; None: 1,024, 4,096 and 4,096, as the
+    papers have it, which beside a tiny tower takes most of the time."""
     simclr_temperature: Positive = 0.1
     label_smoothing: Fraction = 0.0
     """Of the contrastive losses between images and texts, in [0, 1]; the softmax only."""

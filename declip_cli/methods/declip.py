@@ -32,6 +32,7 @@ class DeClip(Method):
         "mlm_mean",
         "mask_special_ids",
         "cap_logit_scale",
+        "head_width",
         "simclr_temperature",
     }
 
@@ -39,9 +40,10 @@ class DeClip(Method):
         super().__init__(encoder, config)
         embed_dim = encoder.architecture.embed_dim
         if self.is_active("simsiam"):
-            self.projector, self.predictor = SimSiamProjector(embed_dim), SimSiamPredictor()
+            self.projector = SimSiamProjector(embed_dim, width=config.head_width)
+            self.predictor = SimSiamPredictor(width=config.head_width)
         if self.is_active("simclr"):
-            self.simclr_head = SimClrHead(encoder.visual.feature_dim)
+            self.simclr_head = SimClrHead(encoder.visual.feature_dim, width=config.head_width)
         if self.is_active("nn"):
             self.queue = NeighbourQueue(config.queue_size, embed_dim, exact=config.faithful)
             if self.config.queue_start == "random":

@@ -23,14 +23,14 @@ class Rocket(Method):
     """The weak views train the encoder's own projections, which are saved; the strong ones heads of training only."""
 
     default_weights: ClassVar[dict[str, float]] = {"clip": 1 / 3, "strong": 2 / 3}
-    options: ClassVar[frozenset[str]] = Method.options | {"strong_label_smoothing"}
+    options: ClassVar[frozenset[str]] = Method.options | {"head_width", "strong_label_smoothing"}
 
     def __init__(self, encoder: DualEncoder, config: MethodConfig) -> None:
         super().__init__(encoder, config)
         if self.is_active("strong"):
             self.logit_scale_strong = nn.Parameter(torch.tensor(INITIAL_STRONG_LOGIT_SCALE))
-            self.image_head = SimClrHead(encoder.visual.feature_dim)
-            self.text_head = SimClrHead(encoder.text.feature_dim)
+            self.image_head = SimClrHead(encoder.visual.feature_dim, width=config.head_width)
+            self.text_head = SimClrHead(encoder.text.feature_dim, width=config.head_width)
 
     @property
     def views(self) -> Views:

@@ -18,12 +18,12 @@ class Slip(Method):
     """Self-supervision of images beside the supervision by language."""
 
     default_weights: ClassVar[dict[str, float]] = {"clip": 1.0, "simclr": 1.0}
-    options: ClassVar[frozenset[str]] = Method.options | {"simclr_temperature"}
+    options: ClassVar[frozenset[str]] = Method.options | {"head_width", "simclr_temperature"}
 
     def __init__(self, encoder: DualEncoder, config: MethodConfig) -> None:
         super().__init__(encoder, config)
         if self.is_active("simclr"):
-            self.simclr_head = SimClrHead(encoder.visual.feature_dim)
+            self.simclr_head = SimClrHead(encoder.visual.feature_dim, width=config.head_width)
 
     @property
     def views(self) -> Views:

@@ -71,7 +71,7 @@ def simsiam_loss(embeds: Tensor, projector: SimSiamProjector, predictor: SimSiam
 
     Source: SimSiam, arXiv 2011.10566, algorithm 1; DeCLIP, arXiv 2110.05208, section 3.2.
     """
-    z1, z2 = projector(embeds[:, 0]), projector(embeds[:, 1])  # (B, 1024) each; BatchNorm sees one view
+    z1, z2 = projector(embeds[:, 0]), projector(embeds[:, 1])  # (B, W) each; BatchNorm sees one view
     p1, p2 = predictor(z1), predictor(z2)
     return (negative_cosine(p1, z2) + negative_cosine(p2, z1)) / 2
 

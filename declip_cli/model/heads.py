@@ -8,6 +8,8 @@ from declip_cli.distributed import sum_over_ranks
 
 TOKEN_WISE_DIM = 256
 """Width in which FILIP and DeFILIP compare tokens (prototype/model/filip.py)."""
+SIMSIAM_WIDTH, SIMCLR_WIDTH = 1024, 4096
+"""Widths of hidden layers in the papers (arXiv 2011.10566, 2112.12750)."""
 _NEVER = -1e4
 """Logit of what cannot be predicted: its share of a softmax is 0; float16 holds it."""
 _COUNTED_AT_ONCE = ("cpu",)
@@ -15,13 +17,14 @@ _COUNTED_AT_ONCE = ("cpu",)
 
 
 class SimSiamProjector(nn.Module):
-    """Three linear layers with BatchNorm, the last without ReLU, (B, D) → (B, 1024).
+    """Three linear layers with BatchNorm, the last without ReLU, (B, D) → (B, W), of width W = 1,024 by default.
 
     Source: SimSiam, arXiv 2011.10566; prototype/model/declip.py:33-80.
     """
 
-    def __init__(self, in_dim: int, *, width: int = 1024) -> None:
+    def __init__(self, in_dim: int, *, width: int | None = None) -> None:
         super().__init__()
+        width = width or SIMSIAM_WIDTH
         self.linear1, self.bn1 = nn.Linear(in_dim, width), nn.BatchNorm1d(width)
         self.linear2, self.bn2 = nn.Linear(width, width), nn.BatchNorm1d(width)
         self.linear3, self.bn3 = nn.Linear(width, width), nn.BatchNorm1d(width)
@@ -35,13 +38,15 @@ class SimSiamProjector(nn.Module):
 
 
 class SimSiamPredictor(nn.Module):
-    """A bottleneck that predicts the other view's projection, (B, 1024) → (B, 1024).
+    """A bottleneck, half as wide, that predicts the other view's projection, (B, W) → (B, W).
 
     Source: SimSiam, arXiv 2011.10566; prototype/model/declip.py:83-130.
     """
 
-    def __init__(self, *, width: int = 1024, bottleneck: int = 512) -> None:
+    def __init__(self, *, width: int | None = None) -> None:
         super().__init__()
+        width = width or SIMSIAM_WIDTH
+        bottleneck = max(1, width // 2)
         self.linear1, self.bn1 = nn.Linear(width, bottleneck), nn.BatchNorm1d(bottleneck)
         self.layer2 = nn.Linear(bottleneck, width)
 
@@ -52,13 +57,14 @@ class SimSiamPredictor(nn.Module):
 
 
 class SimClrHead(nn.Module):
-    """SLIP's three linear layers, BatchNorm and ReLU after the first two, (B, E) → (B, 256).
+    """SLIP's three linear layers, BatchNorm and ReLU after the first two, (B, E) → (B, 256), of width 4,096 by default.
 
     Source: SLIP, arXiv 2112.12750; prototype/model/slip.py of the original, whose third BatchNorm is never applied.
     """
 
-    def __init__(self, in_dim: int, *, width: int = 4096, out_dim: int = 256) -> None:
+    def __init__(self, in_dim: int, *, width: int | None = None, out_dim: int = 256) -> None:
         super().__init__()
+        width = width or SIMCLR_WIDTH
         self.linear1, self.bn1 = nn.Linear(in_dim, width), nn.BatchNorm1d(width)
         self.linear2, self.bn2 = nn.Linear(width, width), nn.BatchNorm1d(width)
         self.linear3 = nn.Linear(width, out_dim)

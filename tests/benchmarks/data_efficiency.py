@@ -5,15 +5,19 @@ python tests/benchmarks/data_efficiency.py dev.tar --work WORK --budget-minutes 
 python tests/benchmarks/data_efficiency.py dev.tar --work WORK --summary                             (table, picture)
 
 `cells.jsonl` and `trials.jsonl` in WORK grow line by line; what is there is not run again. Cells are in such an order
-that every prefix is a table: all rows at one size and seed first, then the other sizes, then the other seeds.
+that every prefix is a table: CLIP, then all rows at one size and seed, then the other sizes, then the other seeds.
 """
 
 import argparse
 import dataclasses
 import json
+import multiprocessing
+import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +50,23 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One line to be: what is known of it before, and the function that finds out the rest."""
+
+    key: dict[str, Any]
+    function: Callable[..., dict[str, Any]]
+    arguments: tuple[Any, ...]
+
+
 def cells_of(rows: Sequence[str], sizes: Sequence[float], seeds: Sequence[int]) -> Iterator[tuple[str, float, int]]:
-    """Order the cells; the reference comes first, because the others get its time."""
-    ordered = sorted(rows, key=lambda row: row != REFERENCE)
-    return ((row, size, seed) for seed in seeds for size in SIZE_ORDER if size in sizes for row in ordered)
+    """Order the cells; those of the reference come first, because the others get their time."""
+    is_asked_for = REFERENCE in rows
+    others = [row for row in rows if row != REFERENCE]
+    ordered = [size for size in SIZE_ORDER if size in sizes]
+    for seed in seeds:
+        yield from ((REFERENCE, size, seed) for size in ordered if is_asked_for)
+        yield from ((row, size, seed) for size in ordered for row in others)
 
 
 def asked_for(corpus: Corpus, row: str, size: float, seed: int, changes: dict[str, Any]) -> RunConfig:
@@ -64,24 +81,61 @@ def tuned_settings(work: Path) -> dict[str, dict[str, Any]]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def tune(corpus: Corpus, options: argparse.Namespace, limits: Limits) -> None:
-    """Try the same drawn settings for each row; trial by trial, so that all rows have had the same at any time."""
-    path = options.work / "trials.jsonl"
+def run_all(pool: Executor, jobs: Iterator[Job], options: argparse.Namespace) -> Iterator[tuple[Job, Any]]:
+    """Run jobs in order, some at a time; yield each with what it returned, as soon as it has.
+
+    A job is asked for only when a process is free, so it may depend on what was yielded before.
+    """
+    running: dict[Future[Any], Job] = {}
+    while True:
+        while len(running) < options.processes and not options.is_over() and (job := next(jobs, None)):
+            running[pool.submit(job.function, *job.arguments)] = job
+        if not running:
+            return
+        for done in wait(running, return_when=FIRST_COMPLETED).done:
+            yield running.pop(done), done.result()
+
+
+def open_pool(processes: int) -> Executor:
+    """Start processes of one thread each."""
+    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
+
+
+def run_path(work: Path) -> Path:
+    """Return the folder of the run that this process is at."""
+    return work / f"run-{os.getpid()}"
+
+
+def run_trial(corpus: Corpus, asked: RunConfig, limits: Limits, work: Path) -> dict[str, Any]:
+    """Train with drawn settings and return how good the best model was on the validation vendor."""
+    watch = train(corpus, asked, limits, run_path(work), equal_seconds=None)
+    assert watch.best is not None
+    found = {"validation": round(watch.best.validation, 5), "step": watch.best.step}
+    return found | {"seconds": round(watch.seconds, 2)}
+
+
+def trials(
+    corpus: Corpus, options: argparse.Namespace, limits: Limits, lines: Sequence[dict[str, Any]]
+) -> Iterator[Job]:
+    """Draw the same settings for each row; trial by trial, so that all rows have had the same at any time."""
     for trial in range(options.trials):
         for row in options.tune:
             settings = draw(row, trial, weights_of(row))
             key = {"row": row, "trial": trial, "size": options.tune_size}
             key |= {"digest": digest([CELL | ROWS[row] | settings, dataclasses.asdict(limits)])}
-            if any(line.items() >= key.items() for line in read_lines(path)):
+            if any(line.items() >= key.items() for line in lines):
                 continue
-            if options.is_over():
-                return
             asked = asked_for(corpus, row, options.tune_size, TUNING_SEED, settings)
-            watch = train(corpus, asked, limits, options.work / "run", equal_seconds=None)
-            assert watch.best is not None
-            found = {"validation": round(watch.best.validation, 5), "step": watch.best.step}
-            append_line(path, key | {"settings": settings} | found | {"seconds": round(watch.seconds, 2)})
-            print(json.dumps(key | found), flush=True)
+            yield Job(key | {"settings": settings}, run_trial, (corpus, asked, limits, options.work))
+
+
+def tune(corpus: Corpus, options: argparse.Namespace, limits: Limits) -> None:
+    """Try drawn settings for each row and keep the best."""
+    path = options.work / "trials.jsonl"
+    with open_pool(options.processes) as pool:
+        for job, found in run_all(pool, trials(corpus, options, limits, read_lines(path)), options):
+            append_line(path, job.key | found)
+            print(json.dumps(job.key | found), flush=True)
             write_tuned(options.work, read_lines(path))
 
 
@@ -96,8 +150,14 @@ def write_tuned(work: Path, lines: Sequence[dict[str, Any]]) -> None:
     (work / "tuned.json").write_text(json.dumps(found, indent=2) + "\n")
 
 
-def run_table(corpus: Corpus, options: argparse.Namespace, limits: Limits) -> None:
-    """Run the cells that are not there yet."""
+def run_one_cell(corpus: Corpus, asked: RunConfig, limits: Limits, work: Path, *others: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Train and score one cell in a process of its own; `others` are the time that it is given and its kind."""
+    equal_seconds, is_reference = others
+    return run_cell(corpus, asked, limits, run_path(work), equal_seconds=equal_seconds, is_reference=is_reference)
+
+
+def cells(corpus: Corpus, options: argparse.Namespace, limits: Limits) -> Iterator[Job]:
+    """List the cells that are not there yet."""
     path, tuned = options.work / "cells.jsonl", tuned_settings(options.work)
     for row, size, seed in cells_of(options.rows, options.sizes, options.seeds):
         found = tuned.get(row, {"settings": {}, "num_trials": 0})
@@ -106,22 +166,21 @@ def run_table(corpus: Corpus, options: argparse.Namespace, limits: Limits) -> No
         lines = read_lines(path)
         if any(line.items() >= key.items() for line in lines):
             continue
-        if options.is_over():
-            return
         of_reference = [one for one in lines if (one["row"], one["size"], one["seed"]) == (REFERENCE, size, seed)]
-        result = run_cell(
-            corpus,
-            asked_for(corpus, row, size, seed, found["settings"]),
-            limits,
-            options.work / "run",
-            equal_seconds=of_reference[-1]["seconds"] if of_reference else None,
-            is_reference=row == REFERENCE,
-        )
         facts = {"pairs": round(size * corpus.facts["fit_pairs"]), "num_trials": found["num_trials"]}
         facts |= {"settings": found["settings"], "limits": dataclasses.asdict(limits)}
         facts |= {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "one CPU thread"}
-        append_line(path, key | facts | result)
-        print(json.dumps(key | {"seconds": result["seconds"], "best": result["best"]}), flush=True)
+        asked = asked_for(corpus, row, size, seed, found["settings"])
+        seconds = of_reference[-1]["seconds"] if of_reference else None
+        yield Job(key | facts, run_one_cell, (corpus, asked, limits, options.work, seconds, row == REFERENCE))
+
+
+def run_table(corpus: Corpus, options: argparse.Namespace, limits: Limits) -> None:
+    """Run the cells that are not there yet."""
+    with open_pool(options.processes) as pool:
+        for job, result in run_all(pool, cells(corpus, options, limits), options):
+            append_line(options.work / "cells.jsonl", job.key | result)
+            print(json.dumps(job.key | {"seconds": result["seconds"], "best": result["best"]}), flush=True)
 
 
 def estimate(corpus: Corpus, options: argparse.Namespace, limits: Limits) -> None:
@@ -156,6 +215,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--eval-every", type=int, default=40)
     parser.add_argument("--patience", type=int, default=4, help="looks without a better score before a run stops")
     parser.add_argument("--budget-minutes", type=float, default=float("inf"), help="start nothing after this time")
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time, of one thread each")
     parser.add_argument("--dry-run", action="store_true", help="only estimate how long the table takes")
     parser.add_argument("--summary", action="store_true", help="only write table.md, summary.json and picture.svg")
     parser.add_argument("--page", type=Path, help="with --summary: also write docs/what-it-saves.md")

@@ -23,6 +23,11 @@ ROWS: dict[str, dict[str, Any]] = {
     "declip": {"method.name": "declip"},
     "declip-paper": {"method.name": "declip", "method.weights": {"clip": 0.4, "simsiam": 0.2, "mlm": 0.2, "nn": 0.2}},
     "rocket": {"method.name": "rocket"},
+    "small": {
+        "method.name": "declip",
+        "method.pairs": 2,
+        "method.weights": {"clip": 1.0, "simclr": 0.5, "words": 0.2, "nn": 0.0, "simsiam": 0.0, "mlm": 0.0},
+    },
     "declip+words": {"method.name": "declip", "method.weights": {"words": 0.2}},
     "declip+simclr": {"method.name": "declip", "method.weights": {"simsiam": 0.0, "simclr": 0.2}},
     "clip+words": {"method.name": "clip", "method.weights": {"words": 0.5}},
@@ -32,14 +37,38 @@ ROWS: dict[str, dict[str, Any]] = {
     "defilip": {"method.name": "defilip"},
 }
 """Row → its settings; a row is compared with what the search found for it, if it was tuned."""
-MAIN_ROWS = ("clip", "clip-augmented", "slip", "declip", "declip-paper", "rocket")
+MAIN_ROWS = ("clip", "clip-augmented", "slip", "rocket", "declip", "declip-paper", "small")
 FIXED_WEIGHTS = ("clip", "declip-paper")
 """Rows whose weights are part of what they are."""
+COMPOSITIONS: dict[str, tuple[dict[str, Any], ...]] = {
+    "small": tuple(
+        {"method.weights": ROWS["small"]["method.weights"] | weights}
+        for weights in (
+            {"nn": 0.2},
+            {"mlm": 0.1},
+            {"simclr": 1.0},
+            {"words": 0.0},
+            {"simclr": 0.0},
+            {"simclr": 0.0, "simsiam": 0.2},
+            {"simclr": 0.0, "words": 0.0},
+        )
+    )
+}
+"""Row → its trials after the first, where a search answers which supervisions add up instead of how strong they are."""
 CELL: dict[str, Any] = {
     "model.arch": "vit-tiny32",
     "model.context_length": 16,
     "data.workers": 0,
     "method.queue_size": 1024,
+    "method.head_width": 512,
+    "method.label_smoothing": 0.1,
+    "augment.plain_crop_area_min": 0.7,
+    "augment.crop_area_min": 0.7,
+    "augment.jitter_probability": 0.8,
+    "augment.hue": 0.05,
+    "augment.grayscale_probability": 0.0,
+    "augment.blur_probability": 0.0,
+    "augment.flip_probability": 0.0,
     "optim.learning_rate_peak": 1e-3,
     "optim.learning_rate_start": 1e-5,
     "optim.warmup_steps": 20,
@@ -49,7 +78,8 @@ CELL: dict[str, Any] = {
     "train.processes": 1,
     "train.checkpoint_every_minutes": None,
 }
-"""Of all rows. The rate stays at its peak and the weights are averaged, so that a run may stop at any time."""
+"""Of all rows. What helped CLIP on the demo corpus is given to all; the rate stays at its peak and the weights are
+averaged, so that a run may stop at any time."""
 
 
 def is_known(row: str) -> bool:
@@ -81,8 +111,9 @@ def resolve(row: str, changes: Mapping[str, Any]) -> RunConfig:
 def draw(row: str, trial: int, weights: Mapping[str, float]) -> dict[str, Any]:
     """Draw the settings of one trial; the first are the row's own.
 
-    The same trial draws the same rate, smoothing, decay and augmentation for every row; each further loss term is
-    off in a quarter of the trials, else its weight is multiplied by something between 1/4 and 4.
+    Compositions are listed, not drawn. The same trial draws the same rate, smoothing, decay and augmentation for
+    every other row; each further loss term is off in a quarter of the trials, else its weight is multiplied by
+    something between 1/4 and 4.
 
     Args:
         row: its name.
@@ -91,6 +122,8 @@ def draw(row: str, trial: int, weights: Mapping[str, float]) -> dict[str, Any]:
     """
     if trial == 0:
         return {}
+    if row in COMPOSITIONS:
+        return COMPOSITIONS[row][trial - 1]
     rng = random.Random(f"trial {trial}")
     strength = rng.random()
     crop = rng.uniform(0.2, 0.9)

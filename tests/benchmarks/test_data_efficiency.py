@@ -1,7 +1,9 @@
+import argparse
 import importlib
 import json
 import math
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -87,8 +89,26 @@ def test_near_duplicates_differ_in_at_most_four_bits(parts):
 
 def test_every_prefix_of_the_cells_is_a_table_and_the_reference_comes_first(parts):
     found = list(parts["script"].cells_of(["slip", "clip"], [0.5, 0.125], [0, 1]))
-    assert found[:2] == [("clip", 0.5, 0), ("slip", 0.5, 0)]
-    assert [cell[1:] for cell in found] == [(0.5, 0)] * 2 + [(0.125, 0)] * 2 + [(0.5, 1)] * 2 + [(0.125, 1)] * 2
+    of_seed_0 = [("clip", 0.5, 0), ("clip", 0.125, 0), ("slip", 0.5, 0), ("slip", 0.125, 0)]
+    assert found == of_seed_0 + [(row, size, 1) for row, size, _ in of_seed_0]
+
+
+def test_jobs_run_in_order_and_a_later_one_sees_what_earlier_ones_found(parts):
+    found = []
+    script = parts["script"]
+    jobs = (script.Job({"n": n}, int, (str(n + len(found)),)) for n in range(3))
+    options = argparse.Namespace(processes=1, is_over=lambda: False)
+    with ThreadPoolExecutor(1) as pool:
+        for job, number in script.run_all(pool, jobs, options):
+            found.append((job.key["n"], number))
+    assert found == [(0, 0), (1, 2), (2, 4)]
+
+
+def test_no_job_starts_after_the_time(parts):
+    script = parts["script"]
+    options = argparse.Namespace(processes=1, is_over=lambda: True)
+    with ThreadPoolExecutor(1) as pool:
+        assert list(script.run_all(pool, iter([script.Job({}, int, ("1",))]), options)) == []
 
 
 def test_a_line_that_a_kill_cut_off_is_run_again(parts, tmp_path):

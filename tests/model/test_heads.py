@@ -1,5 +1,8 @@
+import pytest
 import torch
 
+from declip_cli.config import MethodConfig, ModelConfig
+from declip_cli.methods.registry import build_method
 from declip_cli.model.heads import SimClrHead, SimSiamPredictor, SimSiamProjector, TokenWiseHeads
 
 
@@ -38,3 +41,19 @@ def test_token_wise_heads_map_patches_and_tokens_into_one_width():
     heads = TokenWiseHeads(10, 7, width=5)
     assert heads.image_mapping(torch.randn(2, 3, 10)).shape == (2, 3, 5)
     assert heads.text_mapping(torch.randn(2, 4, 7)).shape == (2, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "heads"),
+    [
+        ("slip", {}, {"simclr_head.linear2": (48, 48)}),
+        ("declip", {}, {"projector.linear3": (48, 48), "predictor.linear1": (24, 48), "predictor.layer2": (48, 24)}),
+        ("declip", {"simclr": 0.2}, {"simclr_head.linear3": (256, 48)}),
+        ("rocket", {}, {"image_head.linear2": (48, 48), "text_head.linear3": (256, 48)}),
+    ],
+)
+def test_heads_are_as_wide_as_asked_for(name, weights, heads):
+    config = MethodConfig(name=name, weights=weights, head_width=48, queue_size=8)
+    method = build_method(ModelConfig(arch="vit-tiny32"), config)
+    for head, shape in heads.items():
+        assert tuple(method.get_submodule(head).weight.shape) == shape
