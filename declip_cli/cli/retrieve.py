@@ -114,7 +114,8 @@ def retrieve(
                 scores = evaluation.retrieve(opened, dataset, options=options)
         if serve:
             tell_skipped(name, collection.skipped)
-            _serve(SearchServer(Searcher(opened, collection, options), port=port, say=note), as_json=as_json)
+            searcher = Searcher(opened, collection, options, quick=not index)
+            _serve(SearchServer(searcher, port=port, say=note), as_json=as_json)
             return
         if not is_search:
             tell_skipped(name, scores.skipped)

@@ -1,7 +1,7 @@
 """A collection of images held ready for searches: encoded once, ranked for every query."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import translate
 from functools import lru_cache
@@ -15,7 +15,7 @@ from declip_cli.data.files_dataset import FilesDataset
 from declip_cli.errors import DataError, EvaluateError
 from declip_cli.evaluate.encoding import DEFAULTS, FeatureOptions
 from declip_cli.evaluate.features import embedder, image_features, update_store
-from declip_cli.evaluate.nearest import EXACT, ApproximateIndex, best, saved_index, search_exact
+from declip_cli.evaluate.nearest import EXACT, ApproximateIndex, Found, best, quick_spec, saved_index, search_exact
 from declip_cli.evaluate.token_wise import encode_image_tokens
 from declip_cli.evaluate.vectors import Rows, Vectors, VectorStore, use_store
 from declip_cli.model.checkpoint import PretrainedModel
@@ -48,6 +48,27 @@ class _Scope:
     """Ascending, (N',); images of the same content share one."""
     distinct: Rows
     """(R,)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A search that is ready to be answered."""
+
+    terms: Sequence[Term]
+    features: Vectors | None
+    """Their sum, unit length, (D,); None of token-wise models."""
+    k: int
+    within: str
+    scope: _Scope
+
+    @property
+    def size(self) -> int:
+        """The power of two from `k` on, so that questions for about as many images are answered together."""
+        return 1 << (self.k - 1).bit_length()
+
+
+Answer = tuple[list[int], list[float]]
+"""Numbers of images, best first, and their scores."""
 
 
 class Collection:
@@ -110,32 +131,64 @@ class Collection:
         """Count the images that `find` searches; errors as of `find`."""
         return len(self._scope(within).rows)
 
-    def find(self, terms: Sequence[Term], k: int, *, within: str = "") -> tuple[list[int], list[float]]:
-        """Find the best images for the sum of some terms.
+    def use_quick_index(self, say: Callable[[str], None]) -> None:
+        """Give a large collection that has no index one of `quick_spec`, in memory, and say so."""
+        rows, dim = self._scope("").distinct, self._features.shape[-1]
+        spec = quick_spec(len(rows), dim) if self._index is None and self._features.ndim == 2 else ""
+        if spec:
+            say(f"making an index {spec} of {len(rows)} images, for speed; --index Flat compares all of them instead")
+            self._index = ApproximateIndex.build(spec, self._features, rows)
+
+    def ask(self, terms: Sequence[Term], k: int, *, within: str = "") -> Question:
+        """Prepare a search for the best images for the sum of some terms.
 
         Args:
             terms: at least one.
-            k: how many images are wanted.
+            k: how many images are wanted, at least 1.
             within: a folder, or a pattern for paths such as `holiday/*.jpg`, from any folder on; empty searches all.
-
-        Returns:
-            Numbers of images, best first, and their scores: the cosine with the sum of the unit vectors, signed; of
-            token-wise models the mean of the signed scores of the terms.
 
         Raises:
             EvaluateError: no path matches `within`, or the terms cancel each other.
         """
         scope = self._scope(within)
-        if self._features.ndim == 3:
-            scores = [np.float32(term.sign) * self._score_tokens(scope.distinct, term.features) for term in terms]
-            found_scores, found = best(np.mean(scores, axis=0), scope.distinct, k)
-        else:
-            # A filter may leave few of an approximate index's candidates, so that exact scores are faster.
-            search = search_exact if self._index is None or within else self._index.search
-            found_scores, found = search(self._features, scope.distinct, _sum_of(terms), k)
-        firsts, lasts = (np.searchsorted(scope.rows, found, side) for side in ("left", "right"))
-        numbers = [n for first, last in zip(firsts, lasts, strict=True) for n in scope.numbers[first:last].tolist()]
-        return numbers[:k], np.repeat(found_scores, lasts - firsts)[:k].tolist()
+        return Question(terms, None if self._features.ndim == 3 else _sum_of(terms), k, within, scope)
+
+    def answer(self, questions: Sequence[Question]) -> list[Answer]:
+        """Answer questions of `ask`; those of one scope are compared together, which takes little longer than one.
+
+        Returns:
+            For each the numbers of images, best first, and their scores: the cosine with the sum of the unit vectors,
+            signed; of token-wise models the mean of the signed scores of the terms.
+        """
+        together: dict[tuple[str, int], list[int]] = {}
+        for number, question in enumerate(questions):
+            together.setdefault((question.within, question.size), []).append(number)
+        answers: list[Answer] = [([], [])] * len(questions)
+        for (_, size), numbers in together.items():
+            chosen = [questions[number] for number in numbers]
+            if self._features.ndim == 3:
+                found = [self._compare_tokens(question) for question in chosen]
+            else:
+                found = self._compare(chosen, size)
+            for number, question, (scores, rows) in zip(numbers, chosen, found, strict=True):
+                answers[number] = _images_of(question, scores, rows)
+        return answers
+
+    def find(self, terms: Sequence[Term], k: int, *, within: str = "") -> Answer:
+        """Ask and answer one question; see `ask` and `answer`."""
+        return self.answer([self.ask(terms, k, within=within)])[0]
+
+    def _compare(self, questions: Sequence[Question], size: int) -> list[Found]:
+        queries = np.stack([question.features for question in questions if question.features is not None])  # (Q, D)
+        scope, within = questions[0].scope, questions[0].within
+        # A filter may leave few of an approximate index's candidates, so that exact scores are faster.
+        search = search_exact if self._index is None or within else self._index.search
+        return search(self._features, scope.distinct, queries, size)
+
+    def _compare_tokens(self, question: Question) -> Found:
+        rows = question.scope.distinct
+        scores = [np.float32(term.sign) * self._score_tokens(rows, term.features) for term in question.terms]
+        return best(np.mean(scores, axis=0), rows, question.k)
 
     def _score_tokens(self, rows: Rows, tokens: Vectors) -> Vectors:
         """Score images by the best patch for each token, averaged over the tokens (L, Q), → (R,)."""
@@ -158,6 +211,14 @@ class Collection:
         numbers = numbers[np.argsort(self._rows[numbers], kind="stable")]
         rows = self._rows[numbers]
         return _Scope(numbers, rows, np.unique(rows))
+
+
+def _images_of(question: Question, scores: Vectors, rows: Rows) -> Answer:
+    """Turn rows, best first, into the images that have them."""
+    scope, k = question.scope, question.k
+    firsts, lasts = (np.searchsorted(scope.rows, rows, side) for side in ("left", "right"))
+    numbers = [n for first, last in zip(firsts, lasts, strict=True) for n in scope.numbers[first:last].tolist()]
+    return numbers[:k], np.repeat(scores, lasts - firsts)[:k].tolist()
 
 
 def _sum_of(terms: Sequence[Term]) -> Vectors:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
 from declip_cli.data.dataset import Dataset, Pixels, Skips
 from declip_cli.data.files_dataset import FilesDataset
 from declip_cli.evaluate.collection import Collection, Term, open_collection
@@ -126,7 +128,7 @@ def describe_hit(collection: Collection, rank: int, number: int, score: float) -
 
 
 def encode_query(model: PretrainedModel, query: Query, *, options: FeatureOptions = DEFAULTS) -> list[Term]:
-    """Encode the parts of a query.
+    """Encode the parts of a query, in the order image, texts, minus.
 
     Raises:
         EvaluateError: the image cannot be read.
@@ -136,10 +138,13 @@ def encode_query(model: PretrainedModel, query: Query, *, options: FeatureOption
         encode = encode_image_tokens if model.token_wise else image_features
         features = encode(model, FilesDataset([query.image]), options=alone).features.numpy()  # (1, D) or (1, P, Q)
         terms.append(Term(1, features.reshape(-1, features.shape[-1])))
-    for sign, texts in ((1, query.texts), (-1, query.minus)):
-        for text in texts:
-            if model.token_wise:
-                terms.append(Term(sign, encode_text_tokens(model, [text], options=alone).tokens.numpy()))  # (L, Q)
-            else:
-                terms.append(Term(sign, text_features(model, [text], options=alone).numpy()))  # (1, D)
-    return terms
+    texts = (*query.texts, *query.minus)
+    signs = [1] * len(query.texts) + [-1] * len(query.minus)
+    if not texts:
+        parts: tuple[Tensor, ...] = ()
+    elif model.token_wise:
+        found = encode_text_tokens(model, texts, options=alone)
+        parts = found.tokens.split(found.lengths.tolist())  # (L, Q) each
+    else:
+        parts = text_features(model, texts, options=alone).split(1)  # (1, D) each
+    return terms + [Term(sign, part.numpy()) for sign, part in zip(signs, parts, strict=True)]

@@ -4,7 +4,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Self
@@ -17,6 +17,7 @@ from declip_cli.evaluate.gallery import THUMBNAIL_SIDE_PX
 from declip_cli.evaluate.search import Query, describe_hit, encode_query, in_words
 from declip_cli.model.checkpoint import PretrainedModel
 from declip_cli.pages.frame import shrink
+from declip_cli.serve.together import Together
 
 MAX_HITS = 2000
 """In one answer."""
@@ -108,13 +109,21 @@ class Searcher:
         model: encodes what is looked for.
         collection: encoded by the same model.
         options: as of `encode_query`.
+        quick: let a large collection have an index for speed; see `Collection.use_quick_index`.
     """
 
-    def __init__(self, model: PretrainedModel, collection: Collection, options: FeatureOptions) -> None:
+    def __init__(
+        self, model: PretrainedModel, collection: Collection, options: FeatureOptions, *, quick: bool = False
+    ) -> None:
+        if quick:
+            collection.use_quick_index(options.say)
         self._model, self._collection, self._options = model, collection, options
-        # One search uses all cores; several at once would only wait for each other's memory.
+        # One search uses all cores; those that wait for their turn are answered together.
         self._turn = threading.Lock()
-        self._text_term = lru_cache(_NUM_TEXTS)(self._encode_text)
+        # A new filter reads all paths, once, whoever asks for it.
+        self._asking = threading.Lock()
+        self._text_term = lru_cache(_NUM_TEXTS)(Together(self._encode_texts, self._turn))
+        self._answer = Together(collection.answer, self._turn)
         self.thumbnail = lru_cache(_NUM_THUMBNAILS)(self._thumbnail)
 
     def info(self) -> dict[str, Any]:
@@ -139,11 +148,12 @@ class Searcher:
         words = [f"images like {found.path(number)}" for number in wanted] + ["an image"] * bool(request.image)
         last = request.offset + request.k
         try:
-            with self._turn:
-                terms = [found.like(number) for number in wanted] + self._image_terms(request.image)
-                terms += [self._text_term(text, 1) for text in request.texts]
-                terms += [self._text_term(text, -1) for text in request.minus]
-                numbers, scores = found.find(terms, last, within=request.within)
+            terms = [found.like(number) for number in wanted] + self._image_terms(request.image)
+            terms += [self._text_term(text) for text in request.texts]
+            terms += [replace(self._text_term(text), sign=-1) for text in request.minus]
+            with self._asking:
+                question = found.ask(terms, last, within=request.within)
+            numbers, scores = self._answer(question)
         except EvaluateError as error:
             raise RequestError(error.message) from error
         ranked = list(enumerate(zip(numbers, scores, strict=True), start=1))[request.offset :]
@@ -180,9 +190,8 @@ class Searcher:
         except (DataError, OSError) as error:
             raise RequestError("the image cannot be read") from error
 
-    def _encode_text(self, text: str, sign: int) -> Term:
-        query = Query(texts=(text,)) if sign > 0 else Query(minus=(text,))
-        return encode_query(self._model, query, options=self._options)[0]
+    def _encode_texts(self, texts: Sequence[str]) -> list[Term]:
+        return encode_query(self._model, Query(texts=tuple(texts)), options=self._options)
 
     def _image_terms(self, image: bytes) -> list[Term]:
         if not image:
@@ -194,4 +203,5 @@ class Searcher:
         with tempfile.NamedTemporaryFile(prefix="declip-query-") as file:
             file.write(image)
             file.flush()
-            return encode_query(self._model, Query(image=Path(file.name)), options=self._options)
+            with self._turn:
+                return encode_query(self._model, Query(image=Path(file.name)), options=self._options)

@@ -107,13 +107,15 @@ def search(*, runs: int, num_vectors: int, spec: str) -> None:
         scores = vectors @ query
         return set(np.argpartition(-scores, 10)[:10].tolist())
 
-    ways: dict[str, Callable[[], set[int]]] = {"exact": lambda: set(search_exact(vectors, rows, query, 10)[1].tolist())}
+    ways: dict[str, Callable[[], set[int]]] = {
+        "exact": lambda: set(search_exact(vectors, rows, query[None], 10)[0][1].tolist())
+    }
     if spec:
         start = time.perf_counter()
         index = ApproximateIndex.build(spec, vectors, rows)
         seconds = time.perf_counter() - start
         report(f"build {spec} of {num_vectors} vectors", seconds, seconds, peer_name="-", unit="s", runs=1, ratio=1.0)
-        ways[spec] = lambda: set(index.search(vectors, rows, query, 10)[1].tolist())
+        ways[spec] = lambda: set(index.search(vectors, rows, query[None], 10)[0][1].tolist())
     best = plain()
     for name, way in ways.items():
         found = way()

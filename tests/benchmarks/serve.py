@@ -1,6 +1,6 @@
 """Load on the search page: a million made-up vectors of 512 numbers, a ViT-B/32's text tower, clients beside it.
 
-OMP_NUM_THREADS=2 python tests/benchmarks/serve.py [--images 1000000] [--index IVF1024,Flat]
+OMP_NUM_THREADS=2 python tests/benchmarks/serve.py [--images 1000000] [--index Flat]
 """
 
 import argparse
@@ -22,7 +22,7 @@ from declip_cli.config import ModelConfig
 from declip_cli.data.files_dataset import FilesDataset
 from declip_cli.evaluate.collection import Collection
 from declip_cli.evaluate.encoding import FeatureOptions
-from declip_cli.evaluate.nearest import EXACT, ApproximateIndex
+from declip_cli.evaluate.nearest import EXACT, ApproximateIndex, quick_spec
 from declip_cli.model.architectures import find_architecture
 from declip_cli.model.checkpoint import PretrainedModel
 from declip_cli.model.clip import DualEncoder
@@ -91,10 +91,11 @@ def main() -> None:
     """Serve, ask, and print what it took."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=1_000_000)
-    parser.add_argument("--index", default=EXACT)
+    parser.add_argument("--index", default="")
     given = parser.parse_args()
     vectors, rows = make_vectors(given.images), np.arange(given.images)
-    index = ApproximateIndex.build(given.index, vectors, rows) if given.index != EXACT else None
+    spec = given.index or quick_spec(given.images, DIM) or EXACT
+    index = ApproximateIndex.build(spec, vectors, rows) if spec != EXACT else None
     dataset = FilesDataset([f"photos/{number // 1000}/{number}.jpg" for number in range(given.images)])
     collection = Collection(dataset, range(given.images), vectors, rows, index=index)
     with SearchServer(Searcher(make_model(), collection, FeatureOptions()), say=print) as server:
@@ -106,7 +107,7 @@ def main() -> None:
         new, known, many, at_once, seconds = results.get(timeout=500)
         process.join()
         server.shutdown()
-    about = f"{given.images} images, {given.index}, {torch.get_num_threads()} threads"
+    about = f"{given.images} images, {spec}, {torch.get_num_threads()} threads"
     tell = partial(report, peer=AIM_MS, peer_name="the aim", unit="ms")
     for name, times in (
         ("a new text, 60 hits", new),

@@ -7,7 +7,7 @@ import pytest
 
 from declip_cli.errors import EvaluateError
 from declip_cli.evaluate import nearest
-from declip_cli.evaluate.nearest import ApproximateIndex, search_exact
+from declip_cli.evaluate.nearest import ApproximateIndex, quick_spec, search_exact
 
 
 def make_vectors(num: int, dim: int, seed: int = 0):
@@ -17,33 +17,39 @@ def make_vectors(num: int, dim: int, seed: int = 0):
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
-def test_exact_search_is_a_full_sort(monkeypatch):
+def test_exact_search_is_a_full_sort_for_each_query(monkeypatch):
     monkeypatch.setattr(nearest, "_BLOCK_ROWS", 64)
     vectors = make_vectors(150, 6)
-    query = vectors[17]
-    scores, rows = search_exact(vectors, np.arange(150), query, 9)
-    assert rows.tolist() == np.argsort(-(vectors @ query), kind="stable")[:9].tolist()
-    assert scores == pytest.approx((vectors @ query)[rows], abs=1e-6)
+    queries = vectors[[17, 3, 149]]
+    found = search_exact(vectors, np.arange(150), queries, 9)
+    assert len(found) == 3
+    for query, (scores, rows) in zip(queries, found, strict=True):
+        assert rows.tolist() == np.argsort(-(vectors @ query), kind="stable")[:9].tolist()
+        assert scores == pytest.approx((vectors @ query)[rows], abs=1e-6)
 
 
 def test_rows_that_do_not_count_are_never_found_and_never_cost_a_hit(monkeypatch):
     monkeypatch.setattr(nearest, "_BLOCK_ROWS", 64)
     vectors = make_vectors(150, 6)
     order = np.argsort(-(vectors @ vectors[0]), kind="stable")
-    assert search_exact(vectors, np.sort(order[20:]), vectors[0], 10)[1].tolist() == order[20:30].tolist()
+    ((_, rows),) = search_exact(vectors, np.sort(order[20:]), vectors[:1], 10)
+    assert rows.tolist() == order[20:30].tolist()
 
 
 def test_more_hits_than_vectors_gives_all():
     vectors = make_vectors(5, 4)
-    assert sorted(search_exact(vectors, np.array([0, 1, 3, 4]), vectors[0], 10)[1].tolist()) == [0, 1, 3, 4]
+    ((_, rows),) = search_exact(vectors, np.array([0, 1, 3, 4]), vectors[:1], 10)
+    assert sorted(rows.tolist()) == [0, 1, 3, 4]
 
 
-def test_of_equal_vectors_the_earlier_comes_first():
-    vectors = np.repeat(make_vectors(1, 4), 6, axis=0)
-    assert search_exact(vectors, np.arange(6), vectors[0], 3)[1].tolist() == [0, 1, 2]
+def test_of_equal_vectors_the_earlier_comes_first_in_and_across_blocks(monkeypatch):
+    monkeypatch.setattr(nearest, "_BLOCK_ROWS", 4)
+    vectors = np.repeat(np.eye(1, 4, dtype=np.float32), 12, axis=0)
+    ((_, rows),) = search_exact(vectors, np.arange(12), vectors[:1], 3)
+    assert rows.tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("spec", ["HNSW16", "IVF8,Flat", "PCA12,IVF8,SQ8"])
+@pytest.mark.parametrize("spec", ["HNSW16", "IVF8,Flat", "PCA12,IVF8,SQ8", "PQ8x4fs"])
 def test_approximate_index_finds_nearly_all_and_scores_exactly(spec, tmp_path):
     vectors, rows = make_vectors(1200, 16), np.arange(1200)
     index = ApproximateIndex.build(spec, vectors, rows[:1000])
@@ -53,8 +59,8 @@ def test_approximate_index_finds_nearly_all_and_scores_exactly(spec, tmp_path):
     assert again is not None
     assert again.rows.tolist() == rows.tolist()
     num_right = 0
-    for query in make_vectors(20, 16, seed=1):
-        scores, found = again.search(vectors, rows, query, 10)
+    queries = make_vectors(20, 16, seed=1)
+    for query, (scores, found) in zip(queries, again.search(vectors, rows, queries, 10), strict=True):
         best = np.argsort(-(vectors @ query), kind="stable")[:10]
         assert scores == pytest.approx((vectors @ query)[found], abs=1e-6)
         assert (np.diff(scores) <= 0).all()
@@ -66,9 +72,27 @@ def test_approximate_index_looks_further_when_the_near_ones_do_not_count():
     vectors = make_vectors(1200, 16)
     index = ApproximateIndex.build("HNSW16", vectors, np.arange(1200))
     order = np.argsort(-(vectors @ vectors[0]), kind="stable")
-    _, rows = index.search(vectors, np.sort(order[300:]), vectors[0], 10)
-    assert len(rows) == 10
+    (_, others), (_, rows) = index.search(vectors, np.sort(order[300:]), vectors[[order[-1], 0]], 10)
+    assert len(others) == len(rows) == 10
     assert len(set(rows.tolist()) & set(order[300:310].tolist())) >= 8
+
+
+@pytest.mark.parametrize("is_clustered", [True, False])
+def test_the_quick_index_of_a_large_collection_finds_what_comparing_all_finds(monkeypatch, is_clustered):
+    monkeypatch.setattr(nearest, "_MIN_CODED_CANDIDATES", 400)
+    random, dim = np.random.default_rng(3), 64
+    vectors = make_vectors(6000, dim) if is_clustered else random.standard_normal((6000, dim), dtype=np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    queries = vectors[:40] + 0.1 * random.standard_normal((40, dim), dtype=np.float32)
+    index = ApproximateIndex.build(quick_spec(nearest.QUICK_ROWS, dim), vectors, np.arange(6000))
+    wanted = np.argsort(-(queries @ vectors.T), axis=1)[:, :10]
+    found = [rows for _, rows in index.search(vectors, np.arange(6000), queries, 10)]
+    assert np.mean([np.isin(*pair).mean() for pair in zip(wanted, found, strict=True)]) >= 0.99
+
+
+def test_small_collections_and_odd_widths_are_compared_as_a_whole():
+    assert quick_spec(nearest.QUICK_ROWS - 1, 512) == quick_spec(10**6, 511) == ""
+    assert quick_spec(10**6, 512) == "PQ256x4fs"
 
 
 def test_index_that_is_not_one_is_not_read(tmp_path):

@@ -1,10 +1,17 @@
 """Requests become hits of the collection, and nothing else."""
 
+import itertools
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from declip_cli.data.catalogue import open_dataset
-from declip_cli.evaluate.collection import open_collection
+from declip_cli.data.files_dataset import FilesDataset
+from declip_cli.evaluate import nearest
+from declip_cli.evaluate.collection import Collection, open_collection
 from declip_cli.evaluate.encoding import FeatureOptions
 from declip_cli.evaluate.features import image_features
 from declip_cli.evaluate.texts import text_features
@@ -103,6 +110,54 @@ def test_requests_that_mean_nothing_are_refused(words, told):
 def test_requests_that_find_nothing_say_why(searcher, request_, told):
     with pytest.raises(RequestError, match=told):
         searcher.search(request_)
+
+
+def answers_at_once(searcher, requests):
+    """Ask all while one search runs, so that they wait for it together."""
+    with ThreadPoolExecutor(len(requests)) as pool, searcher._turn:
+        futures = [pool.submit(searcher.search, request) for request in requests]
+        while len(searcher._answer._waiting) < len(requests):
+            time.sleep(0.001)
+    return futures
+
+
+def test_requests_that_wait_are_answered_together_as_each_alone_is(tiny_model, photos):
+    searcher = make_searcher(tiny_model, photos)
+    ways = itertools.product(range(5), (1, 3), ("", "day"))
+    requests = [Request(like=number, k=k, within=within) for number, k, within in ways]
+    requests.append(Request(like=1, minus=("x",), k=3))
+    alone = [searcher.search(request)["hits"] for request in requests]
+    compared = []
+    answer = searcher._answer._work
+    searcher._answer._work = lambda questions: compared.append(len(questions)) or answer(questions)
+    together = [future.result()["hits"] for future in answers_at_once(searcher, requests)]
+    assert compared == [len(requests)]
+    assert [ids({"hits": hits}) for hits in together] == [ids({"hits": hits}) for hits in alone]
+    scores = [[hit["score"] for hits in answers for hit in hits] for answers in (alone, together)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+
+
+def test_texts_that_wait_are_encoded_together_as_each_alone_is(tiny_model, photos):
+    requests = [Request(texts=(f"thing {number} {'x ' * number}",), k=12) for number in range(6)]
+    alone = [make_searcher(tiny_model, photos).search(request)["hits"] for request in requests]
+    searcher = make_searcher(tiny_model, photos)
+    with ThreadPoolExecutor(6) as pool:
+        together = [answer["hits"] for answer in pool.map(searcher.search, requests)]
+    for one, other in zip(alone, together, strict=True):
+        assert {hit["id"]: hit["score"] for hit in one} == pytest.approx({h["id"]: h["score"] for h in other}, abs=1e-6)
+
+
+def test_a_large_collection_has_its_codes_compared_first(tiny_model, monkeypatch):
+    monkeypatch.setattr(nearest, "QUICK_ROWS", 700)
+    vectors = np.random.default_rng(0).standard_normal((700, 10), dtype=np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    dataset, said = FilesDataset([f"{number}.jpg" for number in range(700)]), []
+    collection = Collection(dataset, range(700), vectors, np.arange(700))
+    searcher = Searcher(tiny_model, collection, replace(FRESH, say=said.append), quick=True)
+    assert searcher.info()["index"] == "PQ5x4fs"
+    assert said == ["making an index PQ5x4fs of 700 images, for speed; --index Flat compares all of them instead"]
+    wanted = np.argsort(-(vectors @ vectors[4]), kind="stable")[:5].tolist()
+    assert ids(searcher.search(Request(like=4, k=5))) == wanted
 
 
 def test_an_image_that_is_gone_is_told_and_not_remembered(tiny_model, tmp_path, make_picture):
