@@ -2,7 +2,6 @@
 
 import os
 from contextlib import contextmanager
-from functools import partial
 from unittest import mock
 
 import torch
@@ -45,15 +44,20 @@ def only(method, **weights):
     return dict.fromkeys(METHODS[method].default_weights, 0.0) | weights
 
 
+def _narrow(kind, **sizes):
+    """A head of these sizes, whatever the configuration says."""
+    return lambda *dims, **configured: kind(*dims, **sizes)
+
+
 @contextmanager
 def narrow_heads():
     """Let methods have narrow heads: SLIP's are 4,096 wide, DeCLIP's 1,024, and their weights most of a state."""
     with (
-        mock.patch.object(slip, "SimClrHead", partial(SimClrHead, width=9, out_dim=7)),
-        mock.patch.object(declip, "SimClrHead", partial(SimClrHead, width=9, out_dim=7)),
-        mock.patch.object(rocket, "SimClrHead", partial(SimClrHead, width=9, out_dim=7)),
-        mock.patch.object(declip, "SimSiamProjector", partial(SimSiamProjector, width=9)),
-        mock.patch.object(declip, "SimSiamPredictor", partial(SimSiamPredictor, width=9, bottleneck=5)),
+        mock.patch.object(slip, "SimClrHead", _narrow(SimClrHead, width=9, out_dim=7)),
+        mock.patch.object(declip, "SimClrHead", _narrow(SimClrHead, width=9, out_dim=7)),
+        mock.patch.object(rocket, "SimClrHead", _narrow(SimClrHead, width=9, out_dim=7)),
+        mock.patch.object(declip, "SimSiamProjector", _narrow(SimSiamProjector, width=9)),
+        mock.patch.object(declip, "SimSiamPredictor", _narrow(SimSiamPredictor, width=9)),
     ):
         yield
 
