@@ -59,7 +59,8 @@ class Batch:
     mask_counts: Tensor | None = None
     """Labels of each pair, int64, always on the CPU, (B,); None where nobody counted them."""
     mask_positions: Tensor | None = None
-    """Places of these K labels in the flattened `mask_labels`, ascending, int64, (K,); None likewise."""
+    """Places of these K labels in the flattened `mask_labels`, ascending, int64, (K,); None likewise. Negative ones
+    at the end only fill up."""
     text_groups: TextGroups | None = None
     """How the texts are encoded; None leaves the choice to the method."""
 
@@ -167,7 +168,7 @@ class Embeddings:
 
     def detached(self) -> "Embeddings":
         """Leave the graph behind, and keep what is gathered."""
-        other = Embeddings(**{f.name: getattr(self, f.name).detach() for f in fields(Embeddings)})
+        other = Embeddings(**{name: getattr(self, name).detach() for name in EMBEDDING_FIELDS})
         shared = {name: value.detached() for name, value in vars(self).items() if isinstance(value, Gathered)}
         vars(other).update(shared)
         return other
@@ -175,7 +176,11 @@ class Embeddings:
     @staticmethod
     def join(parts: "list[Embeddings]") -> "Embeddings":
         """Concatenate embeddings of consecutive micro-batches along the pairs."""
-        return Embeddings(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Embeddings)})
+        return Embeddings(**{name: torch.cat([getattr(p, name) for p in parts]) for name in EMBEDDING_FIELDS})
+
+
+EMBEDDING_FIELDS = tuple(field.name for field in fields(Embeddings))
+"""Names of its fields; as a constant, since torch.compile cannot ask for them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -274,8 +274,8 @@ class TrainConfig:
     ema_decay: FractionBelow1 | None = None
     """Decay per step of the running average of the weights; the averaged model is the one saved. None: off."""
     freeze: tuple[Literal["image", "text"], ...] = ()
-    compile: bool = False
-    """torch.compile on both towers."""
+    compile: Literal["auto", True, False] = "auto"
+    """Compile what a step computes. `auto`: on a GPU with Triton, after a few steps, if the rest takes over an hour."""
     init: str | None = None
     """Model to start from; None starts from random weights."""
     logit_scale_init: float | None = None

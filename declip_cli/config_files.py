@@ -152,7 +152,7 @@ def _convert(hint: Any, value: Any, dotted: str) -> Any:  # noqa: ANN401
         return value
     if origin is Literal:
         if value not in arguments or type(value) not in map(type, arguments):
-            words = ", ".join(map(str, arguments))
+            words = ", ".join(str(word).lower() if isinstance(word, bool) else str(word) for word in arguments)
             raise ChoiceError(f"{dotted} must be one of {words} (got {value!r})", remedy=f"--set {dotted}=…")
         return value
     return _convert_plain(hint, value, dotted)

@@ -99,9 +99,8 @@ class ResolvedRun:
     @property
     def digest(self) -> str:
         """Name what decides the result: sha256 of settled settings, data and batch, its first 16 digits."""
-        train = replace(
-            self.config.train, threads=None, processes=None, tracker=None, device="auto", init=None, time_limit_s=None
-        )
+        train = replace(self.config.train, threads=None, processes=None, tracker=None, device="auto", compile=False)
+        train = replace(train, init=None, time_limit_s=None)
         data = replace(self.config.data, workers=None, loader=None, cache_dir=None, cache_gb=0)
         settings = replace(self.config, train=train, data=data)
         content = [to_plain(settings), asdict(self.data), self.schedule_batch]

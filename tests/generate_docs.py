@@ -52,7 +52,7 @@ def settings():
             default = getattr(kind(), field.name)
             choices = _choices(get_type_hints(kind)[field.name])
             meaning = re.sub(r"\bNone\b", "`none`", meanings.get((kind.__name__, field.name), ""))
-            meaning += f" One of {', '.join(f'`{choice}`' for choice in choices)}." if choices else ""
+            meaning += f" One of {', '.join(f'`{_as_toml(choice)}`' for choice in choices)}." if choices else ""
             rows.append((f"`{name}.{field.name}`", f"`{_as_toml(default)}`", meaning))
         title = f"## {name}\n\n{ast.get_docstring(_class_of(kind.__name__))}\n\n"
         parts.append(title + table(("key", "default", "meaning"), rows))

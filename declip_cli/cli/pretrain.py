@@ -172,6 +172,7 @@ def _request(
 def _plan(request: "Request") -> dict[str, Any]:
     """Say what a run would do."""
     from declip_cli.train import launch
+    from declip_cli.train.compiled import is_compiled
     from declip_cli.train.estimate import estimate_memory, find_free_memory
     from declip_cli.train.run import plan
 
@@ -179,6 +180,7 @@ def _plan(request: "Request") -> dict[str, Any]:
     settled = run.to_json()
     facts = settled["run"] | {"samples": run.config.train.samples, "total_steps": total_steps}
     estimate, free = estimate_memory(run), find_free_memory(run)
+    facts |= {"compiled": is_compiled(run)[1]}
     facts |= {"free_memory_mib": round(free / 2**20, 1), "largest_micro_batch": estimate.largest_micro_batch(free)}
     return {"run": facts, "memory_mib": estimate.to_mebibytes(), "config": settled["config"]}
 

@@ -2,13 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from declip_cli.batch import NO_LABEL, Batch, Embeddings, LossTerms
+from declip_cli.batch import EMBEDDING_FIELDS, NO_LABEL, Batch, Embeddings, LossTerms
 from declip_cli.config import MethodConfig, Views
 from declip_cli.distributed import Gathered
 from declip_cli.errors import ChoiceError, require
@@ -233,9 +233,11 @@ class Method(nn.Module, ABC):
         labels, positions = batch.mask_labels, batch.mask_positions  # (B, L), (K,)
         if positions is None:
             positions = (labels != NO_LABEL).flatten().nonzero()[:, 0]
+        fills_up, positions = positions < 0, positions.clamp_min(0)  # (K,) each
         owners, places = positions // labels.shape[1], positions % labels.shape[1]  # (K,) each
         logits = self.mask_head(states[owners, places])  # (K, vocabulary)
-        losses = masked_cross_entropy(logits, labels[owners, places], owners, num_owners=len(states))
+        hidden = labels[owners, places].masked_fill(fills_up, NO_LABEL)
+        losses = masked_cross_entropy(logits, hidden, owners, num_owners=len(states))
         return losses, (labels != NO_LABEL).sum(1).float()
 
     def word_fields(self, image: ImageStates, batch: Batch) -> dict[str, Tensor]:
@@ -276,7 +278,7 @@ def embeddings_of(batch: Batch, *, images: Tensor, texts: Tensor, **others: Tens
         The parcel.
     """
     empty = images.new_zeros(len(images), 0)
-    unused = {field.name: empty for field in fields(Embeddings)}
+    unused = dict.fromkeys(EMBEDDING_FIELDS, empty)
     caption_ids = batch.numbers[:, None] if batch.caption_ids is None else batch.caption_ids
     known = {"images": images, "texts": texts, "numbers": batch.numbers, "caption_ids": caption_ids}
     return Embeddings(**unused | known | others)

@@ -104,7 +104,8 @@ class WordHead(nn.Module):
         """Score the words that have been seen.
 
         On a CPU, K is their number, a small part of V where data are few. Elsewhere it is V, since asking a GPU for
-        their number would hold it up; words not seen then score too low to matter.
+        their number would hold it up, and compiled code wants it to stand still; words not seen then score too low to
+        matter.
 
         Args:
             features: mean of the patches, (B, E).
@@ -118,7 +119,8 @@ class WordHead(nn.Module):
         bias: Tensor = self.linear.bias  # (V,)
         is_seen = self.num_with > 0  # (V,)
         rarity = torch.where(is_seen, ((self.num_captions + 1) / (self.num_with + 1)).log(), 0.0)  # (V,)
-        if features.device.type in _COUNTED_AT_ONCE and is_seen.any():
+        is_counted = features.device.type in _COUNTED_AT_ONCE and not torch.compiler.is_compiling()
+        if is_counted and is_seen.any():
             seen = is_seen.nonzero()[:, 0]  # (K,)
             places = torch.full_like(self.num_with, -1).index_put((seen,), torch.arange(len(seen)))
             words = torch.where(words >= 0, places[words], -1)

@@ -25,6 +25,7 @@ from declip_cli.model.precision import has_native_bf16
 from declip_cli.process_group import from_all
 from declip_cli.resolve import Machine, ResolvedRun, settled
 from declip_cli.train.batches import DeviceBatches
+from declip_cli.train.compiled import Compilation
 from declip_cli.train.optim import Schedule, WeightAverage, build_optimizers, schedule_of
 from declip_cli.train.start import start_from
 
@@ -36,6 +37,8 @@ class Training:
     run: ResolvedRun
     accelerator: Accelerator
     method: Method
+    compilation: Compilation
+    """Of the method."""
     stream: TrainStream
     batches: DeviceBatches
     """Those of the stream, on the device."""
@@ -167,14 +170,12 @@ def build_training(run: ResolvedRun, samples: Dataset, *, path: Path, is_resumed
         use_full_batch_norm(method, is_accelerator=accelerator.device.type == "cuda")
     _freeze(method, config)
     copy_from_main(list(method.parameters()) + list(method.buffers()))
-    if config.train.compile:
-        method.encoder.visual.compile()
-        method.encoder.text.compile()
     decay = config.train.ema_decay
     return Training(
         run=run,
         accelerator=accelerator,
         method=method,
+        compilation=Compilation(method, run),
         stream=stream,
         batches=DeviceBatches(stream, accelerator.device),
         optimizers=build_optimizers(method, config),

@@ -68,7 +68,7 @@ class Keeper:
         if self._evaluate is None:
             return {}
         training = self._training
-        with self._meter.paused():
+        with self._meter.paused(), training.compilation.left_out():
             encoder, config = self._encoder(), training.config
             if world_size() > 1 and config.method.batch_norm == "rank":
                 # Ranks have statistics of their own; all score the model that rank 0 saves.

@@ -7,7 +7,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from declip_cli.batch import Batch, Embeddings
+from declip_cli.batch import NO_LABEL, Batch, Embeddings
 from declip_cli.contrastive_losses import BLOCK_ELEMENTS as CONTRASTIVE_BLOCK
 from declip_cli.contrastive_losses import WHOLE_ELEMENTS
 from declip_cli.methods.base import Method
@@ -119,19 +119,23 @@ def _num_tokens(method: Method) -> int:
     return (architecture.image_side_px // side_px) ** 2 + architecture.text.context_length
 
 
-def _kept_for_backward(method: Method, run: ResolvedRun, num_pairs: int) -> tuple[int, int]:
-    """Count the bytes that backward keeps of some pairs, and those of their embeddings."""
+def make_up_batch(method: Method, *, num_pairs: int) -> Batch:
+    """Make black images and texts of full length, a seventh of them masked."""
     architecture, views = method.encoder.architecture, method.views
     side, length = architecture.image_side_px, architecture.text.context_length
-    tokens = torch.full((num_pairs, len(views.texts), length), END_ID)
-    labels = torch.full((num_pairs, length), -100)
+    labels = torch.full((num_pairs, length), NO_LABEL)
     labels[:, : max(1, length // 7)] = 1
-    batch = Batch(
+    return Batch(
         images=torch.zeros(num_pairs, len(views.images), side, side, 3, dtype=torch.uint8),
-        tokens=tokens,
+        tokens=torch.full((num_pairs, len(views.texts), length), END_ID),
         mask_labels=labels,
         numbers=torch.arange(num_pairs),
     )
+
+
+def _kept_for_backward(method: Method, run: ResolvedRun, num_pairs: int) -> tuple[int, int]:
+    """Count the bytes that backward keeps of some pairs, and those of their embeddings."""
+    batch = make_up_batch(method, num_pairs=num_pairs)
     kept: dict[int, int] = {}
     own = {parameter.untyped_storage().data_ptr() for parameter in method.parameters()}
 

@@ -66,9 +66,9 @@ def forward_backward(
     # Both passes have to show the same batches to BatchNorm.
     is_fixed = method.encoder.visual.is_batch_dependent
     pieces = parts if is_fixed else batch.split(_FIRST_PASS_PARTS * micro_batch_size)
-    with torch.no_grad(), _running_statistics_kept(method), autocast():
+    with torch.no_grad(), running_statistics_kept(method), autocast():
         cached = Embeddings.join([method.embed(piece) for piece in pieces])
-    joined = Embeddings(**{f.name: _leaf(getattr(cached, f.name)) for f in fields(Embeddings)})
+    joined = Embeddings(**{f.name: leaf(getattr(cached, f.name)) for f in fields(Embeddings)})
     with autocast():
         terms = method.objective(joined)
     scale_loss(terms.total).backward()
@@ -99,7 +99,8 @@ def _pass_on(
         start += len(part)
 
 
-def _leaf(value: Tensor) -> Tensor:
+def leaf(value: Tensor) -> Tensor:
+    """Have a gradient taken by a tensor, in place, where it can have one."""
     return value.requires_grad_() if value.is_floating_point() and value.numel() else value
 
 
@@ -108,7 +109,7 @@ def _detach_terms(terms: LossTerms) -> LossTerms:
 
 
 @contextmanager
-def _running_statistics_kept(method: nn.Module) -> Iterator[None]:
+def running_statistics_kept(method: nn.Module) -> Iterator[None]:
     """Let the first of two passes leave BatchNorm's running statistics alone, so that each batch counts once."""
     norms = [module for module in method.modules() if hasattr(module, "running_mean")]
     kept = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]  # type: ignore[operator,union-attr]

@@ -125,7 +125,8 @@ def train(
                 agreed.restart()
             scores = keeper.scores() if must_evaluate else {}
             if scores or must_report:
-                yield meter.report(rate=rate, share=decision.share, evaluations=scores)
+                report = meter.report(rate=rate, share=decision.share, evaluations=scores)
+                yield training.compilation.decide(report)
     keeper.save()
     scores = keeper.scores() if decision.is_done else {}
     share = max(decision.share, 1e-9)

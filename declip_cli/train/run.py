@@ -27,6 +27,7 @@ from declip_cli.resolve import ResolvedRun, kept_settings, resolve
 from declip_cli.train.batches import DeviceBatches
 from declip_cli.train.build import Training, build_training, find_machine
 from declip_cli.train.checkpoint import Evaluate, load_same_state, restore_state
+from declip_cli.train.compiled import compiling_explained
 from declip_cli.train.first_pairs import seen_first, write_first_pairs
 from declip_cli.train.health import StepReport
 from declip_cli.train.loop import train
@@ -88,7 +89,7 @@ def pretrain(request: Request, *, evaluate: Evaluate | None, say: Say) -> Iterat
         for line in lines if is_main else ():
             say(line)
             run_dir.append_log(line)
-        with _stop_on_signals(say) as should_stop, _memory_explained(training.run):
+        with _stop_on_signals(say) as should_stop, _memory_explained(training.run), compiling_explained():
             shown_step, shown = run_dir.saved_step, Reports()
             for report in train(training, run_dir, evaluate=evaluate, should_stop=should_stop):
                 if is_main:
@@ -201,6 +202,8 @@ def _describe(training: Training) -> Iterator[str]:
         f"batch {config.train.batch_size} × {machine.world_size}, {total} steps{limit}, peak learning rate "
         f"{training.schedule.peak:.2g}, {machine.device}, {machine.precision}"
     )
+    if machine.device == "cuda" or config.train.compile is True:
+        yield training.compilation.reason
     if config.data.order == "blocks" and training.run.data.is_counted:
         # A window that is read and the next one, each of up to twice as many blocks as asked for.
         num_open = config.data.open_blocks

@@ -29,6 +29,7 @@ def commands() -> Iterator[list[str]]:
                 micro = LARGEST_MICRO_BATCH[arch]
                 words = ["training.py", "--arch", arch, "--method", *METHODS, "--batch-size", str(size), *extra]
                 yield words + (["--micro-batch-size", str(micro)] if size > micro else [])
+    yield ["training.py", "--arch", "vit-b32", "--method", *METHODS, "--batch-size", "256", "--compile", "--graphs"]
     for arch in ARCHITECTURES:
         words = ["end_to_end.py", "--arch", arch, "--batch-size", "1024" if arch == "vit-b32" else "256"]
         yield [*words, "--method", *METHODS, "--pairs", "8192", "--loader", "processes"]

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from declip_cli.config import MethodConfig, ModelConfig, RunConfig, TrainConfig
 from declip_cli.methods.registry import METHODS, build_method
 from declip_cli.resolve import DataFacts, Machine, resolve
+from declip_cli.train.compiled import compile_method
 from declip_cli.train.grad_cache import forward_backward
 from declip_cli.train.optim import build_optimizers, clamp_logit_scales, clip_gradients, step_where
 
@@ -38,8 +39,7 @@ def our_step(arch: str, method_name: str, options: argparse.Namespace, device: t
     config = resolve(asked, data=data, machine=machine).config
     method = build_method(config.model, config.method).to(device).train()
     if options.compile:
-        method.encoder.visual.compile()
-        method.encoder.text.compile()
+        compile_method(method, with_graphs=options.graphs)
     optimizers = build_optimizers(method, config)
     batch = make_batch(method, options, device)
 
@@ -158,8 +158,9 @@ def compare(name: str, step, peer, options: argparse.Namespace, device: torch.de
     """Time our step and a peer's, with its name, in turn."""
     times, theirs = seconds_in_turn((step, peer[0]), options, device)
     without = "".join(f" without {name}" for name in options.without)
+    mode = " compiled" * options.compile + " graphs" * options.graphs
     line = {
-        "name": f"train {name} {options.precision}{' compiled' if options.compile else ''}{without}",
+        "name": f"train {name} {options.precision}{mode}{without}",
         "ours": round(options.batch_size / statistics.median(times), 1),
         "peer": round(options.batch_size / statistics.median(theirs), 1),
         "peer_name": peer[1],
@@ -218,6 +219,7 @@ def main() -> None:
     parser.add_argument("--micro-batch-size", type=int, default=0)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--graphs", action="store_true", help="with --compile: replay steps as CUDA graphs")
     parser.add_argument("--captions", choices=["normal", "heavy"], default="normal", help="how long captions are")
     parser.add_argument("--ungrouped", action="store_true", help="encode all texts as long as the longest")
     parser.add_argument("--faithful", action="store_true", help="compare DeCLIP with the original's step, too")

@@ -216,6 +216,7 @@ def test_a_dry_run_says_what_would_run_and_makes_nothing(tmp_path, monkeypatch):
     assert report["memory_mib"]["total"] == pytest.approx(sum(report["memory_mib"].values()) / 2, abs=0.5)
     assert 0 < report["run"]["largest_micro_batch"] <= 256
     assert report["run"]["free_memory_mib"] > 0
+    assert report["run"]["compiled"].startswith("not compiled: train.compile = auto does that on GPUs only")
     assert not (tmp_path / "runs").exists()
     lines = dict(line.split("\t") for line in pretrain("--data", "demo", "--dry-run").stdout.splitlines())
     assert (lines["run.total_steps"], lines["config.optim.gradient_clip_norm"]) == ("720", "1")
