@@ -64,7 +64,9 @@ def take(training, meter, clock, *, seconds, loss=1.0, norm=1.0, backlog=0.0):
     meter.add(
         StepOutcome(
             terms=LossTerms(total=value, terms={"clip": value}),
-            embeddings=embeddings_of(SimpleNamespace(numbers=torch.arange(4)), images=embeds, texts=embeds),
+            embeddings=embeddings_of(
+                SimpleNamespace(numbers=torch.arange(4), caption_ids=None), images=embeds, texts=embeds
+            ),
             gradient_norm=torch.tensor(norm),
             is_good=good,
             is_bad=~good,
