@@ -54,7 +54,9 @@ def search_exact(vectors: Vectors, rows: Rows, queries: Vectors, k: int) -> list
         part = vectors[block[0] : block[-1] + 1] if is_whole else vectors[block]  # (n, D)
         scores = np.ascontiguousarray((part @ queries.T).T)  # (Q, n)
         found = [_better(*pair, block, k) for pair in zip(found, scores, strict=True)]
-    return found
+    # Scored anew, since a product of several queries rounds otherwise than that of one.
+    near = [np.sort(good) for _, good in found]  # (K,) each
+    return [best(vectors[good] @ query, good, k) for good, query in zip(near, queries, strict=True)]
 
 
 def _better(found: Found, scores: Vectors, rows: Rows, k: int) -> Found:
