@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 REFERENCE = "clip"
-RIVALS = ("clip", "clip-augmented", "slip", "rocket")
+RIVALS = ("clip", "clip-plain", "slip", "rocket")
 """What a method of ours has to beat."""
 SCORES = {
     "zeroshot_top1": "zero-shot top-1",
@@ -33,7 +33,7 @@ edit it.
 ```sh
 pip install -e '.[plots]'
 python tests/benchmarks/data_efficiency.py dev.tar --work WORK --dry-run    # how long it takes
-python tests/benchmarks/data_efficiency.py dev.tar --work WORK --tune clip clip-augmented slip declip --trials 8
+python tests/benchmarks/data_efficiency.py dev.tar --work WORK --tune clip slip rocket declip small --trials 8
 python tests/benchmarks/data_efficiency.py dev.tar --work WORK --budget-minutes 360
 python tests/benchmarks/data_efficiency.py dev.tar --work WORK --summary --page docs/what-it-saves.md
 ```

@@ -150,7 +150,7 @@ def test_a_run_keeps_its_best_model_and_the_best_in_the_time_of_another(parts):
     assert (watch.best.model, watch.best_in_time.model, watch.num_since_best) == ("d", "b", 0)
 
 
-@pytest.mark.parametrize("row", ["clip", "clip-augmented", "slip", "declip", "declip-paper"])
+@pytest.mark.parametrize("row", ["clip", "clip-plain", "slip", "declip", "declip-paper"])
 def test_a_row_keeps_its_rate_to_the_end(row, parts):
     asked = parts["rows"].resolve(row, {"optim.learning_rate_peak": 2e-3})
     assert asked.optim.learning_rate_end == asked.optim.learning_rate_peak == 2e-3
