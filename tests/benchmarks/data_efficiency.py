@@ -204,6 +204,7 @@ def estimate(corpus: Corpus, options: argparse.Namespace, limits: Limits) -> Non
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="tar of folders with captions.jsonl")
+    parser.add_argument("--further", type=Path, help="another such tar: images on which scores are checked again")
     parser.add_argument("--work", type=Path, required=True, help="folder of shards, lines, table and picture")
     parser.add_argument("--rows", nargs="+", choices=ROWS, help=f"default: {' '.join(MAIN_ROWS)}, if they are there")
     parser.add_argument("--sizes", nargs="+", type=float, choices=SIZES, default=list(SIZES))
@@ -232,7 +233,7 @@ def parse_options() -> argparse.Namespace:
 def main() -> None:
     options = parse_options()
     torch.set_num_threads(1)
-    corpus = Corpus(options.data, options.work)
+    corpus = Corpus(options.data, options.work, options.further)
     limits = Limits(max_steps=options.max_steps, eval_every=options.eval_every, patience=options.patience)
     if options.dry_run:
         estimate(corpus, options, limits)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data_efficiency_corpus import FINAL, VALIDATION, Corpus
+from data_efficiency_corpus import FINAL, FURTHER, VALIDATION, Corpus
 
 from declip_cli.config import RunConfig
 from declip_cli.evaluate.encoding import FeatureOptions
@@ -118,17 +118,24 @@ def train(corpus: Corpus, asked: RunConfig, limits: Limits, path: Path, *, equal
 
 
 def final_scores(corpus: Corpus, model: PretrainedModel) -> dict[str, float]:
-    """Score a model on the vendor that no choice ever saw."""
-    final = corpus.scored(FINAL)
-    classified, found = zeroshot(model, final, options=OPTIONS), retrieve(model, final, options=OPTIONS).scores
+    """Score a model on the vendor that no choice ever saw, and on further images if there are any."""
     probe = linear_probe(model, corpus.probe_sets(), with_baseline=True, options=OPTIONS)
+    scores = vendor_scores(corpus, model, FINAL)
+    scores |= {"probe_top1": probe.top1, "raw_pixels_top1": (probe.raw_pixels or {})["top1"]}
+    if corpus.has_further:
+        scores |= {f"{FURTHER}_{name}": score for name, score in vendor_scores(corpus, model, FURTHER).items()}
+    return scores
+
+
+def vendor_scores(corpus: Corpus, model: PretrainedModel, vendor: str) -> dict[str, float]:
+    """Find a vendor's emoji by their names, and the names by the emoji."""
+    images = corpus.scored(vendor)
+    classified, found = zeroshot(model, images, options=OPTIONS), retrieve(model, images, options=OPTIONS).scores
     return {
         "zeroshot_top1": classified.top1,
         "zeroshot_top5": classified.top5 or 0.0,
         "image_to_text_r10": found["image_to_text"]["recall_at_10"],
         "text_to_image_r10": found["text_to_image"]["recall_at_10"],
-        "probe_top1": probe.top1,
-        "raw_pixels_top1": (probe.raw_pixels or {})["top1"],
     }
 
 

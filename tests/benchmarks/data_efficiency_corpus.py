@@ -23,6 +23,8 @@ VALIDATION = "emojione2"
 """Early stopping and tuning look at this vendor only."""
 FINAL = "openmoji"
 """Scored once a cell; no choice looks at it."""
+FURTHER = "further"
+"""Name of images that are not in the archive, on which scores may be checked again."""
 LEFT_OUT = ("emojione1",)
 """An early version of the drawings of `VALIDATION`, some of which `twitter` shares."""
 SIZES = (1.0, 0.5, 0.25, 0.125)
@@ -96,14 +98,20 @@ class Corpus:
 
     Args:
         source: the archive, as of `read_corpus`.
+        further: another, on which all models are scored again, or None.
         work: where shards, indexes and `corpus.json` (what there is, and what was left out) are written.
     """
 
-    def __init__(self, source: Path, work: Path) -> None:
+    def __init__(self, source: Path, work: Path, further: Path | None = None) -> None:
         self._work, self.index_dir = work, work / "index"
+        self.has_further = further is not None
         if not (work / "corpus.json").is_file():
             self._prepare(list(read_corpus(source)))
         self.facts = json.loads((work / "corpus.json").read_text())
+        if further is not None and not (work / f"{FURTHER}.tar").is_file():
+            pairs = list(read_corpus(further))
+            write_text(work / f"{FURTHER}.json", json.dumps(_rows(pairs)))
+            write_shard(work / f"{FURTHER}.tar", pairs)
 
     def _prepare(self, pairs: list[Pair]) -> None:
         by_vendor = {vendor: [one for one in pairs if one.vendor == vendor] for vendor in {one.vendor for one in pairs}}
@@ -177,7 +185,8 @@ class Corpus:
     def _open(self, name: str) -> tuple[Dataset, list[dict[str, str]]]:
         found = open_shards([str(self._work / f"{name}.tar")], cache_dir=str(self.index_dir))
         found.name = name
-        by_key = {row["key"]: row for row in self._table[name]}
+        rows = json.loads((self._work / f"{FURTHER}.json").read_text()) if name == FURTHER else self._table[name]
+        by_key = {row["key"]: row for row in rows}
         return found, [by_key[found.key(number).rpartition("/")[2]] for number in range(len(found))]
 
 

@@ -15,6 +15,8 @@ SCORES = {
     "image_to_text_r10": "image→text R@10",
     "text_to_image_r10": "text→image R@10",
     "probe_top1": "linear probe",
+    "further_text_to_image_r10": "text→image R@10 on images of a further vendor",
+    "further_zeroshot_top1": "zero-shot top-1 on images of a further vendor",
 }
 _KINDS = {"best": "Best against best", "equal_time": f"Within the time that {REFERENCE} took"}
 _PAGE = """# What it saves
@@ -80,7 +82,7 @@ def saving(reference: Mapping[int, float], ours: Mapping[int, float], pairs: int
 
 def _by_seed(lines: Sequence[Mapping[str, Any]], kind: str, row: str, pairs: int, score: str) -> dict[int, float]:
     chosen = [line for line in lines if (line["row"], line["pairs"]) == (row, pairs) and line[kind] is not None]
-    return {line["seed"]: line[kind]["scores"][score] for line in chosen}
+    return {line["seed"]: line[kind]["scores"][score] for line in chosen if score in line[kind]["scores"]}
 
 
 def _latest(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
