@@ -27,14 +27,14 @@ class TextGroups:
 
     order: Tensor
     """The text at each place of the first group, of the second and so on, int64, (N,)."""
-    places: Tensor
+    positions: Tensor
     """The place of each text in that order, int64, (N,)."""
     shapes: tuple[tuple[int, int], ...]
     """Texts of each group, and tokens that are encoded of each."""
 
     def to(self, device: torch.device) -> "TextGroups":
         """Move the tensors to a device, without waiting for it."""
-        return replace(self, order=send(self.order, device), places=send(self.places, device))
+        return replace(self, order=send(self.order, device), positions=send(self.positions, device))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,18 +48,18 @@ class Batch:
     """uint8 RGB, (B, V, S, S, 3); or, in tests, normalized float, (B, V, 3, S, S)."""
     tokens: Tensor
     """Token ids, int64, (B, T, L); 0 is padding. L is the longest text of the batch or the context length."""
-    mask_labels: Tensor
+    mlm_labels: Tensor
     """Ids hidden by masking in the text view of kind `masked`, -100 elsewhere, int64, (B, L)."""
-    numbers: Tensor
+    pair_indices: Tensor
     """Position of each pair in the data set, int64, (B,)."""
     caption_ids: Tensor | None = None
     """The same number where captions are the same, int64, (B, C), C = 0 or None where nobody compared them."""
     text_lengths: Tensor | None = None
     """Tokens of each text without padding, int64, always on the CPU, (B, T); None where nobody counted them."""
-    mask_counts: Tensor | None = None
+    mlm_counts: Tensor | None = None
     """Labels of each pair, int64, always on the CPU, (B,); None where nobody counted them."""
-    mask_positions: Tensor | None = None
-    """Places of these K labels in the flattened `mask_labels`, ascending, int64, (K,); None likewise. Negative ones
+    mlm_positions: Tensor | None = None
+    """Places of these K labels in the flattened `mlm_labels`, ascending, int64, (K,); None likewise. Negative ones
     at the end only fill up."""
     text_groups: TextGroups | None = None
     """How the texts are encoded; None leaves the choice to the method."""
@@ -70,12 +70,12 @@ class Batch:
     def counted(self) -> "Batch":
         """Count tokens and labels before the batch leaves the CPU, so that nobody has to ask a device for them."""
         num_padding = (self.tokens.numpy()[..., ::-1] != 0).argmax(-1)  # (B, T); the last token is never 0
-        has_label = self.mask_labels.numpy() != NO_LABEL
+        has_label = self.mlm_labels.numpy() != NO_LABEL
         return replace(
             self,
             text_lengths=torch.from_numpy(self.tokens.shape[-1] - num_padding),
-            mask_counts=torch.from_numpy(has_label.sum(1)),
-            mask_positions=torch.from_numpy(np.flatnonzero(has_label)),
+            mlm_counts=torch.from_numpy(has_label.sum(1)),
+            mlm_positions=torch.from_numpy(np.flatnonzero(has_label)),
         )
 
     def to(self, device: torch.device) -> "Batch":
@@ -84,25 +84,25 @@ class Batch:
             self,
             images=send(self.images, device),
             tokens=send(self.tokens, device),
-            mask_labels=send(self.mask_labels, device),
-            numbers=send(self.numbers, device),
+            mlm_labels=send(self.mlm_labels, device),
+            pair_indices=send(self.pair_indices, device),
             caption_ids=None if self.caption_ids is None else send(self.caption_ids, device),
-            mask_positions=None if self.mask_positions is None else send(self.mask_positions, device),
+            mlm_positions=None if self.mlm_positions is None else send(self.mlm_positions, device),
         )
 
     def on_device(self) -> list[Tensor]:
         """Return the tensors that `to` moves."""
-        values = (self.images, self.tokens, self.mask_labels, self.numbers, self.caption_ids, self.mask_positions)
+        values = (self.images, self.tokens, self.mlm_labels, self.pair_indices, self.caption_ids, self.mlm_positions)
         return [value for value in values if value is not None]
 
     def split(self, size: int) -> "list[Batch]":
         """Cut into consecutive batches of at most `size` pairs, without waiting for a device."""
-        names = ("images", "tokens", "mask_labels", "numbers", "caption_ids", "text_lengths", "mask_counts")
+        names = ("images", "tokens", "mlm_labels", "pair_indices", "caption_ids", "text_lengths", "mlm_counts")
         pieces = {name: value.split(size) for name in names if (value := getattr(self, name)) is not None}
-        if self.mask_positions is not None and self.mask_counts is not None:
-            parts = self.mask_positions.split([int(counts.numpy().sum()) for counts in self.mask_counts.split(size)])
-            step = size * self.mask_labels.shape[1]
-            pieces["mask_positions"] = tuple(part - number * step for number, part in enumerate(parts))
+        if self.mlm_positions is not None and self.mlm_counts is not None:
+            parts = self.mlm_positions.split([int(counts.numpy().sum()) for counts in self.mlm_counts.split(size)])
+            step = size * self.mlm_labels.shape[1]
+            pieces["mlm_positions"] = tuple(part - number * step for number, part in enumerate(parts))
         return [Batch(**dict(zip(pieces, piece, strict=True))) for piece in zip(*pieces.values(), strict=True)]
 
 
@@ -135,15 +135,15 @@ class Embeddings:
     """Token-wise features of one text, (B, L, Q)."""
     text_token_mask: Tensor
     """True where `text_tokens` counts, bool, (B, L)."""
-    mask_losses: Tensor
+    mlm_losses: Tensor
     """Sum of the masked-language cross-entropies of each pair, in nats, (B,) or (B, 0)."""
-    mask_counts: Tensor
+    mlm_counts: Tensor
     """Number of masked tokens of each pair, float, (B,) or (B, 0)."""
     word_losses: Tensor
     """Cross-entropy of the words predicted from each image, in nats, (B,) or (B, 0)."""
     words: Tensor
     """Ids of each caption's tokens, every id once, -1 elsewhere, int64, (B, L)."""
-    numbers: Tensor
+    pair_indices: Tensor
     """Position of each pair in the data set, int64, (B,)."""
     caption_ids: Tensor
     """The same number where captions are the same, int64, (B, C) or (B, 0)."""
@@ -152,12 +152,12 @@ class Embeddings:
         return self.images.shape[0]
 
     @cached_property
-    def unit_images(self) -> Gathered:
+    def normalized_images(self) -> Gathered:
         """`images` scaled to unit length, for all terms of a step, (B, V, D) and (M, V, D)."""
         return Gathered(F.normalize(self.images.float(), dim=-1))
 
     @cached_property
-    def unit_texts(self) -> Gathered:
+    def normalized_texts(self) -> Gathered:
         """`texts` scaled to unit length, for all terms of a step, (B, T, D) and (M, T, D)."""
         return Gathered(F.normalize(self.texts.float(), dim=-1))
 
@@ -188,6 +188,6 @@ class LossTerms:
     """What a method's `objective` returns: each term, unweighted, and their weighted sum."""
 
     total: Tensor
-    """What is minimised, in nats where it is a cross-entropy, ()."""
+    """What is minimized, in nats where it is a cross-entropy, ()."""
     terms: dict[str, Tensor]
     """Every term by name, unweighted, each ()."""

@@ -42,7 +42,7 @@ class ModelConfig:
     quick_gelu: bool | None = None
     """x·sigmoid(1.702x), as OpenAI and the original; false is the exact GELU; None: the architecture's own."""
     resize_px: int | None = None
-    """Shorter side of a picture before the centre crop of evaluations; None: the image's side, as OpenCLIP does it."""
+    """Shorter side of an image before the center crop of evaluations; None: the image's side, as OpenCLIP does it."""
     resize_mode: Literal["shortest", "squash"] | None = None
     interpolation: Literal["bilinear", "bicubic"] | None = None
     """Of evaluations, too; None: `shortest` and `bilinear`."""
@@ -55,9 +55,9 @@ class AugmentConfig:
     """How views are drawn; the defaults are the original's (P/data/transforms.py)."""
 
     plain_crop_area_min: Fraction = 0.5
-    """Smallest share of the picture in a `plain` view (STANDARD_SLIP)."""
+    """Smallest share of the image in a `plain` view (STANDARD_SLIP)."""
     crop_area_min: Fraction = 0.2
-    """Smallest share of the picture in an `augmented` view (MOCOV2)."""
+    """Smallest share of the image in an `augmented` view (MOCOV2)."""
     jitter_probability: Fraction = 0.8
     brightness: Fraction = 0.4
     """Half width of the factor's range around 1; contrast and saturation likewise."""
@@ -137,7 +137,7 @@ class MethodConfig:
     """Captions of a pair that its texts show in a step, drawn anew each time; where there are fewer, they repeat. The
     method sees as many texts, if need be (clip, slip; declip and defilip with `pairs` = 4)."""
     queue_size: AtLeast1 = 65536
-    """Rows of the nearest-neighbour queue (2^16 in the paper)."""
+    """Rows of the nearest-neighbor queue (2^16 in the paper)."""
     token_wise_top_k: AtLeast1 = 16
     """Tokens of each text and image that are gathered in the token-wise loss: those most relevant to its pair."""
     head_width: AtLeast1 | None = None
@@ -154,9 +154,9 @@ class MethodConfig:
     strong_label_smoothing: Fraction = 0.1
     """Label smoothing between rocket's strong views, in the place of `label_smoothing`."""
     nn_symmetric: bool | None = None
-    """Match neighbour → image as well as image → neighbour (P/model/declip.py:281-300 has the latter only)."""
+    """Match neighbor → image as well as image → neighbor (P/model/declip.py:281-300 has the latter only)."""
     nn_exclude_own: bool | None = None
-    """Never return a pair's own caption of an earlier epoch as its neighbour."""
+    """Never return a pair's own caption of an earlier epoch as its neighbor."""
     queue_start: Literal["empty", "random"] | None = None
     """What the queue holds at first: nothing, or random directions that may be returned (original)."""
     queue_scope: Literal["global", "rank"] | None = None

@@ -1,9 +1,9 @@
 """Ranks, and sums over ranks with their gradients: the same code for one process and for many.
 
-Every rank minimises its own loss over its rows of the full batch, and `gradient_average` takes the mean over the
+Every rank minimizes its own loss over its rows of the full batch, and `gradient_average` takes the mean over the
 ranks. Backward of a gather or a sum over ranks therefore adds the gradients of all ranks: what each rank ends with
 is the gradient of the mean of all ranks' losses, which is the full-batch gradient (open_clip issues 616 and 894).
-torch.distributed.nn.functional has the same gather and sum, deprecated in favour of functions without a public name.
+torch.distributed.nn.functional has the same gather and sum, deprecated in favor of functions without a public name.
 """
 
 from collections.abc import Callable, Iterable, Sequence

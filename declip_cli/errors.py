@@ -35,7 +35,7 @@ class ChoiceError(ConfigError):
 
 
 class DataError(DeclipError):
-    """The user's pictures, captions, tables or shards cannot be read.
+    """The user's images, captions, tables or shards cannot be read.
 
     Args:
         message: as of DeclipError.

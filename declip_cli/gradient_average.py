@@ -86,9 +86,9 @@ class GradientAverage:
 
     def _agree(self) -> None:
         """Make the buckets: first what has arrived on every rank, as on rank 0, then what else has a gradient."""
-        parameters, places = self._parameters, {p: place for place, p in enumerate(self._arrived)}
-        found = torch.tensor([[p in places, p.grad is not None] for p in parameters], dtype=torch.int32)
-        order = torch.tensor([places.get(p, -1) for p in parameters])
+        parameters, positions = self._parameters, {p: position for position, p in enumerate(self._arrived)}
+        found = torch.tensor([[p in positions, p.grad is not None] for p in parameters], dtype=torch.int32)
+        order = torch.tensor([positions.get(p, -1) for p in parameters])
         dist.all_reduce(found)  # on the CPU, as is the order
         dist.broadcast(order, src=0)
         num_arrived, num_there = found.unbind(1)

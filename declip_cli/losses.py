@@ -45,14 +45,14 @@ def nt_xent(queries: Tensor, keys: Tensor, rows: Tensor, *, temperature: float) 
         return torch.stack(losses).mean()
 
 
-def masked_cross_entropy(logits: Tensor, labels: Tensor, owners: Tensor, *, num_owners: int) -> Tensor:
+def masked_cross_entropy(logits: Tensor, labels: Tensor, text_ids: Tensor, *, num_texts: int) -> Tensor:
     """Add up the cross-entropy of predicted tokens, text by text.
 
     Args:
         logits: scores of the vocabulary at the masked positions only, (K, V).
         labels: the hidden ids, int64, (K,).
-        owners: the text each position belongs to, int64, (K,).
-        num_owners: number of texts, B.
+        text_ids: the text each position belongs to, int64, (K,).
+        num_texts: number of texts, B.
 
     Returns:
         Sum per text in nats, 0 for a text without masked tokens, (B,).
@@ -60,7 +60,7 @@ def masked_cross_entropy(logits: Tensor, labels: Tensor, owners: Tensor, *, num_
     Source: BERT, arXiv 1810.04805; DeCLIP, arXiv 2110.05208, section 3.2.
     """
     losses = F.cross_entropy(logits.float(), labels, reduction="none")  # (K,)
-    return torch.zeros(num_owners, device=losses.device).index_add(0, owners, losses)
+    return torch.zeros(num_texts, device=losses.device).index_add(0, text_ids, losses)
 
 
 def word_cross_entropy(logits: Tensor, words: Tensor, rarity: Tensor) -> Tensor:

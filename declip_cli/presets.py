@@ -32,18 +32,18 @@ logit_scale_param_value`. Bounds of the logit scale by default: OpenCLIP and SLI
 
 `nn_exclude_own` matters only where an epoch has fewer texts than the queue has rows; else own captions have left the
 queue when their pair returns. On 1,817 pairs of the demo corpus (queue 65,536, 46,080 samples, means of six seeds),
-95 % of the neighbours end up being own captions, yet leaving them out costs 0.8 points of zero-shot top-1, 1.1 of
+95 % of the neighbors end up being own captions, yet leaving them out costs 0.8 points of zero-shot top-1, 1.1 of
 top-5 and 0.8 of text-to-image recall at 10 (standard errors 0.4, 0.4 and 0.2). So they stay, as in the original.
 """
 
 
-def settle_switches(section: str, config: C, *, is_faithful: bool) -> C:
+def resolve_switches(section: str, config: C, *, is_faithful: bool) -> C:
     """Put the preset's values in the place of None; what is settled already stays."""
     values = {key: pair[is_faithful] for key, pair in PRESETS[section].items()}
     return replace(config, **{key: value for key, value in values.items() if getattr(config, key) is None})
 
 
-def settle_data(config: DataConfig, num_blocks: int, global_batch: int, *, suits_blocks: bool) -> DataConfig:
+def resolve_data(config: DataConfig, num_blocks: int, global_batch: int, *, suits_blocks: bool) -> DataConfig:
     """Choose order and streams of the pairs where nothing was asked; `suits_blocks` says which order."""
     # Equal shares of each batch, and enough blocks in each stream that few are shared between two.
     most = max(1, num_blocks // 8)

@@ -37,7 +37,7 @@ def is_launched() -> bool:
 
 
 @contextmanager
-def joined(*, has_gpu: bool, tell: Callable[[str], None]) -> Iterator[None]:
+def joined(*, has_gpu: bool, log: Callable[[str], None]) -> Iterator[None]:
     """Join the processes that a launcher started; an error inside the block ends all of them.
 
     Every rank gives a sign of life and looks for a failure once a second, beside the work, through the key-value
@@ -45,7 +45,7 @@ def joined(*, has_gpu: bool, tell: Callable[[str], None]) -> Iterator[None]:
 
     Args:
         has_gpu: tensors on a GPU are exchanged too; those on the CPU always are.
-        tell: prints a message; called on rank 0 when another rank has failed.
+        log: prints a message; called on rank 0 when another rank has failed.
 
     Raises:
         TrainError: the processes do not find each other, or one of them is gone.
@@ -61,7 +61,7 @@ def joined(*, has_gpu: bool, tell: Callable[[str], None]) -> Iterator[None]:
             f"the {os.environ['WORLD_SIZE']} processes do not find each other: {error}",
             remedy="check MASTER_ADDR and MASTER_PORT, and that every process has started",
         ) from error
-    watch = _Watch(tell)
+    watch = _Watch(log)
     try:
         yield
         dist.barrier()
@@ -101,20 +101,20 @@ def from_all(value: T) -> list[T]:
 @contextmanager
 def signals_handled(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Let a function handle Ctrl-C and a scheduler's SIGTERM and SIGUSR1 inside the block; in the main thread."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    previous = {number: signal.signal(number, handle) for number in numbers}
+    signums = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    previous = {signum: signal.signal(signum, handle) for signum in signums}
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
 
 
 class _Watch:
     """A thread that looks after the other ranks."""
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        self._tell = tell
+    def __init__(self, log: Callable[[str], None]) -> None:
+        self._log = log
         # A connection of its own: the main thread may wait in the other one.
         self._store = dist.distributed_c10d._get_default_store().clone()
         self._store.set_timeout(timedelta(seconds=_SILENCE_S))
@@ -162,12 +162,12 @@ class _Watch:
                 self._store.set(f"{_ALIVE}{rank()}", str(count))
                 if self._store.check([_FAILED]):
                     self._end(self._store.get(_FAILED))
-                self._look_after(others, seen)
+                self._check_ranks(others, seen)
         except RuntimeError:
             if not self._over.is_set():
                 self._end(_failure(0, "it is gone without a word: killed, or its machine is down"))
 
-    def _look_after(self, others: list[int], seen: dict[int, tuple[bytes, float]]) -> None:
+    def _check_ranks(self, others: list[int], seen: dict[int, tuple[bytes, float]]) -> None:
         """End everything when one of the ranks has been silent for too long."""
         now = time.monotonic()
         for other in others:
@@ -183,9 +183,9 @@ class _Watch:
         """End this process, whatever its main thread waits for."""
         content = json.loads(failure)
         if rank() == 0:
-            self._tell(f"error: process {content['rank']} of {world_size()} has failed: {content['message']}")
+            self._log(f"error: process {content['rank']} of {world_size()} has failed: {content['message']}")
             if content["remedy"]:
-                self._tell(f"  fix: {content['remedy']}")
+                self._log(f"  fix: {content['remedy']}")
         with suppress(RuntimeError):
             self._store.add(_READ, 1)
             if rank() == 0:

@@ -21,8 +21,8 @@ from declip_cli.config_files import (
 )
 from declip_cli.errors import ConfigError, require
 from declip_cli.methods.registry import METHODS
-from declip_cli.model.architectures import OF_INIT, settle_model
-from declip_cli.presets import PRESETS, settle_data, settle_switches
+from declip_cli.model.architectures import OF_INIT, resolve_model
+from declip_cli.presets import PRESETS, resolve_data, resolve_switches
 
 T = TypeVar("T")
 
@@ -162,19 +162,19 @@ def resolve_run(
         recipe = recipe_of_data(given.get("data", {}).get("path"))
     settings = to_plain(before) if before is not None else load_recipe(recipe) if recipe is not None else {}
     whose = f"recipe {recipe}" if recipe is not None else "the run so far"
-    notes, said = list[str](), dict[str, Any]()
+    notes, requested = list[str](), dict[str, Any]()
     from_file = read_settings(file) if file is not None else {}
     for source, name in ((from_file, str(file)), (given, ""), (parse_assignments(assignments), "")):
         part, renamed = with_new_names(source)
         notes += renamed + _leave_out_other_method(settings, part, whose=whose)
         _overlay(settings, part)
         if file is None or name != str(file) or file.suffix != ".json":  # that one says everything
-            _overlay(said, part)
+            _overlay(requested, part)
         whose = name if "method" in part and name else whose
-    if recipe is not None and said.get("model", {}).get("arch") == OF_INIT:
-        settings["model"] = said["model"]  # the recipe's sizes are of another model
+    if recipe is not None and requested.get("model", {}).get("arch") == OF_INIT:
+        settings["model"] = requested["model"]  # the recipe's sizes are of another model
     config = build_config(RunConfig, settings)
-    return config, notes + list(_ignored(said, config))
+    return config, notes + list(_ignored(requested, config))
 
 
 def _overlay(settings: dict[str, Any], changes: Mapping[str, Any]) -> None:
@@ -186,10 +186,10 @@ def _overlay(settings: dict[str, Any], changes: Mapping[str, Any]) -> None:
     merge_into(settings, changes)
 
 
-def _leave_out_other_method(settings: dict[str, Any], said: Mapping[str, Any], *, whose: str) -> list[str]:
+def _leave_out_other_method(settings: dict[str, Any], requested: Mapping[str, Any], *, whose: str) -> list[str]:
     """Drop from settings of another method what the chosen one has not, and the loss weights."""
     method = settings.get("method", {})
-    chosen = said.get("method", {}).get("name") if isinstance(said.get("method", {}), Mapping) else None
+    chosen = requested.get("method", {}).get("name") if isinstance(requested.get("method", {}), Mapping) else None
     if not method or chosen in (None, method.get("name", MethodConfig().name)) or chosen not in METHODS:
         return []
     for key in [key for key in method if key == "weights" or key not in METHODS[chosen].options]:
@@ -197,12 +197,12 @@ def _leave_out_other_method(settings: dict[str, Any], said: Mapping[str, Any], *
     return [f"note: method {chosen} has its own loss weights; those of {whose} are left out"]
 
 
-def _ignored(said: Mapping[str, Any], config: RunConfig) -> Iterable[str]:
+def _ignored(requested: Mapping[str, Any], config: RunConfig) -> Iterable[str]:
     """Name settings that were given but change nothing."""
-    for key in said.get("method", {}):
+    for key in requested.get("method", {}):
         if key not in METHODS[config.method.name].options:
             yield f"note: method {config.method.name} does not use method.{key}"
-    if said.get("train", {}).get("eval_every_steps") and not config.train.eval:
+    if requested.get("train", {}).get("eval_every_steps") and not config.train.eval:
         yield "note: train.eval_every_steps changes nothing without --eval"
 
 
@@ -232,23 +232,25 @@ def resolve(
     global_batch = config.train.batch_size * machine.world_size
     schedule_batch = before.schedule_batch if before is not None else global_batch
     is_faithful = config.method.faithful
-    method = settle_switches("method", config.method, is_faithful=is_faithful)
+    method = resolve_switches("method", config.method, is_faithful=is_faithful)
     samples = _length(config, global_batch, data, step=step, samples_seen=samples_seen)
-    optim = _settle_optim(config.optim, samples=samples, global_batch=global_batch, schedule_batch=schedule_batch)
+    optim = _resolve_optim(config.optim, samples=samples, global_batch=global_batch, schedule_batch=schedule_batch)
     whole = RunConfig(
-        model=settle_model(config.model),
-        data=settle_data(config.data, data.num_blocks, global_batch, suits_blocks=data.suits_blocks and before is None),
+        model=resolve_model(config.model),
+        data=resolve_data(
+            config.data, data.num_blocks, global_batch, suits_blocks=data.suits_blocks and before is None
+        ),
         augment=config.augment,
         method=replace(method, weights=METHODS[method.name].default_weights | method.weights),
-        optim=settle_switches("optim", optim, is_faithful=is_faithful),
-        train=_settle_train(config, samples=samples, global_batch=global_batch, precision=machine.precision),
+        optim=resolve_switches("optim", optim, is_faithful=is_faithful),
+        train=_resolve_train(config, samples=samples, global_batch=global_batch, precision=machine.precision),
     )
     return ResolvedRun(asked=asked, config=whole, data=data, machine=machine, schedule_batch=schedule_batch)
 
 
-def _settle_train(config: RunConfig, *, samples: int, global_batch: int, precision: str) -> TrainConfig:
+def _resolve_train(config: RunConfig, *, samples: int, global_batch: int, precision: str) -> TrainConfig:
     train = replace(config.train, samples=samples, steps=None, epochs=None, precision=precision)  # type: ignore[arg-type]
-    train = settle_switches("train", train, is_faithful=config.method.faithful)
+    train = resolve_switches("train", train, is_faithful=config.method.faithful)
     is_sigmoid = config.method.contrastive == "sigmoid"
     if train.logit_scale_init is None:
         train = replace(train, logit_scale_init=math.log(10.0 if is_sigmoid else 1 / 0.07))
@@ -293,7 +295,7 @@ def _length(config: RunConfig, global_batch: int, data: DataFacts, *, step: int,
     return samples
 
 
-def _settle_optim(optim: OptimConfig, *, samples: int, global_batch: int, schedule_batch: int) -> OptimConfig:
+def _resolve_optim(optim: OptimConfig, *, samples: int, global_batch: int, schedule_batch: int) -> OptimConfig:
     peak = optim.learning_rate_peak
     if peak is None:
         require(

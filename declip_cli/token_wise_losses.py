@@ -34,8 +34,8 @@ def most_relevant_tokens(tokens: Tensor, partners: Tensor, *, mask: Tensor, part
         counted = (partners * partner_mask[..., None]).sum(1, keepdim=True)  # (B, 1, Q)
         relevance = (tokens * counted).sum(2).masked_fill(~mask, float("-inf"))  # (B, L)
         best = relevance.topk(min(top_k, tokens.shape[1]), dim=1).indices
-        places = torch.arange(top_k, device=tokens.device)
-        best = best.gather(1, torch.where(places < mask.sum(1, keepdim=True), places, 0))  # (B, K)
+        positions = torch.arange(top_k, device=tokens.device)
+        best = best.gather(1, torch.where(positions < mask.sum(1, keepdim=True), positions, 0))  # (B, K)
     return tokens.gather(1, best[..., None].expand(-1, -1, tokens.shape[2]))
 
 
@@ -95,8 +95,8 @@ class _MeanBestMatch(torch.autograd.Function):
             query, key = queries[some], keys[some_keys]
             pulls = gradient[some, None, some_keys] * weights[some, :, None]  # (b, P, m)
             spread = query.new_zeros(*pulls.shape, key.shape[1])  # (b, P, m, K)
-            places = best_keys[some, :, some_keys].long()
-            spread.scatter_(3, places[..., None], pulls.to(query.dtype)[..., None])
+            positions = best_keys[some, :, some_keys].long()
+            spread.scatter_(3, positions[..., None], pulls.to(query.dtype)[..., None])
             similarity = spread.flatten(2).flatten(0, 1)  # (b·P, m·K)
             to_queries[some] += (similarity @ key.flatten(0, 1)).view_as(query)
             to_keys[some_keys] += (similarity.T @ query.flatten(0, 1)).view_as(key)

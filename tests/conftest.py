@@ -55,7 +55,7 @@ def quick_ranks() -> Iterator[None]:
 
 
 def random_model(*, token_wise_dim: int = 0, seed: int = 0) -> PretrainedModel:
-    """Build a very small model with random weights: pictures of 16 px, texts of 12 tokens, D = 10."""
+    """Build a very small model with random weights: images of 16 px, texts of 12 tokens, D = 10."""
     torch.manual_seed(seed)
     architecture = Architecture(
         image_side_px=16,
@@ -89,7 +89,7 @@ def tiny_token_model() -> PretrainedModel:
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with a random model for 32 px pictures."""
+    """A run folder with a random model for 32 px images."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     torch.manual_seed(0)
     config = ModelConfig(arch="vit-tiny32")
@@ -98,8 +98,8 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def make_picture() -> Callable[..., bytes]:
-    """A function that draws a smooth random picture: `make_picture(seed, width=40, height=30, format="JPEG")`."""
+def make_image() -> Callable[..., bytes]:
+    """A function that draws a smooth random image: `make_image(seed, width=40, height=30, format="JPEG")`."""
 
     def make(seed: int, *, width: int = 40, height: int = 30, format: str = "JPEG") -> bytes:
         few = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)

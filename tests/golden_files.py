@@ -101,7 +101,7 @@ def golden_method(golden: Golden, **options) -> Method:
         method.simclr_head = SimClrHead(encoder.visual.feature_dim, out_dim=spec["predictor_sim.linear3.bias"][1][0])
     missing, unexpected = method.load_state_dict(from_original(golden_state(golden)), strict=False)
     # The original allocates a masked-language head for FILIP and never uses it.
-    assert all(name.startswith("mask_head") for name in unexpected), unexpected
+    assert all(name.startswith("mlm_head") for name in unexpected), unexpected
     assert all("queue" in name or "num_batches_tracked" in name for name in missing), missing
     if hasattr(method, "queue"):
         method.queue.rows.copy_(torch.from_numpy(golden.arrays["bank_before"]).T)
@@ -126,8 +126,8 @@ def golden_batch(golden: Golden, rank: int = 0, num_ranks: int = 1) -> Batch:
     return Batch(
         images=views[own],
         tokens=original_ids(tokens)[own],
-        mask_labels=original_ids(labels)[own],
-        numbers=torch.arange(len(views))[own],
+        mlm_labels=original_ids(labels)[own],
+        pair_indices=torch.arange(len(views))[own],
     )
 
 

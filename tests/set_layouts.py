@@ -17,8 +17,8 @@ from declip_cli.data.benchmarks.imagenet import wordnet_ids
 from declip_cli.data.benchmarks.known import asset_lists
 
 
-def put_picture(path: Path) -> Path:
-    """Write a small picture; its suffix decides the format."""
+def put_image(path: Path) -> Path:
+    """Write a small image; its suffix decides the format."""
     path.parent.mkdir(parents=True, exist_ok=True)
     seed = sum(path.name.encode())
     pixels = np.random.default_rng(seed).integers(0, 256, (8, 9, 3), dtype=np.uint8)
@@ -34,7 +34,7 @@ def put_lines(path: Path, lines: Sequence[str]) -> None:
 def put_classes(root: Path, names: Sequence[str], per_class: int, suffix: str = ".jpg") -> None:
     for name in names:
         for number in range(per_class):
-            put_picture(root / name / f"{name.replace('/', '_')}_{number}{suffix}")
+            put_image(root / name / f"{name.replace('/', '_')}_{number}{suffix}")
 
 
 def pets(root: Path) -> list[tuple[str, int]]:
@@ -44,7 +44,7 @@ def pets(root: Path) -> list[tuple[str, int]]:
         put_lines(base / "annotations" / f"{split}.txt", [f"{name} {label} 1 1" for name, label in rows])
         rows = rows[:2]
     for name in ("Abyssinian_100", "yorkshire_terrier_9", "american_bulldog_2"):
-        put_picture(base / "images" / f"{name}.jpg")
+        put_image(base / "images" / f"{name}.jpg")
     return [("Abyssinian_100.jpg", 0), ("yorkshire_terrier_9.jpg", 36)]
 
 
@@ -56,7 +56,7 @@ def food101(root: Path) -> list[tuple[str, int]]:
         put_lines(base / "meta" / f"{split}.json", [json.dumps(table)])
     for files in table.values():
         for file in files:
-            put_picture(base / "images" / f"{file}.jpg")
+            put_image(base / "images" / f"{file}.jpg")
     return [(f"{file}.jpg", label) for label, files in enumerate(table.values()) for file in files]
 
 
@@ -68,7 +68,7 @@ def sun397(root: Path) -> list[tuple[str, int]]:
     put_lines(base / "Partitions" / "Testing_01.txt", chosen)
     put_lines(base / "Partitions" / "Training_01.txt", chosen[:1])
     for file in [*chosen, f"{classes[1]}/sun_not_in_the_split.jpg"]:
-        put_picture(base / file.lstrip("/"))
+        put_image(base / file.lstrip("/"))
     return [(chosen[0].lstrip("/"), 396), (chosen[1].lstrip("/"), 1)]
 
 
@@ -80,7 +80,7 @@ def flowers102(root: Path) -> list[tuple[str, int]]:
     ids = {"trnid": np.array([[1, 2]]), "valid": np.array([[2, 1]]), "tstid": np.array([[4, 3]], dtype=np.uint16)}
     scipy.io.savemat(base / "setid.mat", ids, do_compression=True)
     for number in range(1, 5):
-        put_picture(base / "jpg" / f"image_{number:05d}.jpg")
+        put_image(base / "jpg" / f"image_{number:05d}.jpg")
     return [("image_00004.jpg", 4), ("image_00003.jpg", 101)]
 
 
@@ -97,7 +97,7 @@ def cars(root: Path) -> list[tuple[str, int]]:
     scipy.io.savemat(base / "devkit" / "cars_train_annos.mat", {"annotations": rows[:, :2]})
     for split in ("train", "test"):
         for number in range(3):
-            put_picture(base / f"cars_{split}" / f"{number:05d}.jpg")
+            put_image(base / f"cars_{split}" / f"{number:05d}.jpg")
     return [("00000.jpg", 195), ("00001.jpg", 0), ("00002.jpg", 19)]
 
 
@@ -118,7 +118,7 @@ def aircraft(root: Path) -> list[tuple[str, int]]:
     for split in ("train", "val", "trainval", "test"):
         put_lines(base / f"images_variant_{split}.txt", rows)
     for row in rows:
-        put_picture(base / "images" / f"{row.split()[0]}.jpg")
+        put_image(base / "images" / f"{row.split()[0]}.jpg")
     return [("0034309.jpg", 99), ("1034309.jpg", 0)]
 
 
@@ -131,7 +131,7 @@ def dtd(root: Path) -> list[tuple[str, int]]:
     for split in ("train", "val", "test"):
         put_lines(base / "labels" / f"{split}1.txt", files)
     for file in files:
-        put_picture(base / "images" / file)
+        put_image(base / "images" / file)
     return [(files[0], 46), *((file, label) for label, file in enumerate(files[1:]))]
 
 
@@ -139,7 +139,7 @@ def gtsrb(root: Path) -> list[tuple[str, int]]:
     base = root / "gtsrb"
     rows = [("00000.ppm", 16), ("00001.ppm", 1)]
     for name, _ in rows:
-        put_picture(base / "GTSRB" / "Final_Test" / "Images" / name)
+        put_image(base / "GTSRB" / "Final_Test" / "Images" / name)
     with (base / "GT-final_test.csv").open("w", newline="") as file:
         writer = csv.writer(file, delimiter=";")
         writer.writerow(["Filename", "Width", "Height", "ClassId"])
@@ -153,7 +153,7 @@ def country211(root: Path) -> list[tuple[str, int]]:
     for split in ("train", "valid", "test"):
         for code in codes:
             (root / "country211" / split / code).mkdir(parents=True)
-            put_picture(root / "country211" / split / code / "1.jpg")
+            put_image(root / "country211" / split / code / "1.jpg")
     return [(f"{code}/1.jpg", label) for label, code in enumerate(codes)]
 
 
@@ -243,7 +243,7 @@ def imagenet(root: Path) -> list[tuple[str, int]]:
         for name in ids:
             (root / "imagenet" / split / name).mkdir(parents=True)
         for label in (999, 0):
-            put_picture(root / "imagenet" / split / ids[label] / f"{ids[label]}_1.JPEG")
+            put_image(root / "imagenet" / split / ids[label] / f"{ids[label]}_1.JPEG")
     return [(f"{ids[0]}_1.JPEG", 0), (f"{ids[999]}_1.JPEG", 999)]
 
 
@@ -251,8 +251,8 @@ def imagenetv2(root: Path) -> list[tuple[str, int]]:
     folder = root / "imagenetv2-matched-frequency-format-val"
     for label in range(1000):
         (folder / str(label)).mkdir(parents=True)
-    put_picture(folder / "10" / "b.jpeg")
-    put_picture(folder / "2" / "a.jpeg")
+    put_image(folder / "10" / "b.jpeg")
+    put_image(folder / "2" / "a.jpeg")
     return [("2/a.jpeg", 2), ("10/b.jpeg", 10)]
 
 
@@ -260,7 +260,7 @@ def sketch(root: Path) -> list[tuple[str, int]]:
     ids = wordnet_ids()
     for name in ids:
         (root / "sketch" / name).mkdir(parents=True)
-    put_picture(root / "sketch" / ids[5] / "sketch_1.JPEG")
+    put_image(root / "sketch" / ids[5] / "sketch_1.JPEG")
     return [("sketch_1.JPEG", 5)]
 
 
@@ -272,8 +272,8 @@ def objectnet(root: Path) -> list[tuple[str, int]]:
     put_lines(base / "mappings" / "objectnet_to_imagenet_1k.json", [json.dumps(shared)])
     for folder in folders:
         (base / "images" / folder).mkdir(parents=True)
-    put_picture(base / "images" / "object_001" / "not_in_imagenet.png")
-    put_picture(base / "images" / "object_201" / "x.png")
+    put_image(base / "images" / "object_001" / "not_in_imagenet.png")
+    put_image(base / "images" / "object_201" / "x.png")
     return [("object_201/x.png", 1)]
 
 

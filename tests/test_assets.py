@@ -77,17 +77,17 @@ def test_the_vocabulary_has_the_merges_that_clip_uses():
     assert lines[1] == "i n"
 
 
-def test_the_notice_names_every_asset_of_others_and_its_licence():
+def test_the_notice_names_every_asset_of_others_and_its_license():
     root = asset_path("prompts").parent
     notice = (root.parent / "NOTICE").read_text("utf-8")
-    named = {"recipes", "catalogue.toml", "serve"}  # ours
+    named = {"recipes", "catalog.toml", "serve"}  # ours
     for path in root.iterdir():
         assert f"assets/{path.name}" in notice or path.name in named
-    for licence in (root / "licences").iterdir():
-        assert licence.name in notice
-        assert "opyright" in licence.read_text("utf-8")
-    for licence in ("openai-clip-MIT.txt", "open_clip-MIT.txt", "clip_benchmark-MIT.txt", "WordNet-3.0.txt"):
-        assert (root / "licences" / licence).is_file()
+    for license in (root / "licenses").iterdir():
+        assert license.name in notice
+        assert "opyright" in license.read_text("utf-8")
+    for license in ("openai-clip-MIT.txt", "open_clip-MIT.txt", "clip_benchmark-MIT.txt", "WordNet-3.0.txt"):
+        assert (root / "licenses" / license).is_file()
 
 
 def test_assets_other_than_the_demo_stay_small():

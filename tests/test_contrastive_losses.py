@@ -65,7 +65,7 @@ def value_and_gradients(loss, images, texts, **scalars):
 
 ONE_EACH = (ids_of(0, 1, 2), ids_of(7, 0, 1, 2, 8))
 SHARED = (ids_of([0, 10], [1, 11], [2, 10]), ids_of([0, 10], [1, 11], [2, 10], [3, 11], [2, 12]))
-"""Pictures (first number) or captions (second) in common make positives: the second query has two, the third three."""
+"""Images (first number) or captions (second) in common make positives: the second query has two, the third three."""
 
 
 @pytest.mark.parametrize("ids", [ONE_EACH, SHARED], ids=["one each", "shared"])
@@ -170,8 +170,8 @@ def test_no_matrix_of_similarities_is_kept_for_backward():
     assert 0 < max(kept) <= leaf.numel()
 
 
-def test_no_gradient_is_computed_for_neighbours_that_take_none():
-    leaf, neighbours, ids = unit(3, 1, 4).requires_grad_(), unit(3, 1, 4, seed=1), ids_of(0, 1, 2)
-    symmetric_softmax_loss(leaf, neighbours, ids, logit_scale=torch.tensor(5.0)).backward()
-    assert neighbours.grad is None
+def test_no_gradient_is_computed_for_neighbors_that_take_none():
+    leaf, neighbors, ids = unit(3, 1, 4).requires_grad_(), unit(3, 1, 4, seed=1), ids_of(0, 1, 2)
+    symmetric_softmax_loss(leaf, neighbors, ids, logit_scale=torch.tensor(5.0)).backward()
+    assert neighbors.grad is None
     assert leaf.grad.norm() > 0

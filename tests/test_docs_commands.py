@@ -1,4 +1,4 @@
-"""Every command that the pages show in blocks of `sh`, as a reader would type it, on the demo and small stand-ins.
+"""Every command that the pages show in blocks of `sh`, as a reader would type it, on the demo and small replacements.
 
 Trainings are planned, not run, without an estimate of their memory. A block that cannot run here follows a line
 `<!-- not run: WHY -->`. Of a block of output (`$ declip …`), the keys are compared with those that the command prints.
@@ -42,14 +42,14 @@ assert len(SHOWN) > 25
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, make_picture):
+def place(tmp_path_factory, make_image):
     """A folder with what the pages speak of: photos, shards, runs of a very small model, the demo's files."""
     here = tmp_path_factory.mktemp("docs")
     (here / "assets").symlink_to(ROOT / "assets")
     (here / "photos" / "holiday").mkdir(parents=True)
     (here / "labels.txt").write_text("cat\ndog\n")
     for number, name in enumerate(("cat", "photos/beach", "photos/holiday/dog")):
-        (here / f"{name}.jpg").write_bytes(make_picture(number))
+        (here / f"{name}.jpg").write_bytes(make_image(number))
         (here / f"{name}.txt").write_text(f"image of {name}")
     assert declip("prepare", here / "assets" / "demo" / "openclipart.tar", "--out", here / "shards").exit_code == 0
     done = declip("pretrain", *ONE_STEP, "--out", here / "runs" / "OLD")

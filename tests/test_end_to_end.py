@@ -1,4 +1,4 @@
-"""From a folder of pictures to scores, through the commands a user types."""
+"""From a folder of images to scores, through the commands a user types."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from tests import command_line
 
-COLOURS = {"red": (200, 30, 30), "green": (30, 170, 60), "blue": (40, 60, 200), "yellow": (230, 210, 40)}
+COLORS = {"red": (200, 30, 30), "green": (30, 170, 60), "blue": (40, 60, 200), "yellow": (230, 210, 40)}
 SHAPES = ("circle", "square")
 
 
@@ -25,24 +25,24 @@ def report_of(*words):
     return json.loads(stdout)
 
 
-def draw(path, colour, shape, seed):
+def draw(path, color, shape, seed):
     rng = np.random.default_rng(seed)
     image = Image.new("RGB", (48, 40), tuple(rng.integers(220, 256, 3).tolist()))
     x, y = rng.integers(2, 16, 2).tolist()
     draw_shape = ImageDraw.Draw(image).ellipse if shape == "circle" else ImageDraw.Draw(image).rectangle
-    draw_shape((x, y, x + 22, y + 22), fill=COLOURS[colour])
+    draw_shape((x, y, x + 22, y + 22), fill=COLORS[color])
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """32 made-up pairs: every colour and shape four times."""
+    """32 made-up pairs: every color and shape four times."""
     folder, lines = tmp_path_factory.mktemp("pairs") / "photos", []
     for number in range(32):
-        colour, shape = list(COLOURS)[number % 4], SHAPES[number // 4 % 2]
-        draw(folder / f"{number}.png", colour, shape, number)
-        lines.append({"file": f"{number}.png", "caption": f"a {colour} {shape}"})
+        color, shape = list(COLORS)[number % 4], SHAPES[number // 4 % 2]
+        draw(folder / f"{number}.png", color, shape, number)
+        lines.append({"file": f"{number}.png", "caption": f"a {color} {shape}"})
     (folder / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -62,12 +62,12 @@ def run(pairs):
 
 @pytest.fixture(scope="module")
 def classes(pairs):
-    """Pictures of each colour that were not trained on, one folder per class, in three parts."""
+    """Images of each color that were not trained on, one folder per class, in three parts."""
     folder = pairs.parent / "classes"
     for part, start in (("train", 100), ("val", 200), ("test", 300)):
         for number in range(16):
-            colour = list(COLOURS)[number % 4]
-            draw(folder / part / colour / f"{number}.png", colour, SHAPES[number // 4 % 2], start + number)
+            color = list(COLORS)[number % 4]
+            draw(folder / part / color / f"{number}.png", color, SHAPES[number // 4 % 2], start + number)
     return folder
 
 
@@ -75,13 +75,13 @@ def test_the_loss_falls(run):
     lines = (run / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["losses"]["total"] for line in lines]
     assert len(losses) == 20
-    # At first nothing is told apart: log 32 = 3.47. At the end pictures of eight kinds, four of each: log 4 = 1.39.
+    # At first nothing is told apart: log 32 = 3.47. At the end images of eight kinds, four of each: log 4 = 1.39.
     assert losses[0] == pytest.approx(np.log(32), abs=0.5)
     assert np.mean(losses[-3:]) < 0.75 * losses[0]
     assert np.mean(losses[-3:]) > np.log(4) - 0.05
 
 
-def test_zero_shot_tells_the_colours_apart(run, classes):
+def test_zero_shot_tells_the_colors_apart(run, classes):
     report = report_of("zeroshot", classes / "test", "--model", run, "--templates", 1, "--threads", 1)
     assert (report["num_images"], report["num_classes"], report["num_templates"]) == (16, 4, 1)
     assert {"dataset", "model", "metric", "top1", "mean_per_class", "seconds"} <= set(report)
@@ -89,7 +89,7 @@ def test_zero_shot_tells_the_colours_apart(run, classes):
     assert "top5" not in report
 
 
-def test_the_linear_probe_finds_the_colours(run, classes):
+def test_the_linear_probe_finds_the_colors(run, classes):
     report = report_of("linear-probe", classes, "--model", run, "--threads", 1)
     assert (report["num_train"], report["num_val"], report["num_test"], report["num_classes"]) == (16, 16, 16, 4)
     assert {"dataset", "model", "feature_dim", "l2", "val_accuracy", "metric", "mean_per_class", "seconds"} <= set(
@@ -107,7 +107,7 @@ def test_retrieval_scores_both_directions(run, pairs):
     assert report["rsum"] > 0
 
 
-def test_a_search_finds_pictures_by_words(run, pairs):
+def test_a_search_finds_images_by_words(run, pairs):
     report = report_of("retrieve", pairs, "--query", "a red circle", "-k", 3, "--model", run, "--threads", 1)
     assert report["query"] == "a red circle"
     assert report["num_indexed"] == 32

@@ -49,13 +49,13 @@ MAY_IMPORT = {
     "__init__": {"interop"},
 }
 DATA_FLOORS = (
-    {"dataset", "draws", "synonyms", "tokenizer"},
-    {"storage", "decode", "colour", "text_views", "order"},
+    {"dataset", "seeding", "synonyms", "tokenizer"},
+    {"storage", "decode", "color", "text_views", "order"},
     {"shards", "image_views"},
     {"sources", "pair_views"},
     {"files_dataset", "loader"},
     {"benchmarks", "loader_processes"},
-    {"catalogue", "stream"},
+    {"catalog", "stream"},
     {"prepare"},
 )
 """The rooms of `data` from the ground up; each imports from floors below its own only."""

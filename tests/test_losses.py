@@ -42,8 +42,8 @@ def test_negative_cosine_is_minus_the_mean_cosine_whatever_the_lengths():
 
 def test_nt_xent_equals_equation_1_of_simclr():
     views, temperature = unit(5, 2, 6), 0.1
-    # z_2k-1 and z_2k are the two views of picture k; 2N rows in all.
-    rows = [views[picture, view] for picture in range(5) for view in (0, 1)]
+    # z_2k-1 and z_2k are the two views of image k; 2N rows in all.
+    rows = [views[image, view] for image in range(5) for view in (0, 1)]
     expected = 0.0
     for i in range(10):
         partner = i + 1 if i % 2 == 0 else i - 1
@@ -68,18 +68,18 @@ def test_nt_xent_is_log_of_2m_minus_1_when_nothing_is_told_apart():
 
 def test_masked_cross_entropy_adds_up_per_text():
     logits = torch.randn(4, 11, generator=torch.Generator().manual_seed(0))
-    labels, owners = torch.tensor([3, 0, 10, 3]), torch.tensor([0, 2, 2, 2])
+    labels, text_ids = torch.tensor([3, 0, 10, 3]), torch.tensor([0, 2, 2, 2])
     expected = [0.0, 0.0, 0.0, 0.0, 0.0]
-    for row, label, owner in zip(logits.tolist(), labels.tolist(), owners.tolist(), strict=True):
+    for row, label, owner in zip(logits.tolist(), labels.tolist(), text_ids.tolist(), strict=True):
         expected[owner] += log_sum_exp(row) - row[label]
-    found = masked_cross_entropy(logits, labels, owners, num_owners=5)
+    found = masked_cross_entropy(logits, labels, text_ids, num_texts=5)
     assert found.tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_masked_cross_entropy_of_no_masked_token_is_zero_with_gradient():
     logits = torch.zeros(0, 11, requires_grad=True)
     none = torch.zeros(0, dtype=torch.int64)
-    found = masked_cross_entropy(logits, none, none, num_owners=3)
+    found = masked_cross_entropy(logits, none, none, num_texts=3)
     assert found.tolist() == [0.0, 0.0, 0.0]
     found.sum().backward()
     assert logits.grad.shape == (0, 11)

@@ -72,7 +72,7 @@ def run_of(name):
 
 def rate(name, step):
     run = run_of(name)
-    return schedule_of(run).rate(step * run.global_batch)
+    return schedule_of(run).learning_rate(step * run.global_batch)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -37,12 +37,12 @@ function card(hit) {
   button.type = "button";
   button.title = "Find images like this one";
   button.addEventListener("click", () => searchLike(String(hit.id)));
-  const picture = make("img");
-  picture.loading = "lazy";
-  picture.alt = hit.caption || hit.path.split("/").pop();
-  picture.addEventListener("error", () => button.replaceChildren("image cannot be read"));
-  picture.src = `thumbnails/${hit.id}`;
-  button.append(picture);
+  const image = make("img");
+  image.loading = "lazy";
+  image.alt = hit.caption || hit.path.split("/").pop();
+  image.addEventListener("error", () => button.replaceChildren("image cannot be read"));
+  image.src = `thumbnails/${hit.id}`;
+  button.append(image);
   const below = make("div", "words");
   const place = make("div", "place");
   place.append(make("span", "", hit.rank), make("span", "", hit.score.toFixed(3)));

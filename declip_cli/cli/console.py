@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _PLAIN_PROGRESS_S = 10.0
 _MAX_CHARS = 2000
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""What moves the cursor, colours, breaks a line or a column, or turns the order of letters around; and half pairs."""
+"""What moves the cursor, colors, breaks a line or a column, or turns the order of letters around; and half pairs."""
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 _SHORT = {"\t": "\\t", "\n": "\\n", "\r": "\\r"}
 

@@ -15,9 +15,10 @@ def export(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Run folder, model folder or checkpoint.")],
     to: Annotated[_FORMATS, typer.Option("--to", help="Whose format.")],
     out: Annotated[Path, typer.Option("--out", help="The folder to write.")],
-    licence: Annotated[
+    license: Annotated[
         str, typer.Option("--license", help="For the model card, as the Hub names it.", show_default="not stated")
     ] = "",
+    old_license: Annotated[str, typer.Option("--licence", hidden=True)] = "",
     assume: Assume = None,
     force: Force = False,
     as_json: Json = False,
@@ -33,6 +34,8 @@ def export(
         from declip_cli.interop.read import load_model
         from declip_cli.interop.run_facts import read_run_facts
 
-        opened = load_model(model, option="MODEL", said=parse_assumptions(assume or ()), say=note)
-        card = Card(name=out.resolve().name, licence=licence, facts=read_run_facts(model))
+        if old_license:
+            note("note: --licence is called --license now; the old name will go with the next version")
+        opened = load_model(model, option="MODEL", given=parse_assumptions(assume or ()), log=note)
+        card = Card(name=out.resolve().name, license=license or old_license, facts=read_run_facts(model))
         emit(write(opened, to, out, card=card, force=force).to_json(), as_json=as_json)

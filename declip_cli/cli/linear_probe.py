@@ -15,8 +15,8 @@ from declip_cli.cli.options import (
     Model,
     NoCache,
     Threads,
+    note_skipped,
     open_model,
-    tell_skipped,
 )
 
 
@@ -60,7 +60,7 @@ def linear_probe(
         opened = open_model(model, assume=assume, threads=threads)
         with progress_of(dataset) as tell:
             options = FeatureOptions(
-                batch_size=batch_size, threads=threads, use_cache=not no_cache, progress=tell, say=note
+                batch_size=batch_size, threads=threads, use_cache=not no_cache, progress=tell, log=note
             )
             report = probe.linear_probe(
                 opened,
@@ -71,7 +71,7 @@ def linear_probe(
                 with_baseline=True if baseline else None,
                 options=options,
             )
-        tell_skipped(dataset, report.skipped)
+        note_skipped(dataset, report.skipped)
         for line in report.notes:
             note(f"{dataset}: {line}")
         if html is not None:

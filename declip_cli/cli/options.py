@@ -58,13 +58,13 @@ def open_model(path: Path | None, *, assume: list[str] | None = None, threads: i
     if threads:
         torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    model = load_model(path, device=device, said=parse_assumptions(assume or ()), say=note)
+    model = load_model(path, device=device, given=parse_assumptions(assume or ()), log=note)
     if path is None:
         note(f"model: {model.name}")
     return model
 
 
-def tell_skipped(name: str, skipped: "Skips") -> None:
+def note_skipped(name: str, skipped: "Skips") -> None:
     """Say on stderr what was skipped in a data set, cause by cause."""
     for cause, (count, first) in skipped.items():
         note(f"{name}: skipped {count} images, {cause} (first: {first})")

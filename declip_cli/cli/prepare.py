@@ -1,4 +1,4 @@
-"""`declip prepare`: pictures with captions into shards."""
+"""`declip prepare`: images with captions into shards."""
 
 import signal
 from collections.abc import Iterator
@@ -26,15 +26,15 @@ def prepare(
     source: Annotated[str, typer.Argument(help="Folder, table, tar pattern, list, or fsspec URL of one.")],
     out: Annotated[str, typer.Option("--out", help="Folder (or fsspec URL) for the shards.")],
     kind: Annotated[SourceKind | None, typer.Option(help="What SOURCE is, if looking is not enough.")] = None,
-    image_column: Annotated[str, typer.Option(help="Column of a table that holds pictures.")] = "",
+    image_column: Annotated[str, typer.Option(help="Column of a table that holds images.")] = "",
     caption_columns: Annotated[
         list[str], typer.Option("--caption-column", help="Column that holds captions; may be repeated, all are kept.")
     ] = [],  # noqa: B006  (Typer copies it)
     images: Annotated[str, typer.Option(help="Folder that the file names of a list start from.")] = "",
     image_side_px: Annotated[
-        int, typer.Option(help="Shorter side of larger pictures afterwards.")
+        int, typer.Option(help="Shorter side of larger images afterwards.")
     ] = _DEFAULTS.image_side_px,
-    quality: Annotated[int, typer.Option(help="JPEG quality of pictures made smaller.")] = _DEFAULTS.quality,
+    quality: Annotated[int, typer.Option(help="JPEG quality of images made smaller.")] = _DEFAULTS.quality,
     shard_samples: Annotated[int, typer.Option(help="Pairs per shard.")] = _DEFAULTS.shard_samples,
     split: Annotated[
         list[str], typer.Option(help="Part of the pairs to set aside, such as val=0.01; may be repeated.")
@@ -56,7 +56,7 @@ def prepare(
         typer.Option(help="Pairs that may share a caption; without it any number.", rich_help_panel=_CLEANING),
     ] = _CLEAN.max_caption_repeats,
     min_side_px: Annotated[
-        int, typer.Option(help="Leave smaller pictures out.", rich_help_panel=_CLEANING)
+        int, typer.Option(help="Leave smaller images out.", rich_help_panel=_CLEANING)
     ] = _CLEAN.min_side_px,
     max_aspect: Annotated[
         float | None,
@@ -80,9 +80,9 @@ def prepare(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Turn pictures with captions into shards for training.
+    """Turn images with captions into shards for training.
 
-    SOURCE may be a folder with `captions.jsonl`, a folder of pictures with a `.txt` or `.json` of the same name
+    SOURCE may be a folder with `captions.jsonl`, a folder of images with a `.txt` or `.json` of the same name
     beside each, a table (CSV, TSV, JSON lines, Parquet), COCO captions, Flickr30k, tar shards of img2dataset or
     WebDataset, the lists of DeCLIP and YFCC15M, or a list of URLs to download. What cannot be read is skipped
     and counted. A command that was interrupted goes on when it is run again.
@@ -102,14 +102,14 @@ def _config(given: dict[str, Any]) -> PrepareConfig:
 
 
 def _fractions(words: list[str]) -> dict[str, float]:
-    parts = {}
+    splits = {}
     for word in words:
         name, _, fraction = word.partition("=")
         try:
-            parts[name] = float(fraction)
+            splits[name] = float(fraction)
         except ValueError as error:
             raise ConfigError(f"--split wants NAME=FRACTION (got {word!r})", remedy="--split val=0.01") from error
-    return parts
+    return splits
 
 
 def _run(config: PrepareConfig) -> "PrepareReport":
@@ -139,8 +139,8 @@ def _interrupts() -> Iterator[Any]:
     """Let the first Ctrl-C finish the pair at hand; the second one stops at once."""
     stops: list[int] = []
 
-    def stop(number: int, frame: object) -> None:
-        stops.append(number)
+    def stop(signum: int, frame: object) -> None:
+        stops.append(signum)
         note("stopping; Ctrl-C again stops at once and loses the work since the last shard or minute")
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

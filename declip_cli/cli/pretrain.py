@@ -176,7 +176,7 @@ def _plan(request: "Request") -> dict[str, Any]:
     from declip_cli.train.estimate import estimate_memory, find_free_memory
     from declip_cli.train.run import plan
 
-    run, total_steps = plan(request, num_processes=launch.wanted_processes(request.asked.train), say=note)
+    run, total_steps = plan(request, num_processes=launch.wanted_processes(request.asked.train), log=note)
     settled = run.to_json()
     facts = settled["run"] | {"samples": run.config.train.samples, "total_steps": total_steps}
     estimate, free = estimate_memory(run), find_free_memory(run)
@@ -237,7 +237,7 @@ def _work(make_request: "Callable[[], Request]") -> dict[str, Any]:
     from declip_cli.train.build import count_cores
     from declip_cli.train.run import pretrain as run
 
-    with joined(has_gpu=torch.cuda.is_available(), tell=note):
+    with joined(has_gpu=torch.cuda.is_available(), log=note):
         request = make_request()
         request = replace(request, path=from_first(lambda: request.path))  # each would name one by its own clock
         train = request.asked.train
@@ -246,7 +246,7 @@ def _work(make_request: "Callable[[], Request]") -> dict[str, Any]:
             _check_best(train.keep_best, evaluator.score_paths if evaluator is not None else ())
         report, losses = None, dict[str, float]()
         with progress_of("training") if rank() == 0 else nullcontext() as tell:
-            for report in run(request, evaluate=evaluator, say=note):
+            for report in run(request, evaluate=evaluator, log=note):
                 losses = report.losses or losses
                 if tell is not None:
                     show(report, tell)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from declip_cli.cli.console import emit, emit_row, note, progress_of, user_errors
-from declip_cli.cli.options import Assume, BatchSize, DataRoot, Json, Model, NoCache, Threads, open_model, tell_skipped
+from declip_cli.cli.options import Assume, BatchSize, DataRoot, Json, Model, NoCache, Threads, note_skipped, open_model
 
 if TYPE_CHECKING:
     from declip_cli.evaluate.search import SearchReport
@@ -79,7 +79,7 @@ def retrieve(
             raise typer.BadParameter(f"{option} needs --query TEXT or --query-image FILE{more}")
     is_search = has_query or serve
     with user_errors():
-        from declip_cli.data.catalogue import open_dataset
+        from declip_cli.data.catalog import open_dataset
         from declip_cli.data.files_dataset import open_list
         from declip_cli.evaluate import retrieve as evaluation
         from declip_cli.evaluate.collection import open_collection
@@ -100,7 +100,7 @@ def retrieve(
         )
         with progress_of(name) as tell:
             options = FeatureOptions(
-                batch_size=batch_size, threads=threads, use_cache=not no_cache, progress=tell, say=note
+                batch_size=batch_size, threads=threads, use_cache=not no_cache, progress=tell, log=note
             )
             if serve:
                 collection = open_collection(opened, dataset, index=index, folder=index_dir, options=options)
@@ -113,15 +113,15 @@ def retrieve(
                 assert dataset is not None
                 scores = evaluation.retrieve(opened, dataset, options=options)
         if serve:
-            tell_skipped(name, collection.skipped)
+            note_skipped(name, collection.skipped)
             searcher = Searcher(opened, collection, options, quick=not index)
-            _serve(SearchServer(searcher, port=port, say=note), as_json=as_json)
+            _serve(SearchServer(searcher, port=port, log=note), as_json=as_json)
             return
         if not is_search:
-            tell_skipped(name, scores.skipped)
+            note_skipped(name, scores.skipped)
             emit(scores.to_json(), as_json=as_json)
             return
-        tell_skipped(name, found.skipped)
+        note_skipped(name, found.skipped)
         if html is not None:
             write_gallery(html, found, query_image=query_image.read_bytes() if query_image else b"")
             note(f"the hits are in {html}")

@@ -18,8 +18,8 @@ from declip_cli.cli.options import (
     Model,
     NoCache,
     Threads,
+    note_skipped,
     open_model,
-    tell_skipped,
 )
 from declip_cli.errors import EvaluateError
 
@@ -101,14 +101,14 @@ def zeroshot(
         from declip_cli.evaluate.score_page import write_score_page
 
         options = FeatureOptions(
-            batch_size=batch_size, precision=precision.value, threads=threads, use_cache=not no_cache, say=note
+            batch_size=batch_size, precision=precision.value, threads=threads, use_cache=not no_cache, log=note
         )
         for name in names if download else ():
             note(f"{name} is in {download_set(name, data_root=data_root)}")
         if labels is not None:
-            unlabelled = _open_any(names[0], data_root)
+            unlabeled = _open_any(names[0], data_root)
             opened = open_model(model, assume=assume, threads=threads)
-            _show_labels(_label(opened, unlabelled, labels, templates, options), as_json=as_json)
+            _show_labels(_label(opened, unlabeled, labels, templates, options), as_json=as_json)
             return
         found = [_open(name, data_root, classes) for name in names]
         opened = open_model(model, assume=assume, threads=threads)
@@ -116,9 +116,9 @@ def zeroshot(
         for dataset in found:
             with progress_of(dataset.name) as tell:
                 one = evaluation.zeroshot(opened, dataset, templates=templates, options=replace(options, progress=tell))
-            if cut := one.num_prompts_cut:
+            if cut := one.num_truncated_prompts:
                 note(f"{one.dataset}: {cut} prompts are longer than {opened.context_length} tokens and were cut")
-            tell_skipped(one.dataset, one.skipped)
+            note_skipped(one.dataset, one.skipped)
             reports.append(one)
         if predictions is not None:
             count = write_predictions(predictions, {one.dataset: one.predictions for one in reports})
@@ -145,7 +145,7 @@ def _check(names: list[str], labels: str | None, classes: Path | None, *, has_sc
 
 def _open(name: str, data_root: Path | None, classes: Path | None) -> "Dataset":
     from declip_cli.data.benchmarks.known import known_sets
-    from declip_cli.data.catalogue import classified, evaluation_split, open_dataset
+    from declip_cli.data.catalog import classified, evaluation_split, open_dataset
 
     if name in known_sets() and not known_sets()[name].num_classes:
         raise EvaluateError(
@@ -155,7 +155,7 @@ def _open(name: str, data_root: Path | None, classes: Path | None) -> "Dataset":
 
 
 def _open_any(name: str, data_root: Path | None) -> "Dataset":
-    from declip_cli.data.catalogue import open_dataset
+    from declip_cli.data.catalog import open_dataset
     from declip_cli.data.files_dataset import open_list
 
     return open_list(sys.stdin) if name == "-" else open_dataset(name, data_root=data_root)
@@ -173,7 +173,7 @@ def _label(
 
 
 def _show_labels(found: "LabelReport", *, as_json: bool) -> None:
-    tell_skipped(found.dataset, found.skipped)
+    note_skipped(found.dataset, found.skipped)
     if as_json:
         emit(found.to_json(), as_json=True)
         return

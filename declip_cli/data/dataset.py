@@ -106,11 +106,11 @@ class Dataset(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def read(self, number: int) -> Example:
+    def read(self, index: int) -> Example:
         """Read one example with its image.
 
         Args:
-            number: from 0 to `len(self) - 1`.
+            index: from 0 to `len(self) - 1`.
 
         Returns:
             The example.
@@ -121,23 +121,23 @@ class Dataset(ABC):
         """
 
     @abstractmethod
-    def key(self, number: int) -> str:
+    def key(self, index: int) -> str:
         """Return the key of one example without reading its image; errors as of `read`."""
 
-    def captions(self, number: int) -> tuple[str, ...]:
+    def captions(self, index: int) -> tuple[str, ...]:
         """Return the captions of one example without reading its image; errors as of `read`."""
         return ()
 
-    def stamp(self, number: int) -> str:
+    def stamp(self, index: int) -> str:
         """Return what changes when an image may have changed, and is had without reading it; empty if unknown."""
-        return f"{self.fingerprint}:{number}"
+        return f"{self.fingerprint}:{index}"
 
-    def named(self, number: int) -> str:
+    def named(self, index: int) -> str:
         """Return the key of one example for a message, or its number where the key cannot be read."""
         try:
-            return self.key(number)
+            return self.key(index)
         except DataError:
-            return f"number {number}"
+            return f"number {index}"
 
 
 class BlockDataset(Dataset):

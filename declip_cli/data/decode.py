@@ -34,7 +34,7 @@ class ImageHeader(NamedTuple):
     """Of the upright image, in pixels."""
     height: int
     is_plain_jpeg: bool
-    """A grey or RGB JPEG, which `decode_jpeg` decodes fast, if asked at a fraction of its size."""
+    """A gray or RGB JPEG, which `decode_jpeg` decodes fast, if asked at a fraction of its size."""
     is_upright: bool
     """Whether pixels are stored as they are shown."""
 
@@ -44,10 +44,10 @@ def largest_reduction(side_px: int, wanted_px: int) -> int:
     return next((factor for factor in (8, 4, 2) if side_px >= factor * wanted_px), 1)
 
 
-def bad_picture(cause: str, detail: str) -> DataError:
-    """Word the error of a picture that cannot be used, counted under a cause of a few words; return it."""
+def bad_image(cause: str, detail: str) -> DataError:
+    """Word the error of an image that cannot be used, counted under a cause of a few words; return it."""
     return DataError(
-        f"a picture cannot be read: {cause} ({detail})",
+        f"an image cannot be read: {cause} ({detail})",
         remedy="replace it, or leave it to be skipped and counted",
         cause=cause,
     )
@@ -57,7 +57,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Pixels:
     """Decode an image as a person would see it.
 
     Rotated as its EXIF data say, transparency laid over white, 16 bits cut to 8, CMYK and palettes turned
-    into RGB, of an animation the first frame. Colour profiles are ignored, as in torchvision.
+    into RGB, of an animation the first frame. Color profiles are ignored, as in torchvision.
 
     Args:
         data: an encoded image (JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, JPEG 2000, AVIF).
@@ -67,7 +67,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Pixels:
         RGB, uint8, (height, width, 3).
 
     Raises:
-        DataError: with `cause` `empty file`, `not a picture`, `truncated picture`, `damaged picture`,
+        DataError: with `cause` `empty file`, `not an image`, `truncated image`, `damaged image`,
             `too many pixels` or `unsupported pixels`.
     """
     if _plain_jpeg_size(data, max_pixels):
@@ -80,7 +80,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Pixels:
 
 
 def pixels_of(image: Image.Image) -> Pixels:
-    """Turn a picture that Pillow has opened into upright RGB, as `decode_image` does; errors as there."""
+    """Turn an image that Pillow has opened into upright RGB, as `decode_image` does; errors as there."""
     return np.array(_to_rgb(ImageOps.exif_transpose(image)), dtype=np.uint8)
 
 
@@ -115,18 +115,18 @@ def decode_jpeg(data: bytes, header: ImageHeader | None = None, *, reduction: in
         RGB, upright, uint8, (ceil(height / reduction), ceil(width / reduction), 3).
 
     Raises:
-        DataError: `truncated picture` or `damaged picture`.
+        DataError: `truncated image` or `damaged image`.
     """
     try:
         pixels = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), _REDUCED[reduction])
     except cv2.error as error:
-        raise bad_picture("damaged picture", str(error)) from error
+        raise bad_image("damaged image", str(error)) from error
     if pixels is None:
         has_end = data.rstrip(b"\0").endswith(b"\xff\xd9")
-        cause = "damaged picture" if has_end else "truncated picture"
-        raise bad_picture(cause, f"JPEG, {len(data)} bytes")
+        cause = "damaged image" if has_end else "truncated image"
+        raise bad_image(cause, f"JPEG, {len(data)} bytes")
     if header and pixels.shape[:2] != (-(-header.height // reduction), -(-header.width // reduction)):
-        raise bad_picture("damaged picture", f"JPEG, {header.width} x {header.height} by its header")
+        raise bad_image("damaged image", f"JPEG, {header.width} x {header.height} by its header")
     return np.asarray(pixels, dtype=np.uint8)
 
 
@@ -145,27 +145,27 @@ def decode_smaller(data: bytes, header: ImageHeader, shorter_px: int) -> Pixels:
 def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
     """Open an image; what goes wrong then and inside becomes an error with a cause."""
     if not data:
-        raise bad_picture("empty file", "0 bytes")
+        raise bad_image("empty file", "0 bytes")
     Image.init()
     formats = [name for name in _FORMATS if name in Image.OPEN]
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:
             if image.width * image.height > max_pixels:
-                raise bad_picture("too many pixels", f"{image.width} x {image.height}, at most {max_pixels}")
+                raise bad_image("too many pixels", f"{image.width} x {image.height}, at most {max_pixels}")
             yield image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise bad_picture("too many pixels", str(error)) from error
+        raise bad_image("too many pixels", str(error)) from error
     except UnidentifiedImageError as error:
-        raise bad_picture("not a picture", f"{len(data)} bytes, begins with {data[:8]!r}") from error
+        raise bad_image("not an image", f"{len(data)} bytes, begins with {data[:8]!r}") from error
     except DataError:
         raise
     except Exception as error:  # decoders raise anything on damaged files, even IndexError
-        cause = "truncated picture" if "truncated" in str(error).lower() else "damaged picture"
-        raise bad_picture(cause, str(error) or type(error).__name__) from error
+        cause = "truncated image" if "truncated" in str(error).lower() else "damaged image"
+        raise bad_image(cause, str(error) or type(error).__name__) from error
 
 
 def _plain_jpeg_size(data: bytes, max_pixels: int) -> tuple[int, int] | None:
-    """Find the size of a grey or RGB JPEG without EXIF data, 20 times as fast as Pillow; None where it has to look."""
+    """Find the size of a gray or RGB JPEG without EXIF data, 20 times as fast as Pillow; None where it has to look."""
     if not data.startswith(b"\xff\xd8"):
         return None
     at = 2
@@ -186,7 +186,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits per pixel, in one of Pillow's containers
         image = Image.fromarray((np.asarray(image).clip(0, 0xFFFF) >> 8).astype(np.uint8))
     elif image.mode == "F":
-        raise bad_picture("unsupported pixels", "floating-point numbers")
+        raise bad_image("unsupported pixels", "floating-point numbers")
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")

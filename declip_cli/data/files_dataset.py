@@ -7,11 +7,11 @@ from functools import cached_property
 
 from declip_cli.data import storage
 from declip_cli.data.dataset import Classes, Dataset, Example, Pixels, Skips
-from declip_cli.data.shards.tar_samples import PICTURE_EXTENSIONS
-from declip_cli.data.sources.records import read_picture
+from declip_cli.data.shards.tar_samples import IMAGE_EXTENSIONS
+from declip_cli.data.sources.records import read_image
 from declip_cli.errors import DataError
 
-_SUFFIXES = tuple(f".{extension}" for extension in PICTURE_EXTENSIONS)
+_SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 
 
 def is_image(path: str) -> bool:
@@ -48,36 +48,36 @@ class FilesDataset(Dataset):
     def fingerprint(self) -> str:
         """See `Dataset.fingerprint`."""
         digest = hashlib.sha256()
-        for number, path in enumerate(self._paths):
-            digest.update(f"{path}\0{self.stamp(number)}\0".encode("utf-8", "surrogateescape"))
+        for index, path in enumerate(self._paths):
+            digest.update(f"{path}\0{self.stamp(index)}\0".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._paths)
 
-    def read(self, number: int) -> Example:
+    def read(self, index: int) -> Example:
         """See `Dataset.read`; captions that cannot be read leave the image without any."""
-        path = self.key(number)
+        path = self.key(index)
         try:
-            captions = self.captions(number)
+            captions = self.captions(index)
         except DataError:
             captions = ()
-        return Example(path, read_picture(path), captions, self.labels[number] if self.labels else -1)
+        return Example(path, read_image(path), captions, self.labels[index] if self.labels else -1)
 
-    def key(self, number: int) -> str:
+    def key(self, index: int) -> str:
         """Return the path of one image."""
-        if not 0 <= number < len(self):
-            raise IndexError(number)
-        return self._paths[number]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._paths[index]
 
-    def captions(self, number: int) -> tuple[str, ...]:
+    def captions(self, index: int) -> tuple[str, ...]:
         """See `Dataset.captions`."""
-        return self._captions(number) if self._captions is not None else ()
+        return self._captions(index) if self._captions is not None else ()
 
-    def stamp(self, number: int) -> str:
+    def stamp(self, index: int) -> str:
         """See `Dataset.stamp`: size and time of the file."""
         try:
-            return storage.facts(self.key(number)).stamp
+            return storage.facts(self.key(index)).stamp
         except (OSError, ValueError, DataError):
             return ""
 
@@ -105,15 +105,15 @@ class PixelsDataset(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def read(self, number: int) -> Example:
+    def read(self, index: int) -> Example:
         """See `Dataset.read`."""
-        return Example(self.key(number), self._pixels(number), (), self.labels[number])
+        return Example(self.key(index), self._pixels(index), (), self.labels[index])
 
-    def key(self, number: int) -> str:
+    def key(self, index: int) -> str:
         """See `Dataset.key`."""
-        if not 0 <= number < len(self):
-            raise IndexError(number)
-        return f"{self._prefix}/{number}"
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return f"{self._prefix}/{index}"
 
 
 class Subset(Dataset):
@@ -121,7 +121,7 @@ class Subset(Dataset):
 
     Args:
         whole: where they come from.
-        numbers: of the examples, in the order wanted, N.
+        indices: of the examples, in the order wanted, N.
         labels: N classes; None keeps those of `whole`.
         classes: what the labels mean; None keeps those of `whole`.
     """
@@ -129,47 +129,47 @@ class Subset(Dataset):
     def __init__(
         self,
         whole: Dataset,
-        numbers: Sequence[int],
+        indices: Sequence[int],
         *,
         labels: Sequence[int] | None = None,
         classes: Classes | None = None,
     ) -> None:
-        self._whole, self._numbers = whole, numbers
+        self._whole, self._indices = whole, indices
         self.name, self.split, self.note, self.fold_size = whole.name, whole.split, whole.note, whole.fold_size
         self.skipped = whole.skipped
         self.classes = classes or whole.classes
-        kept = [whole.labels[number] for number in numbers] if whole.labels else ()
+        kept = [whole.labels[index] for index in indices] if whole.labels else ()
         self.labels = kept if labels is None else labels
 
     @cached_property
     def fingerprint(self) -> str:
         """See `Dataset.fingerprint`."""
-        return hashlib.sha256(repr((self._whole.fingerprint, list(self._numbers))).encode()).hexdigest()
+        return hashlib.sha256(repr((self._whole.fingerprint, list(self._indices))).encode()).hexdigest()
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self._indices)
 
-    def read(self, number: int) -> Example:
+    def read(self, index: int) -> Example:
         """See `Dataset.read`."""
-        found = self._whole.read(self._number(number))
-        return Example(found.key, found.image, found.captions, self.labels[number] if self.labels else -1)
+        found = self._whole.read(self._index(index))
+        return Example(found.key, found.image, found.captions, self.labels[index] if self.labels else -1)
 
-    def key(self, number: int) -> str:
+    def key(self, index: int) -> str:
         """See `Dataset.key`."""
-        return self._whole.key(self._number(number))
+        return self._whole.key(self._index(index))
 
-    def captions(self, number: int) -> tuple[str, ...]:
+    def captions(self, index: int) -> tuple[str, ...]:
         """See `Dataset.captions`."""
-        return self._whole.captions(self._number(number))
+        return self._whole.captions(self._index(index))
 
-    def stamp(self, number: int) -> str:
+    def stamp(self, index: int) -> str:
         """See `Dataset.stamp`."""
-        return self._whole.stamp(self._number(number))
+        return self._whole.stamp(self._index(index))
 
-    def _number(self, number: int) -> int:
-        if not 0 <= number < len(self):
-            raise IndexError(number)
-        return self._numbers[number]
+    def _index(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._indices[index]
 
 
 def open_list(lines: Iterable[str]) -> FilesDataset:

@@ -1,4 +1,4 @@
-"""Pictures into the square views that towers see: random ones for training, a fixed one for evaluation."""
+"""Images into the square views that towers see: random ones for training, a fixed one for evaluation."""
 
 import math
 import random
@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from declip_cli.config import AugmentConfig, ImageView
-from declip_cli.data.colour import SMALLEST_BLUR_SIGMA_PX, Colours, blur, jitter
+from declip_cli.data.color import SMALLEST_BLUR_SIGMA_PX, Colors, blur, jitter
 from declip_cli.data.dataset import Pixels
 from declip_cli.data.decode import (
     ImageHeader,
@@ -23,11 +23,11 @@ from declip_cli.data.decode import (
 from declip_cli.errors import require
 
 _LOG_RATIO = math.log(4 / 3)
-_UNCHANGED = Colours()
+_UNCHANGED = Colors()
 
 
 class Crop(NamedTuple):
-    """A rectangle of the upright picture, in pixels."""
+    """A rectangle of the upright image, in pixels."""
 
     left: int
     top: int
@@ -39,14 +39,14 @@ class ViewDraw(NamedTuple):
     """All that chance decided about one view."""
 
     crop: Crop
-    colours: Colours = _UNCHANGED
+    colors: Colors = _UNCHANGED
     blur_sigma_px: float = 0.0
     """0 leaves the view sharp."""
     is_flipped: bool = False
 
 
-class Picture(NamedTuple):
-    """A picture ready to be cropped."""
+class OpenedImage(NamedTuple):
+    """An image ready to be cropped."""
 
     header: ImageHeader
     content: bytes | Pixels
@@ -54,9 +54,9 @@ class Picture(NamedTuple):
 
 
 class ImageViews:
-    """Draw training views: random crops of one decoded picture, augmented as the original did.
+    """Draw training views: random crops of one decoded image, augmented as the original did.
 
-    `plain` is a random crop (STANDARD_SLIP); `augmented` adds colour jitter, greys, blur and flips (MOCOV2).
+    `plain` is a random crop (STANDARD_SLIP); `augmented` adds color jitter, grays, blur and flips (MOCOV2).
     All that is random is drawn first; then a large JPEG is decoded once, at the smallest of 1, 1/2, 1/4 and
     1/8 of its size at which no crop has to be enlarged. What has probability 0 costs nothing.
 
@@ -71,38 +71,38 @@ class ImageViews:
         self._config = config
         self._side_px = side_px
 
-    def open(self, image: bytes | Pixels) -> Picture:
-        """Decode a picture, unless it is a JPEG so large that knowing the crops may save work.
+    def open(self, image: bytes | Pixels) -> OpenedImage:
+        """Decode an image, unless it is a JPEG so large that knowing the crops may save work.
 
         Args:
             image: encoded, or RGB, uint8, (H, W, 3).
 
         Returns:
-            The picture; views drawn from it are the same however often it is used.
+            The image; views drawn from it are the same however often it is used.
 
         Raises:
-            DataError: the picture cannot be decoded.
+            DataError: the image cannot be decoded.
         """
         if isinstance(image, bytes):
             header = read_header(image)
             if header.is_plain_jpeg and min(header.width, header.height) >= 2 * self._side_px:
-                return Picture(header, image)
+                return OpenedImage(header, image)
             image = decode_smaller(image, header, self._side_px)
-        return Picture(ImageHeader(image.shape[1], image.shape[0], False, True), image)
+        return OpenedImage(ImageHeader(image.shape[1], image.shape[0], False, True), image)
 
-    def draw(self, picture: Picture, kinds: Sequence[ImageView], rng: random.Random, out: Pixels) -> None:
-        """Draw the views of one picture.
+    def draw(self, opened: OpenedImage, kinds: Sequence[ImageView], rng: random.Random, out: Pixels) -> None:
+        """Draw the views of one image.
 
         Args:
-            picture: from `open`.
+            opened: from `open`.
             kinds: V kinds of views, in order.
             rng: decides everything; the same state gives the same pixels.
             out: filled with RGB, uint8, (V, S, S, 3).
 
         Raises:
-            DataError: the picture cannot be decoded.
+            DataError: the image cannot be decoded.
         """
-        header, pixels = picture
+        header, pixels = opened
         draws = [self._decide(kind, header.width, header.height, rng) for kind in kinds]
         if isinstance(pixels, bytes):
             shortest = min(min(draw.crop.width, draw.crop.height) for draw in draws)
@@ -116,19 +116,19 @@ class ImageViews:
         if kind == "plain":
             return ViewDraw(draw_crop(width, height, config.plain_crop_area_min, rng))
         crop = draw_crop(width, height, config.crop_area_min, rng)
-        colours, sigma_px = _UNCHANGED, 0.0
+        colors, sigma_px = _UNCHANGED, 0.0
         if _happens(config.jitter_probability, rng):
-            colours = Colours(
+            colors = Colors(
                 brightness=rng.uniform(1.0 - config.brightness, 1.0 + config.brightness),
                 contrast=rng.uniform(1.0 - config.contrast, 1.0 + config.contrast),
                 saturation=rng.uniform(1.0 - config.saturation, 1.0 + config.saturation),
                 hue_turns=rng.uniform(-config.hue, config.hue),
             )
         if _happens(config.grayscale_probability, rng):
-            colours = colours._replace(saturation=0.0)
+            colors = colors._replace(saturation=0.0)
         if _happens(config.blur_probability, rng):
             sigma_px = rng.uniform(config.blur_sigma_min_px, config.blur_sigma_max_px)
-        return ViewDraw(crop, colours, sigma_px, _happens(config.flip_probability, rng))
+        return ViewDraw(crop, colors, sigma_px, _happens(config.flip_probability, rng))
 
     def _render(self, pixels: Pixels, scale: float, draw: ViewDraw, out: Pixels) -> None:
         left, top, width, height = draw.crop
@@ -141,8 +141,8 @@ class ImageViews:
         interpolation = cv2.INTER_AREA if is_far else cv2.INTER_LINEAR
         region = pixels[top : top + height, left : left + width]  # (height, width, 3)
         view = np.asarray(cv2.resize(region, (side, side), interpolation=interpolation), dtype=np.uint8)
-        if draw.colours != _UNCHANGED:
-            view = jitter(view, draw.colours)
+        if draw.colors != _UNCHANGED:
+            view = jitter(view, draw.colors)
         if draw.blur_sigma_px >= SMALLEST_BLUR_SIGMA_PX:
             view = blur(view, draw.blur_sigma_px)
         if draw.is_flipped:
@@ -154,14 +154,14 @@ def draw_crop(width: int, height: int, area_min: float, rng: random.Random) -> C
     """Draw a rectangle of random area and aspect ratio, as torchvision's RandomResizedCrop.
 
     Args:
-        width: of the picture, in pixels.
+        width: of the image, in pixels.
         height: likewise.
-        area_min: smallest share of the picture; the largest is 1.
+        area_min: smallest share of the image; the largest is 1.
         rng: decides.
 
     Returns:
-        A rectangle inside the picture, of aspect ratio 3/4 to 4/3 up to rounding; if ten draws do not fit, as
-        in a very long picture, the largest such rectangle in the middle.
+        A rectangle inside the image, of aspect ratio 3/4 to 4/3 up to rounding; if ten draws do not fit, as
+        in a very long image, the largest such rectangle in the middle.
     """
     for _ in range(10):
         area = width * height * (area_min + (1.0 - area_min) * rng.random())
@@ -180,7 +180,7 @@ def _happens(probability: float, rng: random.Random) -> bool:
     return probability > 0.0 and rng.random() < probability
 
 
-def evaluation_view(
+def eval_transform(
     image: bytes | Pixels,
     *,
     side_px: int,
@@ -189,17 +189,17 @@ def evaluation_view(
     is_squashed: bool = False,
     is_floored: bool = False,
 ) -> Pixels:
-    """Cut the middle out of a picture, the same each time.
+    """Cut the middle out of an image, the same each time.
 
     The shorter side is resized to `resize_px` with an antialiased filter, then a square of `side_px`
-    is cut from the centre: to the pixel what torchvision's Resize and CenterCrop make of a Pillow picture.
+    is cut from the center: to the pixel what torchvision's Resize and CenterCrop make of a Pillow image.
 
     Args:
         image: encoded, or RGB, uint8, (H, W, 3).
         side_px: S, at most `resize_px`.
         resize_px: length of the shorter side before the cut.
         interpolation: `bilinear` or `bicubic`.
-        is_squashed: resize both sides to `resize_px`, whatever the picture's shape.
+        is_squashed: resize both sides to `resize_px`, whatever the image's shape.
         is_floored: start the cut at half the margin rounded down, as Hugging Face's processors do.
 
     Returns:
@@ -207,11 +207,11 @@ def evaluation_view(
 
     Raises:
         ConfigError: `resize_px` is less than `side_px`.
-        DataError: the picture cannot be decoded.
+        DataError: the image cannot be decoded.
     """
     require(
         side_px <= resize_px,
-        f"pictures resized to {resize_px} px are too small for a view of {side_px} px",
+        f"images resized to {resize_px} px are too small for a view of {side_px} px",
         remedy=f"resize to at least {side_px} px",
     )
     pixels = decode_image(image) if isinstance(image, bytes) else image  # (H, W, 3)
@@ -222,8 +222,8 @@ def evaluation_view(
     left, top = (int(round_half((side - side_px) / 2.0)) for side in (new_width, new_height))
     # Pillow takes four bytes a pixel as they lie; three it would unpack and pack, holding up all other threads.
     padded = cv2.cvtColor(pixels, cv2.COLOR_RGB2RGBA)  # (H, W, 4)
-    picture = Image.frombuffer("RGBX", (width, height), padded, "raw", "RGBX", 0, 1)
-    resized = picture.resize((new_width, new_height), Image.Resampling[interpolation.upper()])
+    opened = Image.frombuffer("RGBX", (width, height), padded, "raw", "RGBX", 0, 1)
+    resized = opened.resize((new_width, new_height), Image.Resampling[interpolation.upper()])
     middle = resized.crop((left, top, left + side_px, top + side_px)).tobytes()
     view = np.frombuffer(middle, dtype=np.uint8).reshape(side_px, side_px, 4)
     return np.asarray(cv2.cvtColor(view, cv2.COLOR_RGBA2RGB), dtype=np.uint8)  # (S, S, 3)

@@ -24,7 +24,7 @@ from declip_cli.errors import DataError
 ROWS_PER_TASK = 32
 _NUM_FETCHERS = 16
 """Blocks that are fetched at the same time."""
-_MAX_STAND_INS = 64
+_MAX_REPLACEMENTS = 64
 _BLOCKS_PER_SHARD = 16
 
 
@@ -62,7 +62,7 @@ class StreamConfig:
     pin_memory: bool = False
     """Put the pixels into page-locked memory, from which a GPU copies without waiting."""
     cache_mib: int = 512
-    """Decoded pictures are kept in memory when those of the whole data set fit into this."""
+    """Decoded images are kept in memory when those of the whole data set fit into this."""
 
     @property
     def global_size(self) -> int:
@@ -70,16 +70,16 @@ class StreamConfig:
         return self.batch_size * self.world_size
 
 
-class Room(NamedTuple):
+class BatchBuffer(NamedTuple):
     """Where the rows of a batch are written."""
 
     images: NDArray[np.uint8]
     """(B, V, S, S, 3)."""
     tokens: NDArray[np.int64]
     """(B, T, L), L the context length."""
-    mask_labels: NDArray[np.int64]
+    mlm_labels: NDArray[np.int64]
     """(B, L)."""
-    numbers: NDArray[np.int64]
+    indices: NDArray[np.int64]
     """(B,)."""
     caption_ids: NDArray[np.int64]
     """(B, C), C = 0 if captions are not compared."""
@@ -93,7 +93,7 @@ class Task(NamedTuple):
     epoch: int
     positions: list[int]
     """Of the rows in the epoch's order."""
-    numbers: list[int]
+    indices: list[int]
     """Of the samples there."""
 
 
@@ -106,7 +106,7 @@ class Filled(NamedTuple):
     """Samples that could not be used."""
     process: int
     """Who filled them."""
-    num_cut: int
+    num_truncated: int
     """Texts that this process has cut so far."""
     is_exhausted: bool = False
     """Too many samples in a row could not be used; the rows are not filled."""
@@ -126,13 +126,13 @@ def make_order(samples: Dataset, config: StreamConfig) -> Order:
 class Filler:
     """Draw the views of pairs into rooms; (seed, epoch, number) decides everything. Threads may share it.
 
-    A pair that cannot be used is counted, and a stand-in takes its row.
+    A pair that cannot be used is counted, and a replacement takes its row.
 
     Args:
         samples: the pairs.
-        order: finds stand-ins.
+        order: finds replacements.
         config: how.
-        num_shares: processes that share the memory for decoded pictures.
+        num_shares: processes that share the memory for decoded images.
     """
 
     def __init__(self, samples: Dataset, order: Order, config: StreamConfig, *, num_shares: int = 1) -> None:
@@ -149,32 +149,32 @@ class Filler:
             cache_bytes=(config.cache_mib << 20) // num_shares,
         )
 
-    def __call__(self, room: Room, task: Task) -> Filled:
+    def __call__(self, buffer: BatchBuffer, task: Task) -> Filled:
         """Fill some rows."""
         longest, bad = 0, list[BadSample]()
-        for row, position, number in zip(count(task.first), task.positions, task.numbers, strict=False):
-            for attempt in range(1, _MAX_STAND_INS + 1):
+        for row, position, index in zip(count(task.first), task.positions, task.indices, strict=False):
+            for attempt in range(1, _MAX_REPLACEMENTS + 1):
                 try:
-                    texts = room.tokens[row], room.mask_labels[row], room.caption_ids[row]
-                    longest = max(longest, self._pairs.draw(number, task.epoch, room.images[row], *texts))
-                    room.numbers[row] = number
+                    texts = buffer.tokens[row], buffer.mlm_labels[row], buffer.caption_ids[row]
+                    longest = max(longest, self._pairs.draw(index, task.epoch, buffer.images[row], *texts))
+                    buffer.indices[row] = index
                     break
                 except UnreadablePair as error:
                     bad.append(error.sample)
-                    number = self._order.stand_in(task.epoch, position, attempt, self._config.global_size)
+                    index = self._order.replacement(task.epoch, position, attempt, self._config.global_size)
             else:
                 return Filled(0, bad, os.getpid(), self._tokenizer.num_truncated, is_exhausted=True)
         return Filled(longest, bad, os.getpid(), self._tokenizer.num_truncated)
 
 
-def room_shapes(config: StreamConfig) -> dict[str, tuple[int, ...]]:
+def buffer_shapes(config: StreamConfig) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a room's arrays by name."""
     size, length = config.batch_size, config.context_length
     return {
         "images": (size, len(config.views.images), config.side_px, config.side_px, 3),
         "tokens": (size, len(config.views.texts), length),
-        "mask_labels": (size, length),
-        "numbers": (size,),
+        "mlm_labels": (size, length),
+        "indices": (size,),
         "caption_ids": (size, config.num_captions if config.compare_captions else 0),
     }
 
@@ -210,7 +210,7 @@ class Fetcher:
 class Ticket(NamedTuple):
     """A batch that is being filled."""
 
-    room: Room
+    buffer: BatchBuffer
     results: list[Future[Filled]]
 
 
@@ -240,14 +240,14 @@ class ThreadLoader:
 
     def begin(self, tasks: Sequence[Task]) -> Ticket:
         """Start to fill the rows of a batch."""
-        shapes = room_shapes(self._config)
-        texts = (np.empty(shapes[name], np.int64) for name in Room._fields[1:])
-        room = Room(_empty(shapes["images"], pin_memory=self._config.pin_memory), *texts)
-        return Ticket(room, [self._pool.submit(self._fill, room, task) for task in tasks])
+        shapes = buffer_shapes(self._config)
+        texts = (np.empty(shapes[name], np.int64) for name in BatchBuffer._fields[1:])
+        buffer = BatchBuffer(_empty(shapes["images"], pin_memory=self._config.pin_memory), *texts)
+        return Ticket(buffer, [self._pool.submit(self._fill, buffer, task) for task in tasks])
 
-    def finish(self, ticket: Ticket) -> tuple[Room, list[Filled]]:
+    def finish(self, ticket: Ticket) -> tuple[BatchBuffer, list[Filled]]:
         """Wait for a batch."""
-        return ticket.room, [result.result() for result in ticket.results]
+        return ticket.buffer, [result.result() for result in ticket.results]
 
     def drop(self, ticket: Ticket) -> None:
         """Give a batch up."""

@@ -22,17 +22,17 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from declip_cli.data.dataset import Dataset
-from declip_cli.data.loader import Fetcher, Filled, Filler, Room, StreamConfig, Task, make_order, room_shapes
+from declip_cli.data.loader import BatchBuffer, Fetcher, Filled, Filler, StreamConfig, Task, buffer_shapes, make_order
 from declip_cli.errors import DataError
 
 _CLOSE_S = 2.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
-class RoomTicket(NamedTuple):
+class BufferTicket(NamedTuple):
     """A batch that is being filled."""
 
-    room: int
+    buffer: int
     results: list[Future[Filled]]
 
 
@@ -44,15 +44,15 @@ class ProcessLoader:
     Args:
         samples: the pairs, which are pickled.
         config: how.
-        num_rooms: batches that are filled at the same time.
+        num_buffers: batches that are filled at the same time.
     """
 
-    def __init__(self, samples: Dataset, config: StreamConfig, *, num_rooms: int) -> None:
-        num_rooms += 2 if config.pin_memory else 0  # one that the consumer has, one that is still copied from
-        file = _SharedFile(num_rooms * _layout(config)[0])
+    def __init__(self, samples: Dataset, config: StreamConfig, *, num_buffers: int) -> None:
+        num_buffers += 2 if config.pin_memory else 0  # one that the consumer has, one that is still copied from
+        file = _SharedFile(num_buffers * _layout(config)[0])
         memory = file.map()
-        self._rooms = _rooms(memory, config)
-        self._free = deque(range(num_rooms))
+        self._buffers = _buffers(memory, config)
+        self._free = deque(range(num_buffers))
         self._pin = config.pin_memory
         self._held: deque[tuple[int, Any]] = deque()
         self._context = _RecordingContext()
@@ -69,16 +69,16 @@ class ProcessLoader:
         if self._pin:
             _pin(memory)
 
-    def begin(self, tasks: Sequence[Task]) -> RoomTicket:
+    def begin(self, tasks: Sequence[Task]) -> BufferTicket:
         """As `ThreadLoader`'s."""
         if not self._free:
-            room, copied = self._held.popleft()
+            buffer, copied = self._held.popleft()
             copied.synchronize()
-            self._free.append(room)
-        room = self._free.popleft()
-        return RoomTicket(room, [self._submit(_fill, room, task) for task in tasks])
+            self._free.append(buffer)
+        buffer = self._free.popleft()
+        return BufferTicket(buffer, [self._submit(_fill, buffer, task) for task in tasks])
 
-    def finish(self, ticket: RoomTicket) -> tuple[Room, list[Filled]]:
+    def finish(self, ticket: BufferTicket) -> tuple[BatchBuffer, list[Filled]]:
         """Wait for a batch; page-locked images are overwritten some batches later, when they are copied."""
         if self._pin and self._held and self._held[-1][1] is None:  # the consumer has put its copy into the GPU's queue
             import torch
@@ -90,17 +90,17 @@ class ProcessLoader:
             filled = [result.result() for result in ticket.results]
         except BrokenProcessPool as error:
             raise self._death() from error
-        room = self._rooms[ticket.room]
+        buffer = self._buffers[ticket.buffer]
         if self._pin:
-            self._held.append((ticket.room, None))
-            return room, filled
-        self._free.append(ticket.room)
-        return Room(room.images.copy(), *(texts.copy() for texts in room[1:])), filled
+            self._held.append((ticket.buffer, None))
+            return buffer, filled
+        self._free.append(ticket.buffer)
+        return BatchBuffer(buffer.images.copy(), *(texts.copy() for texts in buffer[1:])), filled
 
-    def drop(self, ticket: RoomTicket) -> None:
+    def drop(self, ticket: BufferTicket) -> None:
         """As `ThreadLoader`'s."""
         concurrent.futures.wait([result for result in ticket.results if not result.cancel()])
-        self._free.append(ticket.room)
+        self._free.append(ticket.buffer)
 
     def fetch(self, blocks: Sequence[int]) -> None:
         """As `ThreadLoader`'s."""
@@ -182,7 +182,7 @@ def _received(num_bytes: int, number: Any) -> _SharedFile:  # noqa: ANN401
 class _Worker(NamedTuple):
     """What a worker process works with."""
 
-    rooms: list[Room]
+    buffers: list[BatchBuffer]
     fill: Filler
     fetcher: Fetcher
 
@@ -204,7 +204,7 @@ def _worker() -> _Worker:
     file, pickled, config = _setup
     samples = pickle.loads(pickled)
     fill = Filler(samples, make_order(samples, config), config, num_shares=config.workers)
-    return _Worker(_rooms(file.map(), config), fill, Fetcher(samples))
+    return _Worker(_buffers(file.map(), config), fill, Fetcher(samples))
 
 
 def _end_with_parent() -> None:
@@ -214,9 +214,9 @@ def _end_with_parent() -> None:
         os._exit(0)
 
 
-def _fill(room: int, task: Task) -> Filled:
+def _fill(buffer: int, task: Task) -> Filled:
     worker = _worker()
-    return worker.fill(worker.rooms[room], task)
+    return worker.fill(worker.buffers[buffer], task)
 
 
 def _move(how: Literal["fetch", "release"], blocks: Sequence[int]) -> None:
@@ -225,18 +225,18 @@ def _move(how: Literal["fetch", "release"], blocks: Sequence[int]) -> None:
 
 def _layout(config: StreamConfig) -> tuple[int, list[tuple[str, tuple[int, ...], int]]]:
     """Return the bytes of a room, whole pages, and its arrays' types, shapes and places."""
-    place, arrays = 0, []
-    for name, shape in room_shapes(config).items():
+    offset, arrays = 0, []
+    for name, shape in buffer_shapes(config).items():
         kind = np.dtype(np.uint8 if name == "images" else np.int64)
-        arrays.append((kind.name, shape, place))
-        place += -(-int(np.prod(shape)) * kind.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
-    return place, arrays
+        arrays.append((kind.name, shape, offset))
+        offset += -(-int(np.prod(shape)) * kind.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
+    return offset, arrays
 
 
-def _rooms(memory: mmap.mmap, config: StreamConfig) -> list[Room]:
+def _buffers(memory: mmap.mmap, config: StreamConfig) -> list[BatchBuffer]:
     num_bytes, arrays = _layout(config)
     return [
-        Room(*(np.ndarray(shape, kind, memory, start + place) for kind, shape, place in arrays))
+        BatchBuffer(*(np.ndarray(shape, kind, memory, start + offset) for kind, shape, offset in arrays))
         for start in range(0, len(memory), num_bytes)
     ]
 

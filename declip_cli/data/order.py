@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from declip_cli.data.dataset import ROW_BITS
-from declip_cli.data.draws import scattered, shuffled
+from declip_cli.data.seeding import scattered, shuffled
 
 Integers: TypeAlias = NDArray[np.int64]
 
@@ -40,14 +40,14 @@ class Order(ABC):
         """What a resumed run must find again, fit for JSON."""
 
     @abstractmethod
-    def numbers(self, epoch: int, positions: Integers) -> Integers:
+    def indices(self, epoch: int, positions: Integers) -> Integers:
         """Return the sample numbers at some positions of an epoch, int64, (n,)."""
 
     @abstractmethod
     def reaches(self, epoch: int, end: int) -> bool:
         """Say whether an epoch has so many samples."""
 
-    def stand_in(self, epoch: int, position: int, attempt: int, stride: int) -> int:
+    def replacement(self, epoch: int, position: int, attempt: int, stride: int) -> int:
         """Choose the sample that takes the row of one that cannot be used: that row of a later batch.
 
         Args:
@@ -62,12 +62,12 @@ class Order(ABC):
         first, size = self._range_around(epoch, position)
         # One row further after each lap: a range of few batches must not offer the same pair again.
         laps = attempt // max(1, size // stride)
-        place = first + (position - first + attempt * stride + laps) % size
-        return int(self.numbers(epoch, np.array([place]))[0])
+        offset = first + (position - first + attempt * stride + laps) % size
+        return int(self.indices(epoch, np.array([offset]))[0])
 
     @abstractmethod
     def _range_around(self, epoch: int, position: int) -> tuple[int, int]:
-        """Return the first position, and the number of positions, among which stand-ins are sought."""
+        """Return the first position, and the number of positions, among which replacements are sought."""
 
 
 class ExactOrder(Order):
@@ -86,7 +86,7 @@ class ExactOrder(Order):
         """See `Order`."""
         return {"kind": "exact"}
 
-    def numbers(self, epoch: int, positions: Integers) -> Integers:
+    def indices(self, epoch: int, positions: Integers) -> Integers:
         """See `Order`."""
         return shuffled(self._num, self._seed, epoch, positions=positions)
 
@@ -136,7 +136,7 @@ class WindowedOrder(Order):
         self._shuffle = functools.lru_cache(2 * num_streams)(scattered)  # asked for again until a window is used up
 
     @abstractmethod
-    def _draw_up(self, epoch: int) -> _Plan: ...
+    def _make_plan(self, epoch: int) -> _Plan: ...
 
     def _reach(self, plan: _Plan, end: int) -> None:
         """Make sure that the plan knows where so many samples of an epoch lie, if it has them."""
@@ -145,19 +145,19 @@ class WindowedOrder(Order):
         """See `Order`."""
         return bool(end <= self._plan(epoch, end).bounds[-1])
 
-    def numbers(self, epoch: int, positions: Integers) -> Integers:
+    def indices(self, epoch: int, positions: Integers) -> Integers:
         """See `Order`."""
         plan = self._plan(epoch, int(positions.max()) + 1)
-        places = self._places(plan, positions)
-        windows = np.searchsorted(plan.bounds, places, "right") - 1
+        offsets = self._offsets(plan, positions)
+        windows = np.searchsorted(plan.bounds, offsets, "right") - 1
         rows = np.argsort(windows, kind="stable")
         cuts = [0, *(np.flatnonzero(np.diff(windows[rows])) + 1).tolist(), len(rows)]
         for begin, end in pairwise(cuts):
             here, window = rows[begin:end], windows[rows[begin]]
             first, last = plan.bounds[window : window + 2].tolist()
-            places[here] = first + self._shuffle(last - first, self._seed, epoch, first + 1)[places[here] - first]
-        piece = np.searchsorted(plan.starts, places, "right") - 1
-        return self._piece_firsts[plan.pieces[piece]] + places - plan.starts[piece]
+            offsets[here] = first + self._shuffle(last - first, self._seed, epoch, first + 1)[offsets[here] - first]
+        piece = np.searchsorted(plan.starts, offsets, "right") - 1
+        return self._piece_firsts[plan.pieces[piece]] + offsets - plan.starts[piece]
 
     def pieces(self, window: Window) -> list[int]:
         """List the blocks (of uncounted sets, shards) that a window reads."""
@@ -168,7 +168,7 @@ class WindowedOrder(Order):
     def windows(self, epoch: int, positions: Integers) -> list[Window]:
         """List the windows that some positions lie in."""
         plan = self._plan(epoch, int(positions.max()) + 1)
-        found = np.unique(np.searchsorted(plan.bounds, self._places(plan, positions), "right") - 1)
+        found = np.unique(np.searchsorted(plan.bounds, self._offsets(plan, positions), "right") - 1)
         streams = np.searchsorted(plan.stream_windows, found, "right") - 1
         return [Window(stream, epoch, index) for stream, index in zip(streams.tolist(), found.tolist(), strict=True)]
 
@@ -179,14 +179,14 @@ class WindowedOrder(Order):
             return Window(stream, epoch, index + 1)
         return Window(stream, epoch + 1, int(self._plan(epoch + 1).stream_windows[stream]))
 
-    def _places(self, plan: _Plan, positions: Integers) -> Integers:
+    def _offsets(self, plan: _Plan, positions: Integers) -> Integers:
         return plan.streams[positions % self.num_streams] + positions // self.num_streams
 
     def _plan(self, epoch: int, end: int = 0) -> _Plan:
         with self._lock:
             if epoch not in self._plans:
                 self._plans = {kept: plan for kept, plan in self._plans.items() if abs(kept - epoch) <= 1}
-                self._plans[epoch] = self._draw_up(epoch)
+                self._plans[epoch] = self._make_plan(epoch)
             self._reach(self._plans[epoch], end)
             return self._plans[epoch]
 
@@ -222,7 +222,7 @@ class BlockOrder(WindowedOrder):
     def _range_around(self, epoch: int, position: int) -> tuple[int, int]:
         return 0, self._num
 
-    def _draw_up(self, epoch: int) -> _Plan:
+    def _make_plan(self, epoch: int) -> _Plan:
         num, width, num_streams = len(self._piece_firsts) - 1, self._width, self.num_streams
         blocks = scattered(num, self._seed, epoch, _ALL_PIECES)
         starts = np.append(0, np.cumsum(np.diff(self._piece_firsts)[blocks]))
@@ -269,7 +269,7 @@ class ShardOrder(WindowedOrder):
         index = int(np.searchsorted(bounds, position, "right")) - 1
         return int(bounds[index]), int(bounds[index + 1] - bounds[index])
 
-    def _draw_up(self, epoch: int) -> _Plan:
+    def _make_plan(self, epoch: int) -> _Plan:
         num = len(self.counts)
         shards = scattered(num, self._seed, epoch, _ALL_PIECES)
         edges = _edges(num, self._width, self._width)

@@ -81,8 +81,8 @@ def _ask(url: str, method: str, *args: Any, **options: Any) -> Any:  # noqa: ANN
             return getattr(system, method)(path, *args, **options)
         except FileNotFoundError as error:
             status = getattr(error.__cause__, "status", 0)
-            is_told = 400 <= status < 500 and status not in _PASSING
-            if error.__cause__ is None or is_told or not url.startswith("http"):
+            is_final = 400 <= status < 500 and status not in _PASSING
+            if error.__cause__ is None or is_final or not url.startswith("http"):
                 raise
             raise error.__cause__ from None  # fsspec takes any fault of a web server for a file that is not there
 

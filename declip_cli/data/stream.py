@@ -52,7 +52,7 @@ class TrainStream(Iterator[Batch]):
     A pair that cannot be read is counted and skipped. As all ranks must contribute equally many pairs, its
     row goes to the pair at the same row of the next global batch (of the one after next, if that is unreadable
     too, and so on; after the last comes the first): a function of the epoch's order alone, so that ranks
-    agree without a word, no other row shifts, and `Batch.numbers` tells which pair was used.
+    agree without a word, no other row shifts, and `Batch.indices` tells which pair was used.
 
     Args:
         samples: the pairs.
@@ -71,14 +71,14 @@ class TrainStream(Iterator[Batch]):
         self._num_ahead = max(2, -(-2 * config.workers // tasks_per_batch)) if config.workers else 0
         self._loader: Loader
         if config.loader == "processes" and config.workers:
-            self._loader = ProcessLoader(samples, config, num_rooms=self._num_ahead + 1)
+            self._loader = ProcessLoader(samples, config, num_buffers=self._num_ahead + 1)
         else:
             self._loader = ThreadLoader(samples, self._order, config)
         self._ahead = ReadAhead.of(self._order, self._loader)
         self._pending: deque[_Pending] = deque()
         self._consumed = self._scheduled = (0, 0)  # epoch, position in its order
         self._bad: dict[int, BadSample] = {}
-        self._num_cut: dict[int, int] = {}
+        self._num_truncated: dict[int, int] = {}
         """Loader process → texts it has cut so far."""
         self.wait_seconds = 0.0
         """Time the consumer has waited for batches so far."""
@@ -94,9 +94,9 @@ class TrainStream(Iterator[Batch]):
         return len(self._samples) // self._config.global_size
 
     @property
-    def num_cut_captions(self) -> int:
+    def num_truncated_captions(self) -> int:
         """Texts cut to the context length so far, counted in every view, those in prefetched batches included."""
-        return sum(self._num_cut.values())
+        return sum(self._num_truncated.values())
 
     @property
     def skipped(self) -> Skips:
@@ -174,11 +174,11 @@ class TrainStream(Iterator[Batch]):
         while len(self._pending) <= self._num_ahead:
             self._pending.append(self._schedule())
         pending = self._pending.popleft()
-        room, filled = self._loader.finish(pending.ticket)
+        buffer, filled = self._loader.finish(pending.ticket)
         self._loader.release(pending.used_up)
         self._consumed = (pending.epoch, pending.end)
         for rows in filled:
-            self._num_cut[rows.process] = max(self._num_cut.get(rows.process, 0), rows.num_cut)
+            self._num_truncated[rows.process] = max(self._num_truncated.get(rows.process, 0), rows.num_truncated)
         bad = [sample for rows in filled for sample in rows.bad]
         for rows in filled:
             if rows.is_exhausted:
@@ -187,11 +187,11 @@ class TrainStream(Iterator[Batch]):
         whole = self._config.views.pad_to_context
         length = self._config.context_length if whole else max(rows.length for rows in filled)
         return Batch(
-            images=torch.from_numpy(room.images),
-            tokens=torch.from_numpy(room.tokens[..., :length].copy()),
-            mask_labels=torch.from_numpy(room.mask_labels[:, :length].copy()),
-            numbers=torch.from_numpy(room.numbers.copy()),
-            caption_ids=torch.from_numpy(room.caption_ids.copy()),
+            images=torch.from_numpy(buffer.images),
+            tokens=torch.from_numpy(buffer.tokens[..., :length].copy()),
+            mlm_labels=torch.from_numpy(buffer.mlm_labels[:, :length].copy()),
+            pair_indices=torch.from_numpy(buffer.indices.copy()),
+            caption_ids=torch.from_numpy(buffer.caption_ids.copy()),
         ).counted()
 
     def _schedule(self) -> _Pending:
@@ -207,9 +207,9 @@ class TrainStream(Iterator[Batch]):
         positions = positions[np.argsort(positions % self._order.num_streams, kind="stable")]
         positions = positions[config.rank * config.batch_size :][: config.batch_size]
         used_up = self._ahead.move_to(epoch, positions) if self._ahead else []
-        numbers = self._order.numbers(epoch, positions)
+        indices = self._order.indices(epoch, positions)
         parts = [slice(row, row + ROWS_PER_TASK) for row in range(0, config.batch_size, ROWS_PER_TASK)]
-        tasks = [Task(part.start, epoch, positions[part].tolist(), numbers[part].tolist()) for part in parts]
+        tasks = [Task(part.start, epoch, positions[part].tolist(), indices[part].tolist()) for part in parts]
         return _Pending(epoch, start + global_size, self._loader.begin(tasks), used_up)
 
     def _too_few(self) -> DataError:
@@ -223,7 +223,7 @@ class TrainStream(Iterator[Batch]):
 
     def _count_bad(self, found: Sequence[BadSample]) -> None:
         for bad in found:
-            self._bad.setdefault(bad.number, bad)
+            self._bad.setdefault(bad.sample_index, bad)
         if not found:
             return
         num, (epoch, position) = len(self._samples), self._consumed
@@ -233,7 +233,7 @@ class TrainStream(Iterator[Batch]):
 
     def _too_many_bad(self, how_many: str, found: Sequence[BadSample]) -> DataError:
         for bad in found:
-            self._bad.setdefault(bad.number, bad)
+            self._bad.setdefault(bad.sample_index, bad)
         remedy = "mend the data set with declip prepare, or allow more with --set data.max_bad=…"
         if all(bad.cause == UNREAD for bad in found):
             remedy = "check the disk or the network, then resume the run"

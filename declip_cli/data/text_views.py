@@ -74,15 +74,15 @@ class TextViews:
         return int.from_bytes(blake2b(ids, digest_size=8).digest(), "little", signed=True)
 
     def _mask(self, ids: list[int], labels: list[int], rng: random.Random) -> None:
-        for place in range(1, len(ids) - 1):  # START and END are never hidden
+        for position in range(1, len(ids) - 1):  # START and END are never hidden
             if rng.random() >= self._mask_probability:
                 continue
-            labels[place] = ids[place]
+            labels[position] = ids[position]
             choice = rng.random()
             if choice < MASK_SHARE:
-                ids[place] = MASK
+                ids[position] = MASK
             elif choice < MASK_SHARE + RANDOM_SHARE:
-                ids[place] = rng.randrange(self._num_random_ids)
+                ids[position] = rng.randrange(self._num_random_ids)
 
 
 def drop_stop_words(text: str) -> str:

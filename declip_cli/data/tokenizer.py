@@ -43,7 +43,7 @@ class _Vocabulary:
     byte_ids: tuple[int, ...]
     """Id of each byte inside a word; 256 more where it ends the word."""
     merges: dict[tuple[int, int], int]
-    """Two neighbouring ids → the id that replaces them; the lower the new id, the earlier it is merged."""
+    """Two neighboring ids → the id that replaces them; the lower the new id, the earlier it is merged."""
     pieces: tuple[bytes, ...]
     """Id → its bytes, a space where it ends a word."""
 
@@ -107,7 +107,7 @@ class _WordIds(dict[str, tuple[int, ...]]):
         return found
 
     def _merge(self, piece: str) -> list[int]:
-        """Replace neighbours by their merged id, the earliest merge of the vocabulary first."""
+        """Replace neighbors by their merged id, the earliest merge of the vocabulary first."""
         byte_ids, merges = self._vocabulary.byte_ids, self._vocabulary.merges
         ids = [byte_ids[byte] for byte in piece.encode("utf-8")]
         ids[-1] += 256
@@ -164,11 +164,11 @@ class Tokenizer:
 
     def frame(self, ids: Sequence[int]) -> list[int]:
         """Put START and END around ordinary ids; what does not fit into the context length is cut and counted."""
-        room = self.context_length - 2
-        if len(ids) > room:
+        max_ids = self.context_length - 2
+        if len(ids) > max_ids:
             with self._lock:
                 self.num_truncated += 1
-            ids = ids[:room]
+            ids = ids[:max_ids]
         return [START, *ids, END]
 
     def encode(self, texts: str | Sequence[str], *, pad_to_context: bool = True) -> "Tensor":

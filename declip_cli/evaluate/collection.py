@@ -42,7 +42,7 @@ class Term:
 class _Scope:
     """The images that a search is confined to, ordered by their rows."""
 
-    numbers: Rows
+    indices: Rows
     """(N',)."""
     rows: Rows
     """Ascending, (N',); images of the same content share one."""
@@ -107,36 +107,36 @@ class Collection:
         """As given to FAISS's index factory; `Flat` is exact."""
         return self._index.spec if self._index is not None else EXACT
 
-    def path(self, number: int) -> str:
+    def path(self, index: int) -> str:
         """Return what names an image: its path where it is a file."""
-        return self._dataset.named(self._kept[number])
+        return self._dataset.named(self._kept[index])
 
-    def caption(self, number: int) -> str:
+    def caption(self, index: int) -> str:
         """Return the first caption of an image; empty if there is none."""
         try:
-            return next(iter(self._dataset.captions(self._kept[number])), "")
+            return next(iter(self._dataset.captions(self._kept[index])), "")
         except DataError:
             return ""
 
-    def read(self, number: int) -> bytes | Pixels:
+    def read(self, index: int) -> bytes | Pixels:
         """Read an image; errors as of `Dataset.read`."""
-        return self._dataset.read(self._kept[number]).image
+        return self._dataset.read(self._kept[index]).image
 
-    def like(self, number: int) -> Term:
+    def like(self, index: int) -> Term:
         """Return the term that looks for images like one of the collection."""
-        found = np.asarray(self._features[self._rows[number]])  # (D,) or (P, Q)
+        found = np.asarray(self._features[self._rows[index]])  # (D,) or (P, Q)
         return Term(1, found.reshape(-1, found.shape[-1]))
 
     def num_within(self, within: str) -> int:
         """Count the images that `find` searches; errors as of `find`."""
         return len(self._scope(within).rows)
 
-    def use_quick_index(self, say: Callable[[str], None]) -> None:
+    def use_quick_index(self, log: Callable[[str], None]) -> None:
         """Give a large collection that has no index one of `quick_spec`, in memory, and say so."""
         rows, dim = self._scope("").distinct, self._features.shape[-1]
         spec = quick_spec(len(rows), dim) if self._index is None and self._features.ndim == 2 else ""
         if spec:
-            say(f"making an index {spec} of {len(rows)} images, for speed; --index Flat compares all of them instead")
+            log(f"making an index {spec} of {len(rows)} images, for speed; --index Flat compares all of them instead")
             self._index = ApproximateIndex.build(spec, self._features, rows)
 
     def ask(self, terms: Sequence[Term], k: int, *, within: str = "") -> Question:
@@ -161,17 +161,17 @@ class Collection:
             signed; of token-wise models the mean of the signed scores of the terms.
         """
         together: dict[tuple[str, int], list[int]] = {}
-        for number, question in enumerate(questions):
-            together.setdefault((question.within, question.size), []).append(number)
+        for index, question in enumerate(questions):
+            together.setdefault((question.within, question.size), []).append(index)
         answers: list[Answer] = [([], [])] * len(questions)
-        for (_, size), numbers in together.items():
-            chosen = [questions[number] for number in numbers]
+        for (_, size), indices in together.items():
+            chosen = [questions[index] for index in indices]
             if self._features.ndim == 3:
                 found = [self._compare_tokens(question) for question in chosen]
             else:
                 found = self._compare(chosen, size)
-            for number, question, (scores, rows) in zip(numbers, chosen, found, strict=True):
-                answers[number] = _images_of(question, scores, rows)
+            for index, question, (scores, rows) in zip(indices, chosen, found, strict=True):
+                answers[index] = _images_of(question, scores, rows)
         return answers
 
     def find(self, terms: Sequence[Term], k: int, *, within: str = "") -> Answer:
@@ -196,29 +196,29 @@ class Collection:
         return np.concatenate([(self._features[part] @ tokens.T).max(axis=1).mean(axis=1) for part in parts])
 
     def _find_scope(self, within: str) -> _Scope:
-        numbers = np.arange(len(self))
+        indices = np.arange(len(self))
         if within:
             glob = within.rstrip("/")
             patterns = (glob, f"*/{glob}", f"{glob}/*", f"*/{glob}/*")
             expressions = [f"{re.escape(glob)}/", *map(translate, patterns)]  # a folder's name may look like a pattern
             is_inside = re.compile("|".join(expressions)).match
-            numbers = numbers[[bool(is_inside(self.path(number))) for number in range(len(self))]]
-        if not len(numbers):
+            indices = indices[[bool(is_inside(self.path(index))) for index in range(len(self))]]
+        if not len(indices):
             raise EvaluateError(
                 f"no image of {self.name} has a path like {within!r}",
                 remedy="--within takes a folder or a pattern, such as holiday or 'holiday/*.png'",
             )
-        numbers = numbers[np.argsort(self._rows[numbers], kind="stable")]
-        rows = self._rows[numbers]
-        return _Scope(numbers, rows, np.unique(rows))
+        indices = indices[np.argsort(self._rows[indices], kind="stable")]
+        rows = self._rows[indices]
+        return _Scope(indices, rows, np.unique(rows))
 
 
 def _images_of(question: Question, scores: Vectors, rows: Rows) -> Answer:
     """Turn rows, best first, into the images that have them."""
     scope, k = question.scope, question.k
     firsts, lasts = (np.searchsorted(scope.rows, rows, side) for side in ("left", "right"))
-    numbers = [n for first, last in zip(firsts, lasts, strict=True) for n in scope.numbers[first:last].tolist()]
-    return numbers[:k], np.repeat(scores, lasts - firsts)[:k].tolist()
+    indices = [n for first, last in zip(firsts, lasts, strict=True) for n in scope.indices[first:last].tolist()]
+    return indices[:k], np.repeat(scores, lasts - firsts)[:k].tolist()
 
 
 def _sum_of(terms: Sequence[Term]) -> Vectors:
@@ -298,7 +298,7 @@ def _open_saved(
         return Collection(images, kept.tolist(), vectors, rows, index=made, skipped=skipped, changes=changes)
 
     if dataset is not None:
-        return use_store(folder, model.fingerprint, model.name, work, say=options.say)
+        return use_store(folder, model.fingerprint, model.name, work, log=options.log)
     with VectorStore(folder, model=model.fingerprint, model_name=model.name) as store:  # no images to make it anew from
         return work(store)
 

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 
 from declip_cli.config_files import flatten
-from declip_cli.data.catalogue import classified, evaluation_split, has_captions, open_dataset
+from declip_cli.data.catalog import classified, evaluation_split, has_captions, open_dataset
 from declip_cli.data.dataset import Dataset
 from declip_cli.evaluate.encoding import FeatureOptions
 from declip_cli.evaluate.metrics import Ranks
@@ -17,8 +17,8 @@ from declip_cli.evaluate.zeroshot import has_top5, zeroshot
 from declip_cli.model.checkpoint import PretrainedModel
 
 Scores: TypeAlias = dict[str, Any]
-_LEFT_OUT = {"dataset", "split", "model", "metric", "score", "note", "skipped", "seconds"}
-_LEFT_OUT |= {"num_templates", "templates", "precision"}
+_OMITTED = {"dataset", "split", "model", "metric", "score", "note", "skipped", "seconds"}
+_OMITTED |= {"num_templates", "templates", "precision"}
 """Fields that stay the same all through a run, or say nothing of the model."""
 _FALLING = ("median_rank", "mean_rank")
 """Scores of which less is better."""
@@ -85,7 +85,7 @@ class Evaluation:
     def score(self, model: PretrainedModel, options: FeatureOptions) -> Scores:
         """Score a model, without the fields that say nothing of it."""
         report = (retrieve if self.is_retrieval else zeroshot)(model, self.dataset, options=options)
-        return {key: value for key, value in report.to_json().items() if key not in _LEFT_OUT}
+        return {key: value for key, value in report.to_json().items() if key not in _OMITTED}
 
     def score_paths(self) -> list[str]:
         """Return every score there will be of which more is better."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from declip_cli.cores import own_cores
 from declip_cli.data.dataset import Dataset, Pixels
-from declip_cli.data.image_views import evaluation_view
+from declip_cli.data.image_views import eval_transform
 from declip_cli.distributed import rank, world_size
 from declip_cli.errors import DataError
 from declip_cli.evaluate.vectors import Encoded
@@ -47,7 +47,7 @@ class FeatureOptions:
     """Look results up in, and add them to, the store on disk; see `caches`."""
     progress: Progress = _keep_quiet
     """Told after every batch."""
-    say: Callable[[str], None] = _keep_quiet
+    log: Callable[[str], None] = _keep_quiet
     """Told what the user should know, such as that a damaged store is made anew."""
     split_over_ranks: bool = False
     """Encode a share on each rank of the process group and end with the same on all; every rank must take part."""
@@ -81,7 +81,7 @@ DEFAULTS = FeatureOptions()
 def encode_images(
     model: PretrainedModel,
     dataset: Dataset,
-    numbers: Sequence[int],
+    indices: Sequence[int],
     encode: Encode,
     options: FeatureOptions,
     *,
@@ -92,7 +92,7 @@ def encode_images(
     Args:
         model: where the encoder lies, and its preprocessing.
         dataset: the images.
-        numbers: which of them.
+        indices: which of them.
         encode: what is computed of them.
         options: batch size, precision, threads, progress.
         is_known: from several threads, whether a content needs no encoding; None leaves contents unhashed.
@@ -104,9 +104,9 @@ def encode_images(
     num_done = 0
     pool = ThreadPoolExecutor(options.threads or len(own_cores()))
     try:
-        for first in range(0, len(numbers) + _AHEAD * options.batch_size, options.batch_size):
-            batch = numbers[first : first + options.batch_size]
-            batches.append([pool.submit(_prepare, model, dataset, number, is_known) for number in batch])
+        for first in range(0, len(indices) + _AHEAD * options.batch_size, options.batch_size):
+            batch = indices[first : first + options.batch_size]
+            batches.append([pool.submit(_prepare, model, dataset, index, is_known) for index in batch])
             if len(batches) > _AHEAD and (ready := batches.popleft()):
                 prepared = [future.result() for future in ready]
                 views = [view for _, view in prepared if view is not None]
@@ -117,26 +117,26 @@ def encode_images(
                         rows = iter(encode(images).float().cpu().numpy())  # (B, D)
                 yield [one if view is None else replace(one, vector=next(rows)) for one, view in prepared]
                 num_done += len(prepared)
-                options.progress(num_done, len(numbers))
+                options.progress(num_done, len(indices))
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _prepare(
-    model: PretrainedModel, dataset: Dataset, number: int, is_known: Callable[[bytes], bool] | None
+    model: PretrainedModel, dataset: Dataset, index: int, is_known: Callable[[bytes], bool] | None
 ) -> tuple[Encoded, Tensor | None]:
     """Read, hash and decode one image; the view (S, S, 3) is None where it is known or cannot be read."""
     digest = b""
     try:
-        image = dataset.read(number).image
+        image = dataset.read(index).image
         if is_known is not None:
             digest = _digest(image)
             if is_known(digest):
-                return Encoded(number, digest), None
-        view = evaluation_view(image, **model.preprocessing.view_options())
+                return Encoded(index, digest), None
+        view = eval_transform(image, **model.preprocessing.transform_options())
     except DataError as error:
-        return Encoded(number, digest, cause=error.cause), None
-    return Encoded(number, digest), torch.from_numpy(view)
+        return Encoded(index, digest, cause=error.cause), None
+    return Encoded(index, digest), torch.from_numpy(view)
 
 
 def _digest(image: bytes | Pixels) -> bytes:
@@ -151,7 +151,7 @@ class Part:
 
     rows: Tensor
     """float32 on the CPU, (R, …); an item has one row, several or none."""
-    numbers: Tensor
+    indices: Tensor
     """The item of each row, ascending, int64, (R,)."""
     causes: dict[int, str] = field(default_factory=dict)
     """Why an item has no row, by its number, ascending."""
@@ -177,16 +177,16 @@ def encode_shares(num_items: int, encode: Callable[[range, FeatureOptions], Part
         return encode(range(num_items), options)
     own = range(rank(), num_items, num_ranks)
 
-    def tell(num_done: int, _: int) -> None:  # the share of rank 0 is the largest
+    def report(num_done: int, _: int) -> None:  # the share of rank 0 is the largest
         options.progress(min(num_done * num_ranks, num_items), num_items)
 
-    told = replace(options, progress=tell if rank() == 0 else _keep_quiet)
+    shared = replace(options, progress=report if rank() == 0 else _keep_quiet)
     parts: list[Any] = [None] * num_ranks
-    dist.all_gather_object(parts, encode(own, told) if own else Part(torch.empty(0, 0), torch.empty(0).long()))
-    numbers, order = torch.cat([part.numbers for part in parts]).sort(stable=True)  # (R,)
+    dist.all_gather_object(parts, encode(own, shared) if own else Part(torch.empty(0, 0), torch.empty(0).long()))
+    indices, order = torch.cat([part.indices for part in parts]).sort(stable=True)  # (R,)
     rows = [part.rows for part in parts if len(part.rows)]
     causes = dict(sorted(item for part in parts for item in part.causes.items()))
-    return Part(torch.cat(rows)[order] if rows else torch.empty(0, 0), numbers, causes)
+    return Part(torch.cat(rows)[order] if rows else torch.empty(0, 0), indices, causes)
 
 
 def take(items: Sequence[T], own: range) -> Sequence[T]:

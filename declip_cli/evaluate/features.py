@@ -56,7 +56,7 @@ def image_features(
     dataset: Dataset,
     *,
     projected: bool = True,
-    normalise: bool = True,
+    normalize: bool = True,
     options: FeatureOptions = DEFAULTS,
 ) -> ImageFeatures:
     """Encode images, skipping and counting those that cannot be read.
@@ -65,24 +65,24 @@ def image_features(
         model: the encoder and its preprocessing.
         dataset: N images.
         projected: the shared embedding, of width D; else the tower's own features, of width E.
-        normalise: make each row unit length.
+        normalize: make each row unit length.
         options: how features are computed.
 
     Raises:
         EvaluateError: there is no image, or none of them can be read.
     """
     # Zero-shot, retrieval and search share the features of unit length in the shared embedding.
-    label = "embedding" if projected and normalise else f"projected={projected} unit={normalise}"
-    encode = embedder(model, projected=projected, normalise=normalise)
+    label = "embedding" if projected and normalize else f"projected={projected} unit={normalize}"
+    encode = embedder(model, projected=projected, normalize=normalize)
     return map_images(model, dataset, encode, label=label, options=options)
 
 
-def embedder(model: PretrainedModel, *, projected: bool = True, normalise: bool = True) -> Encode:
+def embedder(model: PretrainedModel, *, projected: bool = True, normalize: bool = True) -> Encode:
     """Return the function that encodes images (B, S, S, 3) as vectors (B, D); arguments as of `image_features`."""
 
     def encode(images: Tensor) -> Tensor:
         features = model.encoder.encode_image(images, projected=projected).float()  # (B, D)
-        return F.normalize(features, dim=-1) if normalise else features
+        return F.normalize(features, dim=-1) if normalize else features
 
     return encode
 
@@ -113,13 +113,13 @@ def map_images(
 
     def computed() -> ImageFeatures:
         found = encode_shares(len(dataset), partial(_encode_share, model, dataset, encode), options)
-        return ImageFeatures(found.rows, found.numbers.tolist(), _skips(dataset, found.causes))
+        return ImageFeatures(found.rows, found.indices.tolist(), _skips(dataset, found.causes))
 
     found = _with_store(model, label, stored, computed, options)
     if not found.kept:
-        told = ", ".join(f"{cause} ({count}, first {first})" for cause, (count, first) in found.skipped.items())
+        causes = ", ".join(f"{cause} ({count}, first {first})" for cause, (count, first) in found.skipped.items())
         raise EvaluateError(
-            f"none of the {len(dataset)} images can be read: {told}", remedy="check that the files are images"
+            f"none of the {len(dataset)} images can be read: {causes}", remedy="check that the files are images"
         )
     return found
 
@@ -142,12 +142,12 @@ def update_store(
     is_known = np.zeros(len(dataset), dtype=bool)  # (N,)
     causes: dict[int, str] = {}
     num_there = 0
-    for number, row, cause, is_same in store.ask(_asked(dataset, is_shared=is_shared)):
+    for index, row, cause, is_same in store.ask(_asked(dataset, is_shared=is_shared)):
         num_there += 1
         if is_same:
-            rows[number], is_known[number] = row, True
+            rows[index], is_known[index] = row, True
             if row < 0:
-                causes[number] = cause
+                causes[index] = cause
     todo: list[int] = np.flatnonzero(~is_known).tolist()
     num_encoded, num_changed = 0, num_there - int(is_known.sum())
 
@@ -157,28 +157,28 @@ def update_store(
     for batch in encode_images(model, dataset, todo, encode, options, is_known=is_encoded):
         num_encoded += store.add(batch)
         for one, found in zip(batch, store.find([one.digest for one in batch]), strict=True):
-            rows[one.number], cause = found or (-1, one.cause)
-            if rows[one.number] < 0:
-                causes[one.number] = cause
+            rows[one.index], cause = found or (-1, one.cause)
+            if rows[one.index] < 0:
+                causes[one.index] = cause
     if not todo:
         options.progress(len(dataset), len(dataset))
     return Update(rows, _skips(dataset, causes), len(todo), num_changed, num_encoded)
 
 
 def _asked(dataset: Dataset, *, is_shared: bool) -> Iterator[tuple[int, str, str, str]]:
-    for number in range(len(dataset)):
+    for index in range(len(dataset)):
         try:
-            key, stamp = dataset.key(number), dataset.stamp(number)
-            caption = "" if is_shared else next(iter(dataset.captions(number)), "")
+            key, stamp = dataset.key(index), dataset.stamp(index)
+            caption = "" if is_shared else next(iter(dataset.captions(index)), "")
         except DataError:
-            key, stamp, caption = dataset.named(number), "", ""
-        yield number, os.path.abspath(key) if is_shared and "://" not in key else key, stamp, caption
+            key, stamp, caption = dataset.named(index), "", ""
+        yield index, os.path.abspath(key) if is_shared and "://" not in key else key, stamp, caption
 
 
 def _skips(dataset: Dataset, causes: dict[int, str]) -> Skips:
     skips = Skips()
-    for number in sorted(causes):
-        skips.add(causes[number], dataset.named(number))
+    for index in sorted(causes):
+        skips.add(causes[index], dataset.named(index))
     return skips
 
 
@@ -196,9 +196,9 @@ def _with_store(
     key = content_key([kind, model.fingerprint, repr(model.preprocessing), precision])
     folder = Path(default_cache_dir()) / "vectors" / key[:32]
     try:
-        return use_store(folder, key, model.name, stored, say=options.say)
+        return use_store(folder, key, model.name, stored, log=options.log)
     except StoreError as error:
-        options.say(f"{error.message}; features are computed and not kept")
+        options.log(f"{error.message}; features are computed and not kept")
         return computed()
 
 
@@ -218,10 +218,10 @@ def _encode_share(
     """Encode the images of a share, one row each."""
     found = [one for batch in encode_images(model, dataset, own, encode, options) for one in batch]
     vectors = [one.vector for one in found if one.vector is not None]
-    numbers = [one.number for one in found if one.vector is not None]
-    causes = {one.number: one.cause for one in found if one.vector is None}
+    indices = [one.index for one in found if one.vector is not None]
+    causes = {one.index: one.cause for one in found if one.vector is None}
     features = torch.from_numpy(np.stack(vectors)) if vectors else torch.empty(0, 0)  # (N', D)
-    return Part(features, torch.tensor(numbers, dtype=torch.int64), causes)
+    return Part(features, torch.tensor(indices, dtype=torch.int64), causes)
 
 
 def by_content(
@@ -245,10 +245,10 @@ def by_content(
     """
 
     def stored(store: VectorStore) -> Tensor:
-        missing = [number for number, found in enumerate(store.find(digests)) if found is None]
+        missing = [index for index, found in enumerate(store.find(digests)) if found is None]
         if missing:
             made = encode(missing).numpy()  # (n, D)
-            store.add([Encoded(number, digests[number], row) for number, row in zip(missing, made, strict=True)])
+            store.add([Encoded(index, digests[index], row) for index, row in zip(missing, made, strict=True)])
         rows = [found[0] for found in store.find(digests) if found is not None]
         return torch.from_numpy(np.asarray(store.vectors()[rows]))
 

@@ -30,7 +30,7 @@ def write_gallery(path: Path, report: SearchReport, *, query_image: bytes = b"")
     Args:
         path: written whole or not at all.
         report: the hits; their images are read again.
-        query_image: the encoded picture that was looked for, shown above the hits.
+        query_image: the encoded image that was looked for, shown above the hits.
 
     Raises:
         EvaluateError: the file cannot be written.
@@ -44,21 +44,21 @@ def render_gallery(report: SearchReport, *, query_image: bytes = b"") -> str:
     heading = f"“{report.query}”" if is_text else f"Images like {Path(report.query).name}"
     about = f"{len(report.hits)} of {report.num_indexed} images in {report.collection}, by {report.model}"
     source = "" if is_text else thumbnail(query_image, THUMBNAIL_SIDE_PX)
-    query_picture = "" if is_text else f'<img class="query" alt="the query" src="{source}">\n'
+    shown_query = "" if is_text else f'<img class="query" alt="the query" src="{source}">\n'
     hits = "\n".join(map(_render_hit, report.hits))
-    body = f'<h1>{escape(heading)}</h1>\n<p class="about">{escape(about)}</p>\n{query_picture}<ol>\n{hits}\n</ol>'
+    body = f'<h1>{escape(heading)}</h1>\n<p class="about">{escape(about)}</p>\n{shown_query}<ol>\n{hits}\n</ol>'
     return render_page(f"{report.query} – declip", body, style=_STYLE)
 
 
 def _render_hit(hit: Hit) -> str:
     words = hit.caption or Path(hit.path).name
     try:
-        picture = f'<img alt="{escape(words)}" src="{thumbnail(hit.read(), THUMBNAIL_SIDE_PX)}">'
+        image = f'<img alt="{escape(words)}" src="{thumbnail(hit.read(), THUMBNAIL_SIDE_PX)}">'
     except (DataError, OSError):
-        picture = "picture cannot be read"
+        image = "image cannot be read"
     caption = f"<p>{escape(hit.caption)}</p>" if hit.caption else ""
     return (
-        f'<li><div class="picture">{picture}</div><div class="words">'
+        f'<li><div class="picture">{image}</div><div class="words">'
         f'<p class="place"><b>{hit.rank}</b><span>{hit.score:.4f}</span></p>{caption}'
         f'<p class="path">{escape(hit.path)}</p></div></li>'
     )

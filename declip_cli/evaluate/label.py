@@ -18,7 +18,7 @@ from declip_cli.model.checkpoint import PretrainedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Labelled(Report):
+class Labeled(Report):
     """The label of one image."""
 
     path: str
@@ -37,7 +37,7 @@ class LabelReport(Report):
     """Images with a label; unreadable ones are in `skipped`."""
     labels: list[str]
     templates: str
-    predictions: list[Labelled]
+    predictions: list[Labeled]
     skipped: Skips
     seconds: float
 
@@ -85,8 +85,8 @@ def label_images(
         labels=list(labels),
         templates=templates,
         predictions=[
-            Labelled(path=dataset.named(number), label=labels[label], probability=probability)
-            for number, label, probability in zip(images.kept, chosen, probabilities, strict=True)
+            Labeled(path=dataset.named(index), label=labels[label], probability=probability)
+            for index, label, probability in zip(images.kept, chosen, probabilities, strict=True)
         ],
         skipped=skipped,
         seconds=time.perf_counter() - started,

@@ -31,7 +31,7 @@ RAW_SIDE_PX = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Labelled:
+class Labeled:
     """Features of the readable images of a split."""
 
     features: Tensor
@@ -103,7 +103,7 @@ def linear_probe(
     Raises:
         EvaluateError: unreadable images, fewer than two classes, or fewer images than shots.
 
-    Source: CLIP, arXiv 2103.00020, appendix A.3: no normalisation, no augmentation.
+    Source: CLIP, arXiv 2103.00020, appendix A.3: no normalization, no augmentation.
     """
     started = time.perf_counter()
     drawn, uses_all = draw_shots(sets, shots=shots, seed=seed), not shots
@@ -156,7 +156,7 @@ def _report(
     )
 
 
-def search_l2(problem: LogisticProblem, val: Labelled, metric: Metric) -> tuple[LogisticFit, float]:
+def search_l2(problem: LogisticProblem, val: Labeled, metric: Metric) -> tuple[LogisticFit, float]:
     """Find the penalty that is best on validation images, from coarse to fine.
 
     Starts with seven values from 1e-6 to 1e6 and halves the step around the best until it is an eighth of a
@@ -169,24 +169,24 @@ def search_l2(problem: LogisticProblem, val: Labelled, metric: Metric) -> tuple[
     """
     tried: dict[int, tuple[tuple[float, float], LogisticFit]] = {}
 
-    def key(place: int) -> tuple[float, float]:
-        if place not in tried:
-            near = min(tried, key=lambda other: abs(other - place), default=None)
+    def key(index: int) -> tuple[float, float]:
+        if index not in tried:
+            near = min(tried, key=lambda other: abs(other - index), default=None)
             start = tried[near][1] if near is not None else None
-            fit = problem.fit(L2_GRID[place], start=start, is_final=False)
-            tried[place] = (_validate(fit, val, metric, problem.num_classes), fit)
-        return tried[place][0]
+            fit = problem.fit(L2_GRID[index], start=start, is_final=False)
+            tried[index] = (_validate(fit, val, metric, problem.num_classes), fit)
+        return tried[index][0]
 
     step = _FIRST_STEP
     best = max(reversed(range(0, len(L2_GRID), step)), key=key)
     while step > 1:
         step //= 2
-        best = max((place for place in (best, best - step, best + step) if 0 <= place < len(L2_GRID)), key=key)
+        best = max((index for index in (best, best - step, best + step) if 0 <= index < len(L2_GRID)), key=key)
     (score, _), fit = tried[best]
     return fit, score
 
 
-def _validate(fit: LogisticFit, val: Labelled, metric: Metric, num_classes: int) -> tuple[float, float]:
+def _validate(fit: LogisticFit, val: Labeled, metric: Metric, num_classes: int) -> tuple[float, float]:
     logits = fit.logits(val.features)  # (N, C)
     top1, mean_per_class = _scores(logits, val.labels, num_classes)
     loss = float(F.cross_entropy(logits, val.labels))
@@ -200,8 +200,8 @@ def _scores(logits: Tensor, labels: Tensor, num_classes: int) -> tuple[float, fl
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    train: Labelled
-    test: Labelled
+    train: Labeled
+    test: Labeled
     num_val: int
     fit: LogisticFit
     val_accuracy: float
@@ -220,8 +220,8 @@ def _probe(
         assert part is not None
         images = map_images(model, part, encode, label=label, options=options)
         skipped.add_all(images.skipped)
-        labels = torch.tensor([part.labels[number] for number in images.kept], device=model.device)  # (N,)
-        parts.append(Labelled(images.features.to(model.device), labels))
+        labels = torch.tensor([part.labels[index] for index in images.kept], device=model.device)  # (N,)
+        parts.append(Labeled(images.features.to(model.device), labels))
         kept = images.kept  # in the end, of the test images
     train, val, test = parts
     num_classes = len(sets.class_names)
@@ -238,7 +238,7 @@ def _probe(
 def _predictions(sets: ProbeSets, kept: Sequence[int], logits: Tensor, labels: Tensor) -> Predictions:
     best = logits.topk(min(_TOP_K, logits.shape[1]))  # (N, K)
     return Predictions(
-        keys=[sets.test.named(number) for number in kept],
+        keys=[sets.test.named(index) for index in kept],
         labels=labels,
         ranked=best.indices,
         scores=best.values,

@@ -76,7 +76,7 @@ class Ranks:
     """For each text, the place of its image among all images, int64, (M,)."""
 
 
-def paired_ranks(images: Tensor, texts: Tensor, owners: Tensor) -> Ranks:
+def paired_ranks(images: Tensor, texts: Tensor, image_ids: Tensor) -> Ranks:
     """Rank right answers by inner product, both ways.
 
     Candidates are ordered by score; of equal scores the one that stands earlier in the set comes first, so
@@ -85,7 +85,7 @@ def paired_ranks(images: Tensor, texts: Tensor, owners: Tensor) -> Ranks:
     Args:
         images: (N, D).
         texts: captions of these images, (M, D).
-        owners: the image of each text, int64, (M,).
+        image_ids: the image of each text, int64, (M,).
 
     Returns:
         The ranks; images without a caption are omitted from `image_to_text`.
@@ -95,18 +95,18 @@ def paired_ranks(images: Tensor, texts: Tensor, owners: Tensor) -> Ranks:
     kept = [piece @ images.T for piece in pieces] if len(texts) * len(images) <= _KEPT_SCORES else []
 
     def chunks() -> Iterator[tuple[Tensor, Tensor]]:  # (n,), (n, N); the same products give the same bits
-        numbers = torch.arange(len(texts), device=texts.device).split(len(pieces[0]))
-        yield from zip(numbers, kept or (piece @ images.T for piece in pieces), strict=True)
+        indices = torch.arange(len(texts), device=texts.device).split(len(pieces[0]))
+        yield from zip(indices, kept or (piece @ images.T for piece in pieces), strict=True)
 
-    own = torch.cat([scores.gather(1, owners[rows, None])[:, 0] for rows, scores in chunks()])  # (M,)
-    best = own.new_full((len(images),), -torch.inf).scatter_reduce_(0, owners, own, "amax")  # (N,)
-    places = torch.arange(len(images), device=images.device)  # (N,)
-    is_best = own == best[owners]  # (M,)
+    own = torch.cat([scores.gather(1, image_ids[rows, None])[:, 0] for rows, scores in chunks()])  # (M,)
+    best = own.new_full((len(images),), -torch.inf).scatter_reduce_(0, image_ids, own, "amax")  # (N,)
+    positions = torch.arange(len(images), device=images.device)  # (N,)
+    is_best = own == best[image_ids]  # (M,)
     firsts = torch.where(is_best, torch.arange(len(texts), device=texts.device), len(texts))  # (M,)
-    first_best = torch.full_like(places, len(texts)).scatter_reduce_(0, owners, firsts, "amin")  # (N,)
-    image_ranks, text_ranks = torch.ones_like(places), []
+    first_best = torch.full_like(positions, len(texts)).scatter_reduce_(0, image_ids, firsts, "amin")  # (N,)
+    image_ranks, text_ranks = torch.ones_like(positions), []
     for rows, scores in chunks():
-        text_ranks.append(1 + _num_before(scores, places, own[rows], owners[rows]))
+        text_ranks.append(1 + _num_before(scores, positions, own[rows], image_ids[rows]))
         image_ranks += _num_before(scores.T, rows, best, first_best)
     return Ranks(image_to_text=image_ranks[torch.isfinite(best)], text_to_image=torch.cat(text_ranks))
 

@@ -26,7 +26,7 @@ _MIN_CODED_CANDIDATES = 4096
 _MIN_LISTS = 8
 _SHARE_OF_LISTS = 16
 """At least 8 and at least a sixteenth of an inverted file's lists are searched."""
-_MAX_DEAD = 0.2
+_MAX_DELETED = 0.2
 """Above this share of rows without an image a saved index is built anew."""
 _GROWTH = 2
 """A saved index is built anew, and so trained anew, when there are so many times more rows than it was built of."""
@@ -209,8 +209,8 @@ def saved_index(store: VectorStore, vectors: Vectors, rows: Rows, spec: str) -> 
     else:
         index = ApproximateIndex.read(store.folder / previous, spec) if previous and spec == saved else None
         there = index.rows if index is not None else rows[:0]
-        missing, dead = np.setdiff1d(rows, there), np.setdiff1d(there, rows)
-        is_stale = len(rows) > _GROWTH * int(facts.get("num_built", 0)) or len(dead) > _MAX_DEAD * len(rows)
+        missing, deleted = np.setdiff1d(rows, there), np.setdiff1d(there, rows)
+        is_stale = len(rows) > _GROWTH * int(facts.get("num_built", 0)) or len(deleted) > _MAX_DELETED * len(rows)
         if index is not None and not is_stale and not len(missing):
             return index
         if index is None or is_stale:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from declip_cli.data.benchmarks.known import known_sets
-from declip_cli.data.catalogue import classified, open_dataset, splits_of
+from declip_cli.data.catalog import classified, open_dataset, splits_of
 from declip_cli.data.dataset import Dataset, Metric
 from declip_cli.data.files_dataset import Subset
 from declip_cli.errors import EvaluateError
@@ -80,15 +80,15 @@ def _aligned(part: Dataset, train: Dataset) -> Dataset:
     assert train.classes is not None
     if part.classes.names == train.classes.names:
         return part
-    numbers = {name: number for number, name in enumerate(train.classes.names)}
-    unknown = [name for name in part.classes.names if name not in numbers]
+    indices = {name: index for index, name in enumerate(train.classes.names)}
+    unknown = [name for name in part.classes.names if name not in indices]
     if unknown:
         raise EvaluateError(
             f"the {part.split} images of {part.name} have the class {unknown[0]!r}, which has no training images "
             f"({len(unknown)} such classes)",
             remedy=f"add training images of {unknown[0]!r} or take its {part.split} images away",
         )
-    labels = [numbers[part.classes.names[label]] for label in part.labels]
+    labels = [indices[part.classes.names[label]] for label in part.labels]
     return Subset(part, range(len(part)), labels=labels, classes=train.classes)
 
 
@@ -98,13 +98,13 @@ def draw_shots(sets: ProbeSets, *, shots: int, seed: int) -> ProbeSets:
     Raises:
         EvaluateError: there are too few images; see `hold_out` and `choose_shots`.
     """
-    numbers, val = list(range(len(sets.train))), sets.val
+    indices, val = list(range(len(sets.train))), sets.val
     if val is None:
-        numbers, held = hold_out(sets.train.labels, seed=seed)
+        indices, held = hold_out(sets.train.labels, seed=seed)
         val = Subset(sets.train, held)
     if shots:
-        numbers = choose_shots(sets.train.labels, numbers, shots=shots, seed=seed, names=sets.class_names)
-    return replace(sets, train=Subset(sets.train, numbers), val=val)
+        indices = choose_shots(sets.train.labels, indices, shots=shots, seed=seed, names=sets.class_names)
+    return replace(sets, train=Subset(sets.train, indices), val=val)
 
 
 def hold_out(labels: Sequence[int], *, seed: int) -> tuple[list[int], list[int]]:
@@ -118,25 +118,25 @@ def hold_out(labels: Sequence[int], *, seed: int) -> tuple[list[int], list[int]]
         EvaluateError: no class has two images.
     """
     held: set[int] = set()
-    for label, numbers in _by_class(labels, range(len(labels))).items():
-        count = max(1, round(len(numbers) / 5)) if len(numbers) > 1 else 0
-        held.update(random.Random(f"hold-out {seed} {label}").sample(numbers, count))
+    for label, indices in _by_class(labels, range(len(labels))).items():
+        count = max(1, round(len(indices) / 5)) if len(indices) > 1 else 0
+        held.update(random.Random(f"hold-out {seed} {label}").sample(indices, count))
     if not held:
         raise EvaluateError(
             "no class has two training images, so none can be held out to choose the penalty on",
             remedy="add training images, or a split val/ with one subfolder per class",
         )
-    return [number for number in range(len(labels)) if number not in held], sorted(held)
+    return [index for index in range(len(labels)) if index not in held], sorted(held)
 
 
 def choose_shots(
-    labels: Sequence[int], numbers: Sequence[int], *, shots: int, seed: int, names: Sequence[str]
+    labels: Sequence[int], indices: Sequence[int], *, shots: int, seed: int, names: Sequence[str]
 ) -> list[int]:
     """Draw the same number of training images of each class; with the same seed, more shots contain the fewer.
 
     Args:
         labels: the class of each image of the set, N.
-        numbers: the images to draw from.
+        indices: the images to draw from.
         shots: how many of each class.
         seed: draws which ones.
         names: class names, for the message.
@@ -148,7 +148,7 @@ def choose_shots(
         EvaluateError: a class has too few.
     """
     chosen: list[int] = []
-    for label, members in _by_class(labels, numbers).items():
+    for label, members in _by_class(labels, indices).items():
         if len(members) < shots:
             raise EvaluateError(
                 f"--shots {shots} asks for more training images than the class {names[label]!r} has "
@@ -161,8 +161,8 @@ def choose_shots(
     return sorted(chosen)
 
 
-def _by_class(labels: Sequence[int], numbers: Sequence[int]) -> dict[int, list[int]]:
+def _by_class(labels: Sequence[int], indices: Sequence[int]) -> dict[int, list[int]]:
     classes: dict[int, list[int]] = {}
-    for number in numbers:
-        classes.setdefault(labels[number], []).append(number)
+    for index in indices:
+        classes.setdefault(labels[index], []).append(index)
     return classes

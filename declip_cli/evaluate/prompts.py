@@ -37,7 +37,7 @@ class Prompts:
         """Return all texts, class after class."""
         return [text for texts in self.by_class for text in texts]
 
-    def owners(self) -> Tensor:
+    def class_ids(self) -> Tensor:
         """Return the class of each text of `flat`, int64."""
         return torch.repeat_interleave(torch.tensor([len(texts) for texts in self.by_class]))
 
@@ -59,7 +59,7 @@ def make_prompts(class_names: Sequence[str], templates: str | Sequence[str]) -> 
             return _own_texts(class_names, Path(templates))
         templates = load_templates(templates)
     for template in templates:
-        if not any(place in template for place in _PLACEHOLDERS):
+        if not any(placeholder in template for placeholder in _PLACEHOLDERS):
             raise EvaluateError(
                 f"the template {template!r} has no place for the class name",
                 remedy="write {} where the class name goes: a photo of a {}.",
@@ -68,8 +68,8 @@ def make_prompts(class_names: Sequence[str], templates: str | Sequence[str]) -> 
 
 
 def _fill(template: str, name: str) -> str:
-    place = next(place for place in _PLACEHOLDERS if place in template)
-    return template.replace(place, name)
+    placeholder = next(placeholder for placeholder in _PLACEHOLDERS if placeholder in template)
+    return template.replace(placeholder, name)
 
 
 def load_templates(choice: str) -> tuple[str, ...]:
@@ -117,11 +117,11 @@ def build_classifier(model: PretrainedModel, prompts: Prompts, *, options: Featu
         in OpenAI's notebook.
     """
 
-    def encode(numbers: Sequence[int]) -> Tensor:
-        chosen = Prompts(tuple(prompts.by_class[number] for number in numbers))
+    def encode(indices: Sequence[int]) -> Tensor:
+        chosen = Prompts(tuple(prompts.by_class[index] for index in indices))
         features = text_features(model, chosen.flat(), options=replace(options, use_cache=False))
-        sums = torch.zeros(len(numbers), features.shape[1])  # (n, D)
-        return F.normalize(sums.index_add_(0, chosen.owners(), features), dim=-1)
+        sums = torch.zeros(len(indices), features.shape[1])  # (n, D)
+        return F.normalize(sums.index_add_(0, chosen.class_ids(), features), dim=-1)
 
     digests = [bytes.fromhex(content_key(texts)) for texts in prompts.by_class]
     return by_content(model, "classes", digests, encode, options)

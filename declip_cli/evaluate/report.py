@@ -83,7 +83,7 @@ def write_predictions(path: Path, parts: dict[str, Predictions]) -> int:
                 "path": key,
                 "label": names[label],
                 "is_right": ranked[0] == label,
-                "top5": [names[number] for number in ranked],
+                "top5": [names[index] for index in ranked],
                 "scores": [round(score, 6) for score in scores],
             }
             lines.append(json.dumps(({"dataset": name} if len(parts) > 1 else {}) | line, ensure_ascii=False) + "\n")
@@ -98,7 +98,7 @@ def write_predictions(path: Path, parts: dict[str, Predictions]) -> int:
 
 
 def class_report(predictions: Predictions) -> dict[str, Any]:
-    """Say which classes are recognised and which are taken for others.
+    """Say which classes are recognized and which are taken for others.
 
     Returns:
         `per_class`: name, number of images and accuracy, worst first; `confused`: the most frequent pairs of
@@ -106,15 +106,15 @@ def class_report(predictions: Predictions) -> dict[str, Any]:
     """
     names, predicted = predictions.class_names, predictions.ranked[:, 0]  # (N',)
     accuracy, counts = per_class_accuracy(predicted, predictions.labels, len(names))
-    there = [number for number in range(len(names)) if counts[number] > 0]
-    there.sort(key=lambda number: (float(accuracy[number]), -int(counts[number])))
+    there = [index for index in range(len(names)) if counts[index] > 0]
+    there.sort(key=lambda index: (float(accuracy[index]), -int(counts[index])))
     pairs = Counter(
         pair for pair in zip(predictions.labels.tolist(), predicted.tolist(), strict=True) if pair[0] != pair[1]
     )
     return {
         "per_class": [
-            {"class": names[number], "num_images": int(counts[number]), "accuracy": float(accuracy[number])}
-            for number in there
+            {"class": names[index], "num_images": int(counts[index]), "accuracy": float(accuracy[index])}
+            for index in there
         ],
         "confused": [
             {"class": names[right], "predicted": names[wrong], "count": count, "share": count / int(counts[right])}

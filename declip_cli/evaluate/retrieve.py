@@ -48,9 +48,9 @@ def both_directions(ranks: Ranks) -> dict[str, Any]:
         recalls, at most 6.
     """
     scores: dict[str, Any] = {}
-    for name, places in (("image_to_text", ranks.image_to_text), ("text_to_image", ranks.text_to_image)):
-        recalls = {f"recall_at_{k}": recall_at(places, k) for k in RECALLS}
-        scores[name] = recalls | {"median_rank": median_rank(places), "mean_rank": float(places.double().mean())}
+    for name, found in (("image_to_text", ranks.image_to_text), ("text_to_image", ranks.text_to_image)):
+        recalls = {f"recall_at_{k}": recall_at(found, k) for k in RECALLS}
+        scores[name] = recalls | {"median_rank": median_rank(found), "mean_rank": float(found.double().mean())}
     scores["rsum"] = sum(scores[name][f"recall_at_{k}"] for name in list(scores) for k in RECALLS)
     return scores
 
@@ -87,8 +87,8 @@ def retrieve(model: PretrainedModel, dataset: Dataset, *, options: FeatureOption
     return RetrievalReport(
         dataset=dataset.name,
         model=model.name,
-        num_images=len(encoded.numbers),
-        num_texts=len(encoded.owners),
+        num_images=len(encoded.indices),
+        num_texts=len(encoded.image_ids),
         scores=both_directions(encoded.ranks(0, len(pairs.images))),
         folds={f"mean_of_{count}_folds": {"num_images": size} | _mean(folds)} if folds else {},
         skipped=pairs.skipped,
@@ -110,7 +110,7 @@ class Pairs:
     images: Dataset
     texts: list[str]
     """M captions, those of an image together."""
-    owners: list[int]
+    image_ids: list[int]
     """The image of each caption, M numbers."""
     skipped: Skips
 
@@ -122,29 +122,29 @@ def read_pairs(dataset: Dataset) -> Pairs:
         EvaluateError: there are none.
     """
     texts: list[str] = []
-    owners: list[int] = []
-    numbers: list[int] = []
+    image_ids: list[int] = []
+    indices: list[int] = []
     skipped = Skips(dataset.skipped)
-    for number in range(len(dataset)):
+    for index in range(len(dataset)):
         try:
-            captions = dataset.captions(number)
+            captions = dataset.captions(index)
         except DataError as error:
-            skipped.add(error.cause, dataset.named(number))
+            skipped.add(error.cause, dataset.named(index))
             continue
         if not captions:
-            skipped.add("missing caption", dataset.named(number))
+            skipped.add("missing caption", dataset.named(index))
             continue
         texts += captions
-        owners += [len(numbers)] * len(captions)
-        numbers.append(number)
-    if not numbers:
+        image_ids += [len(indices)] * len(captions)
+        indices.append(index)
+    if not indices:
         raise EvaluateError(
             f"no image with a caption in {dataset.name} ({skipped or 'empty'})",
             remedy='give it a captions.jsonl with lines {"file": "a.jpg", "captions": ["…"]}, '
             "or search it with --query TEXT",
         )
-    images = dataset if len(numbers) == len(dataset) else Subset(dataset, numbers)
-    return Pairs(images, texts, owners, skipped)
+    images = dataset if len(indices) == len(dataset) else Subset(dataset, indices)
+    return Pairs(images, texts, image_ids, skipped)
 
 
 class _Encoded:
@@ -152,20 +152,20 @@ class _Encoded:
 
     def __init__(self, model: PretrainedModel, pairs: Pairs, options: FeatureOptions) -> None:
         images = (encode_image_tokens if model.token_wise else image_features)(model, pairs.images, options=options)
-        rows = {number: row for row, number in enumerate(images.kept)}
-        kept = [(text, rows[own]) for text, own in zip(pairs.texts, pairs.owners, strict=True) if own in rows]
+        rows = {index: row for row, index in enumerate(images.kept)}
+        kept = [(text, rows[own]) for text, own in zip(pairs.texts, pairs.image_ids, strict=True) if own in rows]
         self.skipped = images.skipped
-        self.numbers = torch.tensor(images.kept, device=model.device)  # (N',)
-        self.owners = torch.tensor([row for _, row in kept], device=model.device)  # (M',)
+        self.indices = torch.tensor(images.kept, device=model.device)  # (N',)
+        self.image_ids = torch.tensor([row for _, row in kept], device=model.device)  # (M',)
         self._images = images.features.to(model.device)  # (N', D) or (N', P, Q)
         encode = encode_text_tokens if model.token_wise else text_features
         self._texts: Tensor | TokenTexts = encode(model, [text for text, _ in kept], options=options).to(model.device)
 
     def ranks(self, first: int, last: int) -> Ranks:
         """Rank images number first to last - 1 of the set, and their captions, among themselves."""
-        rows = ((self.numbers >= first) & (self.numbers < last)).nonzero()[:, 0]  # (n,)
-        texts = torch.isin(self.owners, rows).nonzero()[:, 0]  # (m,)
-        owners = torch.searchsorted(rows, self.owners[texts])  # (m,)
+        rows = ((self.indices >= first) & (self.indices < last)).nonzero()[:, 0]  # (n,)
+        texts = torch.isin(self.image_ids, rows).nonzero()[:, 0]  # (m,)
+        image_ids = torch.searchsorted(rows, self.image_ids[texts])  # (m,)
         if isinstance(self._texts, TokenTexts):
-            return token_wise_ranks(self._images[rows], self._texts.select(texts), owners)
-        return paired_ranks(self._images[rows], self._texts[texts], owners)
+            return token_wise_ranks(self._images[rows], self._texts.select(texts), image_ids)
+        return paired_ranks(self._images[rows], self._texts[texts], image_ids)

@@ -31,10 +31,10 @@ class Query:
     def words(self) -> str:
         """The query in one line: `dir/image.jpg + a dog - a cat`."""
         image = () if self.image is None else (str(self.image),)
-        return in_words((*image, *self.texts), self.minus)
+        return describe_query((*image, *self.texts), self.minus)
 
 
-def in_words(wanted: Sequence[str], minus: Sequence[str]) -> str:
+def describe_query(wanted: Sequence[str], minus: Sequence[str]) -> str:
     """Write a query in one line."""
     return " - ".join((" + ".join(wanted), *minus))
 
@@ -101,13 +101,13 @@ def search(
     started = time.perf_counter()
     terms = encode_query(model, query, options=options)
     collection = open_collection(model, dataset, index=index, folder=folder, options=options)
-    numbers, scores = collection.find(terms, k, within=within)
+    indices, scores = collection.find(terms, k, within=within)
     return SearchReport(
         query=query.words,
         collection=collection.name,
         model=model.name,
         index=collection.index,
-        hits=[describe_hit(collection, *found) for found in zip(range(1, k + 1), numbers, scores, strict=False)],
+        hits=[describe_hit(collection, *found) for found in zip(range(1, k + 1), indices, scores, strict=False)],
         num_indexed=len(collection),
         num_within=collection.num_within(within) if within else None,
         changes=collection.changes,
@@ -116,14 +116,14 @@ def search(
     )
 
 
-def describe_hit(collection: Collection, rank: int, number: int, score: float) -> Hit:
+def describe_hit(collection: Collection, rank: int, index: int, score: float) -> Hit:
     """Say what was found: an image of a collection, by its number."""
     return Hit(
         rank=rank,
         score=score,
-        path=collection.path(number),
-        caption=collection.caption(number) or None,
-        read=partial(collection.read, number),
+        path=collection.path(index),
+        caption=collection.caption(index) or None,
+        read=partial(collection.read, index),
     )
 
 

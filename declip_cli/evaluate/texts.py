@@ -25,7 +25,7 @@ def text_features(
     model: PretrainedModel,
     texts: Sequence[str],
     *,
-    normalise: bool = True,
+    normalize: bool = True,
     options: FeatureOptions = DEFAULTS,
 ) -> Tensor:
     """Encode texts, sorted by length and cut to the longest of each batch.
@@ -35,7 +35,7 @@ def text_features(
     Args:
         model: the encoder and its context length.
         texts: N texts; longer ones than the context are cut, keeping the end token.
-        normalise: make each row unit length.
+        normalize: make each row unit length.
         options: how features are computed.
 
     Returns:
@@ -47,23 +47,23 @@ def text_features(
     if not texts:
         raise EvaluateError("there is no text to encode", remedy="check the captions of the data set")
 
-    def encode(numbers: Sequence[int]) -> Tensor:
-        chosen = [texts[number] for number in numbers]
+    def encode(indices: Sequence[int]) -> Tensor:
+        chosen = [texts[index] for index in indices]
         return encode_shares(len(chosen), partial(_encode_texts, model, chosen), options).rows
 
     digests = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in texts]
     kept = options if len(texts) > 1 else replace(options, use_cache=False)
     features = by_content(model, "texts", digests, encode, kept)
-    return F.normalize(features, dim=-1) if normalise else features
+    return F.normalize(features, dim=-1) if normalize else features
 
 
 def _encode_texts(model: PretrainedModel, texts: Sequence[str], own: range, options: FeatureOptions) -> Part:
     """Encode the texts of a share, one row each."""
     batches = [
-        (numbers, rows.float().cpu())  # (B,), (B, D)
-        for numbers, _, rows in encode_batches(model, take(texts, own), model.encoder.encode_text, options)
+        (indices, rows.float().cpu())  # (B,), (B, D)
+        for indices, _, rows in encode_batches(model, take(texts, own), model.encoder.encode_text, options)
     ]
-    order = torch.cat([numbers for numbers, _ in batches]).argsort()  # (N,)
+    order = torch.cat([indices for indices, _ in batches]).argsort()  # (N,)
     return Part(torch.cat([rows for _, rows in batches])[order], torch.tensor(own))
 
 
@@ -77,9 +77,9 @@ def encode_batches(
     """
     num_done = 0
     with torch.inference_mode(), autocast(options.precision, model.device):
-        for numbers, tokens in _batches(model, texts, options.text_batch_size):
-            yield numbers, tokens, encode(tokens.to(model.device))
-            num_done += len(numbers)
+        for indices, tokens in _batches(model, texts, options.text_batch_size):
+            yield indices, tokens, encode(tokens.to(model.device))
+            num_done += len(indices)
             options.progress(num_done, len(texts))
 
 
@@ -88,8 +88,8 @@ def _batches(model: PretrainedModel, texts: Sequence[str], batch_size: int) -> I
     if model.tokenizer is None:
         yield from length_sorted_batches(texts, model.context_length, batch_size)
         return
-    for numbers in torch.arange(len(texts)).split(batch_size):
-        yield numbers, model.tokenizer.encode([texts[number] for number in numbers])  # (B,), (B, L)
+    for indices in torch.arange(len(texts)).split(batch_size):
+        yield indices, model.tokenizer.encode([texts[index] for index in indices])  # (B,), (B, L)
 
 
 def length_sorted_batches(
@@ -102,15 +102,15 @@ def length_sorted_batches(
     """
     tokens = Tokenizer(context_length=context_length).encode(texts, pad_to_context=False)  # (N, L)
     lengths = (tokens == END).int().argmax(dim=1) + 1  # (N,); the padding's id 0 is also that of "!"
-    for numbers in lengths.argsort(stable=True).split(batch_size):
-        longest = int(lengths[numbers].max())
-        yield numbers, tokens[numbers, :longest]  # (B,), (B, L)
+    for indices in lengths.argsort(stable=True).split(batch_size):
+        longest = int(lengths[indices].max())
+        yield indices, tokens[indices, :longest]  # (B,), (B, L)
 
 
-def count_cut(texts: Sequence[str], context_length: int, other: WholeTokenizer | None = None) -> int:
+def count_truncated(texts: Sequence[str], context_length: int, other: WholeTokenizer | None = None) -> int:
     """Count the texts that are longer than a model reads, in tokens, and lose their ends."""
     if other is not None:
-        return other.count_cut(texts)
+        return other.count_truncated(texts)
 
     def surely_fits(text: str) -> bool:  # a token covers at least one byte; other characters may become more bytes
         return len(text) <= context_length - 2 and text.isascii() and "&" not in text

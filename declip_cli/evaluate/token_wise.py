@@ -37,10 +37,10 @@ class TokenTexts:
         """Move both tensors to a device."""
         return TokenTexts(self.tokens.to(device), self.lengths.to(device))
 
-    def select(self, numbers: Tensor) -> "TokenTexts":
-        """Take some texts; `numbers` int64, (m,)."""
+    def select(self, indices: Tensor) -> "TokenTexts":
+        """Take some texts; `indices` int64, (m,)."""
         parts = self.tokens.split(self.lengths.tolist())
-        return TokenTexts(torch.cat([parts[number] for number in numbers.tolist()]), self.lengths[numbers])
+        return TokenTexts(torch.cat([parts[index] for index in indices.tolist()]), self.lengths[indices])
 
     def padded(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Return the tokens of texts first to last - 1, (m, L, Q), and which are none, bool, (m, L)."""
@@ -68,23 +68,23 @@ def encode_image_tokens(model: PretrainedModel, dataset: Dataset, *, options: Fe
 def encode_text_tokens(model: PretrainedModel, texts: Sequence[str], *, options: FeatureOptions) -> TokenTexts:
     """Encode M texts token by token, start and end included, padding omitted; float32 on the CPU."""
     found = encode_shares(len(texts), partial(_encode_tokens, model, texts), options)
-    return TokenTexts(found.rows, torch.bincount(found.numbers, minlength=len(texts)))
+    return TokenTexts(found.rows, torch.bincount(found.indices, minlength=len(texts)))
 
 
 def _encode_tokens(model: PretrainedModel, texts: Sequence[str], own: range, options: FeatureOptions) -> Part:
     """Encode the texts of a share, one row per token."""
     found: dict[int, Tensor] = {}
     encode = model.towers.encode_text_tokens
-    for numbers, _, (tokens, mask) in encode_batches(model, take(texts, own), encode, options):
-        unit = F.normalize(tokens.float(), dim=-1).cpu()  # (B, L, Q)
-        for number, row, is_token in zip(numbers.tolist(), unit, mask.cpu(), strict=True):
-            found[number] = row[is_token]  # (L', Q)
-    rows = [found[number] for number in range(len(own))]
+    for indices, _, (tokens, mask) in encode_batches(model, take(texts, own), encode, options):
+        normalized = F.normalize(tokens.float(), dim=-1).cpu()  # (B, L, Q)
+        for index, row, is_token in zip(indices.tolist(), normalized, mask.cpu(), strict=True):
+            found[index] = row[is_token]  # (L', Q)
+    rows = [found[index] for index in range(len(own))]
     lengths = torch.tensor([len(row) for row in rows])  # (M',)
     return Part(torch.cat(rows), torch.tensor(own).repeat_interleave(lengths))
 
 
-def token_wise_ranks(images: Tensor, texts: TokenTexts, owners: Tensor) -> Ranks:
+def token_wise_ranks(images: Tensor, texts: TokenTexts, image_ids: Tensor) -> Ranks:
     """Rank right answers by token-wise similarity, both ways.
 
     An image scores a caption by the best token for each patch, averaged over the patches; a caption scores an
@@ -94,26 +94,26 @@ def token_wise_ranks(images: Tensor, texts: TokenTexts, owners: Tensor) -> Ranks
     Args:
         images: unit length, (N, P, Q).
         texts: captions of these images, M.
-        owners: the image of each text, int64, (M,).
+        image_ids: the image of each text, int64, (M,).
 
     Returns:
         The ranks; see `paired_ranks` for ties and images without captions.
 
     Source: FILIP, arXiv 2111.07783, equations 3 to 5.
     """
-    places = torch.arange(len(images), device=images.device)  # (N,)
+    rows_of_images = torch.arange(len(images), device=images.device)  # (N,)
     longest = int(texts.lengths.max())
     size = max(1, int((_CHUNK_SIMILARITIES / (images.shape[1] * longest)) ** 0.5))
-    with_text = places[torch.isin(places, owners)]  # (N',)
+    with_text = rows_of_images[torch.isin(rows_of_images, image_ids)]  # (N',)
     chunks = [texts.padded(first, min(first + size, len(texts))) for first in range(0, len(texts), size)]
     of_images = []
-    for numbers in with_text.split(size):
-        scores = torch.cat([_score_texts(images[numbers], *chunk) for chunk in chunks], 1)  # (n, M)
-        of_images.append(ranks_in_rows(scores, numbers, owners))
+    for indices in with_text.split(size):
+        scores = torch.cat([_score_texts(images[indices], *chunk) for chunk in chunks], 1)  # (n, M)
+        of_images.append(ranks_in_rows(scores, indices, image_ids))
     of_texts = []
-    for chunk, rows in zip(chunks, owners.split(size), strict=True):
+    for chunk, rows in zip(chunks, image_ids.split(size), strict=True):
         scores = torch.cat([_score_images(part, *chunk) for part in images.split(size)], 1)  # (m, N)
-        of_texts.append(ranks_in_rows(scores, rows, places))
+        of_texts.append(ranks_in_rows(scores, rows, rows_of_images))
     return Ranks(image_to_text=torch.cat(of_images), text_to_image=torch.cat(of_texts))
 
 
@@ -172,12 +172,12 @@ def build_token_classifier(
 def _sum_tokens(model: PretrainedModel, prompts: Prompts, own: range, options: FeatureOptions) -> Part:
     """Add up the unit tokens of each class of a share by position; the last column counts them, (C, L, Q + 1)."""
     prompts = Prompts(tuple(take(prompts.by_class, own)))
-    owners, sums = prompts.owners(), torch.zeros(0)
+    image_ids, sums = prompts.class_ids(), torch.zeros(0)
     encode = model.towers.encode_text_tokens
-    for numbers, ids, (tokens, mask) in encode_batches(model, prompts.flat(), encode, options):
+    for indices, ids, (tokens, mask) in encode_batches(model, prompts.flat(), encode, options):
         if not len(sums):
             sums = torch.zeros(len(own), model.context_length, tokens.shape[-1] + 1)
         weights = mask.float().cpu()[..., None]  # (B, L, 1)
-        units = F.normalize(tokens.float(), dim=-1).cpu() * weights  # (B, L, Q)
-        sums[:, : ids.shape[1]].index_add_(0, owners[numbers], torch.cat([units, weights], dim=-1))
+        normalized_tokens = F.normalize(tokens.float(), dim=-1).cpu() * weights  # (B, L, Q)
+        sums[:, : ids.shape[1]].index_add_(0, image_ids[indices], torch.cat([normalized_tokens, weights], dim=-1))
     return Part(sums, torch.tensor(own))

@@ -53,7 +53,7 @@ class StoreError(EvaluateError):
 class Encoded:
     """What became of one image."""
 
-    number: int
+    index: int
     digest: bytes
     """Of its content; empty if it could not be read, which may pass."""
     vector: Vectors | None = None
@@ -127,7 +127,7 @@ class VectorStore:
         Returns:
             Number, row (-1 if none), why it has none, and whether the stamp is the same, of those that are there.
         """
-        rows = ((number, _bytes(key), stamp, _bytes(caption)) for number, key, stamp, caption in images)
+        rows = ((index, _bytes(key), stamp, _bytes(caption)) for index, key, stamp, caption in images)
         query = (
             "SELECT a.number, COALESCE(c.number, -1), c.cause, a.stamp = i.stamp AND a.stamp != ''"
             " FROM asked a JOIN images i USING (key) JOIN contents c USING (digest)"
@@ -135,7 +135,7 @@ class VectorStore:
         with self._border():
             self._database.execute("DELETE FROM asked")
             self._database.executemany("INSERT INTO asked VALUES (?, ?, ?, ?)", rows)
-            return [(number, row, cause, bool(same)) for number, row, cause, same in self._database.execute(query)]
+            return [(index, row, cause, bool(same)) for index, row, cause, same in self._database.execute(query)]
 
     def find(self, digests: Sequence[bytes]) -> list[tuple[int, str] | None]:
         """Return the row of each content, -1 if none, and why it has none; None where it is unknown; for any thread."""
@@ -161,11 +161,11 @@ class VectorStore:
                 if found is None and (one.vector is not None or one.cause)
             }
             vectors = [one.vector for one in new.values() if one.vector is not None]
-            numbers = iter(self._append(np.stack(vectors)) if vectors else ())
-            rows = [(d, next(numbers) if one.vector is not None else None, one.cause) for d, one in new.items()]
+            indices = iter(self._append(np.stack(vectors)) if vectors else ())
+            rows = [(d, next(indices) if one.vector is not None else None, one.cause) for d, one in new.items()]
             self._database.executemany("INSERT INTO contents VALUES (?, ?, ?)", rows)
             query = "INSERT OR REPLACE INTO images SELECT key, stamp, ?, caption FROM asked WHERE number = ?"
-            self._database.executemany(query, [(one.digest, one.number) for one in known])
+            self._database.executemany(query, [(one.digest, one.index) for one in known])
         return len(new)
 
     def _append(self, vectors: Vectors) -> range:
@@ -280,7 +280,7 @@ def is_store(folder: Path) -> bool:
 
 
 def use_store(
-    folder: Path, model: str, model_name: str, work: Callable[[VectorStore], T], say: Callable[[str], None]
+    folder: Path, model: str, model_name: str, work: Callable[[VectorStore], T], log: Callable[[str], None]
 ) -> T:
     """Do some work with a store; one that turns out to be damaged is made anew, and the work begun again.
 
@@ -289,7 +289,7 @@ def use_store(
         model: its fingerprint.
         model_name: for messages.
         work: what is done.
-        say: told of a damaged store.
+        log: told of a damaged store.
 
     Raises:
         StoreError: the store cannot be used.
@@ -300,7 +300,7 @@ def use_store(
     except StoreError as error:
         if not error.is_damaged:
             raise
-        say(f"{error.message}; it is made anew")
+        log(f"{error.message}; it is made anew")
     for pattern in (f"{DATABASE}*", "vectors*.f32", "index-*.faiss"):
         for path in folder.glob(pattern):  # processes that still use it go on with what they have open
             path.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from declip_cli.data.catalogue import classified
+from declip_cli.data.catalog import classified
 from declip_cli.data.dataset import Classes, Dataset, Metric, Skips
 from declip_cli.errors import EvaluateError
 from declip_cli.evaluate.encoding import DEFAULTS, FeatureOptions
@@ -15,7 +15,7 @@ from declip_cli.evaluate.features import ImageFeatures, content_key, image_featu
 from declip_cli.evaluate.metrics import chance_accuracy, mean_per_class_accuracy, top_k_accuracy
 from declip_cli.evaluate.prompts import Prompts, build_classifier, make_prompts
 from declip_cli.evaluate.report import Predictions, Report
-from declip_cli.evaluate.texts import count_cut
+from declip_cli.evaluate.texts import count_truncated
 from declip_cli.evaluate.token_wise import build_token_classifier
 from declip_cli.model.checkpoint import PretrainedModel
 from declip_cli.model.precision import resolve_precision
@@ -50,7 +50,7 @@ class ZeroshotReport(Report):
     mean_per_class: float
     chance_top1: float
     chance_top5: float | None
-    num_prompts_cut: int | None
+    num_truncated_prompts: int | None
     """Prompts longer than the model reads; their ends were left out. None if there is none."""
     skipped: Skips
     note: str | None
@@ -102,7 +102,7 @@ def zeroshot(
         mean_per_class=mean_per_class,
         chance_top1=chance_accuracy(num_classes),
         chance_top5=chance_accuracy(num_classes, _TOP_K) if has_top5(num_classes) else None,
-        num_prompts_cut=count_cut(prompts.flat(), model.context_length, model.tokenizer) or None,
+        num_truncated_prompts=count_truncated(prompts.flat(), model.context_length, model.tokenizer) or None,
         skipped=skipped,
         note=dataset.note or None,
         seconds=time.perf_counter() - started,
@@ -130,8 +130,8 @@ def _predict(
         best.append(chunk.topk(min(_TOP_K, len(names))))  # (n, K)
         confidence.append((scale * chunk.cpu().float()).softmax(dim=1).amax(dim=1))  # (n,)
     predictions = Predictions(
-        keys=[dataset.named(number) for number in images.kept],
-        labels=torch.tensor([dataset.labels[number] for number in images.kept]),  # (N',)
+        keys=[dataset.named(index) for index in images.kept],
+        labels=torch.tensor([dataset.labels[index] for index in images.kept]),  # (N',)
         ranked=torch.cat([b.indices for b in best]),
         scores=torch.cat([b.values for b in best]),
         confidence=torch.cat(confidence),

@@ -42,12 +42,12 @@ _KEYS: dict[str, tuple[Callable[[str], Any], str]] = {
     "text_heads": (_count, "a whole number"),
     "mean": (_channels, "one number or three with commas, in [0, 1]"),
     "std": (_channels, "one number or three with commas, in [0, 1]"),
-    "resize": (_count, "pixels of the shorter side before the centre crop"),
+    "resize": (_count, "pixels of the shorter side before the center crop"),
     "interpolation": (_interpolation, "bilinear or bicubic"),
     "crop": (_crop, "round or floor, of half an odd margin"),
 }
 PREPROCESSING_KEYS = ("mean", "std", "resize", "interpolation", "crop")
-"""Keys that concern the pictures, not the towers."""
+"""Keys that concern the images, not the towers."""
 
 
 def parse_assumptions(words: Iterable[str]) -> dict[str, Any]:
@@ -62,26 +62,26 @@ def parse_assumptions(words: Iterable[str]) -> dict[str, Any]:
     Raises:
         ConfigError: a key or a value is none that can be assumed.
     """
-    said = {}
+    given = {}
     for word in words:
         key, equals, text = word.partition("=")
         if key not in _KEYS or not equals:
             raise ChoiceError(f"--assume has no {word!r:.60}", remedy=f"--assume takes KEY=VALUE: {', '.join(_KEYS)}")
         parse, expected = _KEYS[key]
         try:
-            said[key] = parse(text)
+            given[key] = parse(text)
         except (ValueError, KeyError) as error:
             raise ConfigError(
                 f"--assume {key} is {expected} (got {text!r:.60})", remedy=f"--assume {key}=VALUE"
             ) from error
-    return said
+    return given
 
 
 @dataclass(slots=True)
 class Assumptions:
     """Decides what is unknown, and keeps a sentence about each thing that nobody knew."""
 
-    said: Mapping[str, Any] = field(default_factory=dict)
+    given: Mapping[str, Any] = field(default_factory=dict)
     """By the user."""
     notes: list[str] = field(default_factory=list)
 
@@ -97,8 +97,8 @@ class Assumptions:
         Returns:
             The value.
         """
-        if key in self.said:
-            chosen: T = self.said[key]
+        if key in self.given:
+            chosen: T = self.given[key]
             return chosen
         if known is not None:
             return known

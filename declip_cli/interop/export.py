@@ -11,7 +11,7 @@ from declip_cli.errors import ModelError
 from declip_cli.files import SUMS_FILE, new_folder, write_text
 from declip_cli.interop import export_hugging_face, export_onnx, export_open_clip
 from declip_cli.interop.model_card import Card, model_card
-from declip_cli.interop.pictures import Sample, demo_sample, embed
+from declip_cli.interop.sample import Sample, demo_sample, embed
 from declip_cli.model.checkpoint import PretrainedModel
 
 ExportFormat: TypeAlias = Literal["openclip", "huggingface", "onnx"]
@@ -40,7 +40,7 @@ class ExportReport:
     differences: Mapping[str, float]
     """`max_abs_difference`, within the tolerance, and what else was measured."""
     num_compared: int
-    """Pictures and texts."""
+    """Images and texts."""
     seconds: float
 
     def to_json(self) -> dict[str, str | int | float]:
@@ -56,7 +56,7 @@ def export(model: PretrainedModel, to: ExportFormat, out: Path, *, card: Card, f
         model: on the CPU, in evaluation mode, float32.
         to: the format.
         out: the folder; appears whole, or not at all.
-        card: what the model card says of data, training and licence.
+        card: what the model card says of data, training and license.
         force: replace an earlier export.
 
     Returns:
@@ -98,8 +98,8 @@ def _check_format(model: PretrainedModel, to: ExportFormat) -> None:
         remedy, side = f"--to {' or --to '.join(able)}", model.preprocessing.image_side_px
         words = [f"--assume resize={side}"] if model.preprocessing.resize_px != side else []
         words += ["--assume crop=round"] if model.preprocessing.crop_at != "round" else []
-        as_told = replace(model.preprocessing, resize_px=side, crop_at="round")
-        if words and not _WHY_NOT[to](replace(model, preprocessing=as_told)):
+        crop_by_openclip = replace(model.preprocessing, resize_px=side, crop_at="round")
+        if words and not _WHY_NOT[to](replace(model, preprocessing=crop_by_openclip)):
             remedy += f"; or {' '.join(words)}, with which the model sees other pixels than it was made for"
         raise ModelError(f"{to} cannot express this model: {reason}", remedy=remedy)
     for package in _PACKAGES[to]:

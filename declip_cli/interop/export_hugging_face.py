@@ -11,7 +11,7 @@ from torch import Tensor
 from declip_cli.data.tokenizer import END, START, Tokenizer, vocabulary_files
 from declip_cli.errors import ModelError
 from declip_cli.files import write_json
-from declip_cli.interop.pictures import Embedded, Sample, views_of
+from declip_cli.interop.sample import Embedded, Sample, views_of
 from declip_cli.model.checkpoint import PretrainedModel
 from declip_cli.model.clip import DualEncoder
 from declip_cli.model.dims import Architecture, TextDims, VitDims
@@ -49,7 +49,7 @@ def why_not(model: PretrainedModel) -> str:
     """Say what of a model `CLIPModel` cannot express; empty where it can express all."""
     vision = model.towers.architecture.vision
     if model.token_wise:
-        return "it compares token by token, and its whole pictures and texts were not trained"
+        return "it compares token by token, and its whole images and texts were not trained"
     if not isinstance(vision, VitDims):
         return "no class of transformers has CLIP's modified ResNet"
     if not vision.has_pre_norm:
@@ -167,35 +167,35 @@ def _tower_config(dims: VitDims | TextDims) -> dict[str, Any]:
     }
 
 
-def processor_config(how: Preprocessing) -> dict[str, Any]:
+def processor_config(preprocessing: Preprocessing) -> dict[str, Any]:
     """Describe preprocessing as transformers' `CLIPImageProcessor`, the content of `preprocessor_config.json`."""
-    side, is_squashed = how.image_side_px, how.resize_mode == "squash"
+    side, is_squashed = preprocessing.image_side_px, preprocessing.resize_mode == "squash"
     return {
         "image_processor_type": "CLIPImageProcessor",
         "processor_class": "CLIPProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"height": side, "width": side} if is_squashed else {"shortest_edge": how.resize_px},
-        "resample": {"bilinear": 2, "bicubic": 3}[how.interpolation],  # Pillow's numbers
+        "size": {"height": side, "width": side} if is_squashed else {"shortest_edge": preprocessing.resize_px},
+        "resample": {"bilinear": 2, "bicubic": 3}[preprocessing.interpolation],  # Pillow's numbers
         "do_center_crop": not is_squashed,
         "crop_size": {"height": side, "width": side},
         "do_rescale": True,
         "rescale_factor": _LEVEL,
         "do_normalize": True,
-        "image_mean": list(how.mean),
-        "image_std": list(how.std),
+        "image_mean": list(preprocessing.mean),
+        "image_std": list(preprocessing.std),
     }
 
 
-def is_cut_alike(size: tuple[int, int], how: Preprocessing) -> bool:
-    """Tell whether transformers cuts the same square out of a picture of a width and height.
+def is_cut_alike(size: tuple[int, int], preprocessing: Preprocessing) -> bool:
+    """Tell whether transformers cuts the same square out of an image of a width and height.
 
     It rounds half of an odd margin down; our own models and OpenCLIP round it to the next even number, as torchvision
     does, so that every second time its square lies one pixel further to the left, or higher.
     """
-    if how.resize_mode == "squash" or how.crop_at == "floor":
+    if preprocessing.resize_mode == "squash" or preprocessing.crop_at == "floor":
         return True
-    margins = [int(how.resize_px * side / min(size)) - how.image_side_px for side in size]
+    margins = [int(preprocessing.resize_px * side / min(size)) - preprocessing.image_side_px for side in size]
     return all(round(margin / 2) == margin // 2 for margin in margins)
 
 
@@ -219,16 +219,16 @@ def write(model: PretrainedModel, folder: Path) -> None:
     save_file(hugging_face_state(model.towers), folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def embed(folder: Path, sample: Sample, how: Preprocessing) -> tuple[Embedded, Embedded, float]:
+def embed(folder: Path, sample: Sample, preprocessing: Preprocessing) -> tuple[Embedded, Embedded, float]:
     """Let transformers encode a sample with what it reads from a folder.
 
     Args:
         folder: as `write` made it.
-        sample: N pictures, M texts.
-        how: what the processor should do with pictures.
+        sample: N images, M texts.
+        preprocessing: what the processor should do with images.
 
     Returns:
-        What it makes of the pixels that `how` gives; what it makes of the pictures by itself; and the largest
+        What it makes of the pixels that `preprocessing` gives; what it makes of the images by itself; and the largest
         difference of the two kinds of pixels, in levels of 1/255, where both cut out the same square.
     """
     from transformers import AutoModel, AutoProcessor
@@ -239,11 +239,11 @@ def embed(folder: Path, sample: Sample, how: Preprocessing) -> tuple[Embedded, E
     processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
     tidy = Tokenizer().tidy  # which transformers' tokenizer leaves to others
     texts = [tidy(text) for text in sample.texts]
-    inputs = processor(text=texts, images=list(sample.pictures), return_tensors="pt", padding=True, truncation=True)
-    mean, std = torch.tensor(how.mean), torch.tensor(how.std)
-    pixels = (views_of(sample.pictures, how).float() / 255 - mean) / std  # (N, S, S, 3)
+    inputs = processor(text=texts, images=list(sample.images), return_tensors="pt", padding=True, truncation=True)
+    mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
+    pixels = (views_of(sample.images, preprocessing).float() / 255 - mean) / std  # (N, S, S, 3)
     apart = (pixels.permute(0, 3, 1, 2) - inputs["pixel_values"]).abs() * std[:, None, None] / _LEVEL  # (N, 3, S, S)
-    levels = apart[[is_cut_alike(picture.size, how) for picture in sample.pictures]].max()
+    levels = apart[[is_cut_alike(image.size, preprocessing) for image in sample.images]].max()
     with torch.inference_mode():
         found = model(**inputs)
         by_itself = Embedded(images=found.image_embeds, texts=found.text_embeds)

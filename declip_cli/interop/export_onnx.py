@@ -1,4 +1,4 @@
-"""A model as two ONNX graphs, pictures and texts → embeddings of unit length, for any runtime."""
+"""A model as two ONNX graphs, images and texts → embeddings of unit length, for any runtime."""
 
 import json
 import logging
@@ -16,15 +16,15 @@ from declip_cli import __version__
 from declip_cli.data.tokenizer import Tokenizer
 from declip_cli.files import write_json
 from declip_cli.interop.export_hugging_face import processor_config, write_tokenizer
-from declip_cli.interop.pictures import Embedded, Sample, views_of
+from declip_cli.interop.sample import Embedded, Sample, views_of
 from declip_cli.model.checkpoint import PretrainedModel
-from declip_cli.model.clip import DualEncoder, unit
+from declip_cli.model.clip import DualEncoder, normalize
 from declip_cli.model.preprocessing import read_preprocessing
 
 IMAGE_FILE = "image_encoder.onnx"
 TEXT_FILE = "text_encoder.onnx"
 _NUM_TRACED = 2
-"""Pictures or texts that a graph is traced with; a size of 1 would count as fixed."""
+"""Images or texts that a graph is traced with; a size of 1 would count as fixed."""
 _LARGEST_FILE = 2 * 10**9
 """Bytes of weights that fit into one file of protocol buffers; more go into a file beside it."""
 
@@ -39,7 +39,7 @@ class _ImageGraph(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Embed, to unit length."""
         encode = self.encoder.encode_image_tokens if self.token_wise else self.encoder.encode_image
-        return unit(encode(pixels))
+        return normalize(encode(pixels))
 
 
 class _TextGraph(nn.Module):
@@ -52,9 +52,9 @@ class _TextGraph(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Embed, to unit length."""
         if not self.token_wise:
-            return unit(self.encoder.encode_text(input_ids))
+            return normalize(self.encoder.encode_text(input_ids))
         tokens, mask = self.encoder.encode_text_tokens(input_ids)
-        return unit(tokens), mask
+        return normalize(tokens), mask
 
 
 def why_not(model: PretrainedModel) -> str:
@@ -63,9 +63,9 @@ def why_not(model: PretrainedModel) -> str:
 
 
 def write(model: PretrainedModel, folder: Path) -> None:
-    """Write both graphs, with any number of pictures and texts and any length of these, and the tokenizer's files.
+    """Write both graphs, with any number of images and texts and any length of these, and the tokenizer's files.
 
-    Pictures enter as bytes, normalization is inside. What else a runtime needs is in the graphs' metadata.
+    Images enter as bytes, normalization is inside. What else a runtime needs is in the graphs' metadata.
     """
     side, is_token_wise = model.preprocessing.image_side_px, model.token_wise
     pixels = torch.zeros(_NUM_TRACED, side, side, 3, dtype=torch.uint8)
@@ -148,16 +148,16 @@ def embed(folder: Path, sample: Sample) -> Embedded:
         onnxruntime.InferenceSession(folder / name, options, providers=["CPUExecutionProvider"])
         for name in (IMAGE_FILE, TEXT_FILE)
     )
-    told = images.get_modelmeta().custom_metadata_map
-    how = read_preprocessing(json.loads(told["preprocessing"]), remedy="export again")
-    views = views_of(sample.pictures, how).numpy()  # (N, S, S, 3)
-    ids = Tokenizer(int(told["context_length"])).encode(list(sample.texts)).numpy()  # (M, L)
+    metadata = images.get_modelmeta().custom_metadata_map
+    preprocessing = read_preprocessing(json.loads(metadata["preprocessing"]), remedy="export again")
+    views = views_of(sample.images, preprocessing).numpy()  # (N, S, S, 3)
+    ids = Tokenizer(int(metadata["context_length"])).encode(list(sample.texts)).numpy()  # (M, L)
     lengths = (ids != 0).cumsum(1).argmax(1) + 1  # of each text: the end is the last that is not padding
     found_images = [images.run(None, {"pixels": part})[0] for part in (views[:1], views[1:]) if len(part)]
     found_texts = []
     for part in np.array_split(np.argsort(lengths, kind="stable"), 3):  # numbers of short, middling and long texts
-        for number, *row in zip(part, *texts.run(None, {"input_ids": ids[part, : lengths[part].max()]}), strict=True):
-            found_texts.append((number, row[0][row[1]] if len(row) > 1 else row[0][None]))
+        for index, *row in zip(part, *texts.run(None, {"input_ids": ids[part, : lengths[part].max()]}), strict=True):
+            found_texts.append((index, row[0][row[1]] if len(row) > 1 else row[0][None]))
     in_order = [row for _, row in sorted(found_texts, key=lambda pair: int(pair[0]))]
     return Embedded(
         images=torch.from_numpy(np.concatenate(found_images)), texts=torch.from_numpy(np.concatenate(in_order))

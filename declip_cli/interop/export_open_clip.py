@@ -6,16 +6,16 @@ import torch
 from safetensors.torch import save_file
 
 from declip_cli.files import write_json
-from declip_cli.interop.pictures import Embedded, Sample
+from declip_cli.interop.sample import Embedded, Sample
 from declip_cli.model.checkpoint import OPEN_CLIP_CONFIG_FILE, WEIGHTS_FILE, PretrainedModel
-from declip_cli.model.clip import unit
+from declip_cli.model.clip import normalize
 from declip_cli.model.open_clip_layout import open_clip_config, open_clip_state, why_not_open_clip
 
 
 def why_not(model: PretrainedModel) -> str:
     """Say what of a model OpenCLIP cannot express; empty where it can express all."""
     if model.token_wise:
-        return "it compares token by token, and its whole pictures and texts were not trained"
+        return "it compares token by token, and its whole images and texts were not trained"
     return why_not_open_clip(model.towers.architecture, model.preprocessing)
 
 
@@ -38,5 +38,5 @@ def embed(folder: Path, sample: Sample) -> Embedded:
     tokenizer = open_clip.get_tokenizer(name)
     model.eval()
     with torch.inference_mode():
-        images = model.encode_image(torch.stack([transform(picture) for picture in sample.pictures]))
-        return Embedded(images=unit(images), texts=unit(model.encode_text(tokenizer(list(sample.texts)))))
+        images = model.encode_image(torch.stack([transform(image) for image in sample.images]))
+        return Embedded(images=normalize(images), texts=normalize(model.encode_text(tokenizer(list(sample.texts)))))

@@ -121,7 +121,7 @@ def translated(
         side = architecture.image_side_px
         sizes = {"image_side_px": side, "resize_px": pixels.get("resize_px", side)}
         known = read_preprocessing(dict(pixels) | sizes, remedy=DAMAGED)
-        preprocessing = changed_preprocessing(known, assumptions.said)
+        preprocessing = changed_preprocessing(known, assumptions.given)
     except (KeyError, IndexError, ValueError, ZeroDivisionError, TypeError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise ModelError(f"{checkpoint.paths[0]} is no whole CLIP model: {what:.200}", remedy=DAMAGED) from error
@@ -148,15 +148,15 @@ def _check_names(state: Mapping[str, Tensor]) -> None:
         )
 
 
-def changed_preprocessing(known: Preprocessing, said: Mapping[str, Any]) -> Preprocessing:
-    """Override what is known of the pictures by what the user said.
+def changed_preprocessing(known: Preprocessing, given: Mapping[str, Any]) -> Preprocessing:
+    """Override what is known of the images by what the user said.
 
     Raises:
-        ModelError: pictures cannot be prepared like that.
+        ModelError: images cannot be prepared like that.
     """
     names = {"mean": "mean", "std": "std", "interpolation": "interpolation", "crop": "crop_at", "resize": "resize_px"}
-    values = known.to_json() | {name: said[key] for key, name in names.items() if key in said}
-    if "resize" in said:
+    values = known.to_json() | {name: given[key] for key, name in names.items() if key in given}
+    if "resize" in given:
         values["resize_mode"] = "shortest"
     return read_preprocessing(values, remedy=f"--assume resize={known.image_side_px}")
 

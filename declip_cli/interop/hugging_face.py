@@ -61,7 +61,7 @@ def read_hugging_face(
         The model.
 
     Raises:
-        ModelError: it is another kind of model, or its pictures are prepared in a way that declip has not.
+        ModelError: it is another kind of model, or its images are prepared in a way that declip has not.
     """
     if config is not None:
         config = _with_old_names(config)
@@ -77,8 +77,8 @@ def read_hugging_face(
         vision_heads=assumptions.take(
             "heads", heads, max(1, width // 64), words=f"attention heads are 64 wide, {usual}"
         ),
-        text_heads=assumptions.said.get("text_heads", text.get("num_attention_heads", 8 if config else None)),
-        vision_quick_gelu=assumptions.said.get("activation", _activation(vision) if config else text_gelu),
+        text_heads=assumptions.given.get("text_heads", text.get("num_attention_heads", 8 if config else None)),
+        vision_quick_gelu=assumptions.given.get("activation", _activation(vision) if config else text_gelu),
         text_quick_gelu=text_gelu,
         vision_norm_eps=float(vision.get("layer_norm_eps", 1e-5)),
         text_norm_eps=float(text.get("layer_norm_eps", 1e-5)),
@@ -90,7 +90,7 @@ def read_hugging_face(
     side = found.architecture.image_side_px
     if "crop" in pixels and pixels["crop"] != side:
         raise ModelError(
-            f"its processor makes pictures of {pixels['crop']} px, its weights are for {side} px", remedy=DAMAGED
+            f"its processor makes images of {pixels['crop']} px, its weights are for {side} px", remedy=DAMAGED
         )
     return found
 
@@ -169,9 +169,9 @@ def read_pixels(processor: Mapping[str, Any] | None, assumptions: Assumptions) -
     Source: transformers, models/clip/image_processing_clip.py.
     """
     if processor is None:
-        words = "pictures are prepared as OpenAI's models want it, since there is no preprocessor_config.json"
+        words = "images are prepared as OpenAI's models want it, since there is no preprocessor_config.json"
         mean = assumptions.take("mean", None, OPENAI_MEAN, words=words)
-        pixels = {"mean": mean, "std": assumptions.said.get("std", OPENAI_STD)}
+        pixels = {"mean": mean, "std": assumptions.given.get("std", OPENAI_STD)}
         return pixels | {"interpolation": "bicubic", "crop_at": "floor"}
     _check_processor(processor)
     mode, resize_px = _size(processor.get("size", {"shortest_edge": 224}))
@@ -180,9 +180,9 @@ def read_pixels(processor: Mapping[str, Any] | None, assumptions: Assumptions) -
         crop_size = processor.get("crop_size", 224)
         crop = crop_size.get("height") if isinstance(crop_size, Mapping) else crop_size
     elif mode == "shortest":
-        raise ModelError("its processor cuts no square out of its pictures", remedy="take one with do_center_crop")
+        raise ModelError("its processor cuts no square out of its images", remedy="take one with do_center_crop")
     if mode == "squash" and crop != resize_px:
-        raise ModelError("its processor squashes pictures and then crops them", remedy="take one that does either")
+        raise ModelError("its processor squashes images and then crops them", remedy="take one that does either")
     return {
         "mean": processor.get("image_mean", OPENAI_MEAN),
         "std": processor.get("image_std", OPENAI_STD),
@@ -199,7 +199,7 @@ def _check_processor(processor: Mapping[str, Any]) -> None:
     factor = processor.get("rescale_factor", 1 / 255)
     if not is_usual or not isinstance(factor, float) or abs(factor * 255 - 1) > 1e-6:
         raise ModelError(
-            "its processor does not resize, divide by 255 and normalise pictures", remedy="take one that does all three"
+            "its processor does not resize, divide by 255 and normalize images", remedy="take one that does all three"
         )
 
 
@@ -211,9 +211,7 @@ def _size(size: object) -> tuple[str, int]:
         return "squash", size["height"]
     if type(size) is int:
         return "shortest", size
-    raise ModelError(
-        f"its processor resizes pictures to {size!r:.80}", remedy="take one with shortest_edge, or a square"
-    )
+    raise ModelError(f"its processor resizes images to {size!r:.80}", remedy="take one with shortest_edge, or a square")
 
 
 def _filter(resample: object) -> str:

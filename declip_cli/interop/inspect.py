@@ -26,12 +26,12 @@ _TRAINED_WITH = {
 _MAX_TEXT = 200
 
 
-def inspect_model(path: Path, said: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def inspect_model(path: Path, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Describe a model of ours or of another project.
 
     Args:
         path: a run folder, a model folder, a checkpoint, or a name of OpenCLIP's.
-        said: from `parse_assumptions`.
+        given: from `parse_assumptions`.
 
     Returns:
         Plain values: `family`, `arch`, `method`, sizes, `preprocessing`, `training`, `scores`, `assumed`.
@@ -39,10 +39,10 @@ def inspect_model(path: Path, said: Mapping[str, Any] | None = None) -> dict[str
     Raises:
         ModelError: it cannot be read.
     """
-    place = locate(path, option="declip inspect")
-    if place.folder is not None:
-        return _describe_own(place.folder, said or {})
-    found = open_foreign(place, said=said, option="declip inspect", shapes_only=True)
+    location = locate(path, option="declip inspect")
+    if location.folder is not None:
+        return _describe_own(location.folder, given or {})
+    found = open_foreign(location, given=given, option="declip inspect", shapes_only=True)
     return _describe_foreign(found)
 
 
@@ -64,7 +64,7 @@ def _describe_foreign(found: ForeignModel | OtherTowers) -> dict[str, Any]:
     }
 
 
-def _describe_own(folder: Path, said: Mapping[str, Any]) -> dict[str, Any]:
+def _describe_own(folder: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     own, architecture, preprocessing = describe_folder(folder)
     state: dict[str, Tensor] = {}
     for name in (WEIGHTS_FILE, EXTRA_FILE):
@@ -74,7 +74,7 @@ def _describe_own(folder: Path, said: Mapping[str, Any]) -> dict[str, Any]:
         "family": "declip",
         "arch": str(own.get("arch")),
         "method": str(own.get("method")),
-        **_sizes(architecture, changed_preprocessing(preprocessing, said), state),
+        **_sizes(architecture, changed_preprocessing(preprocessing, given), state),
         "container": "safetensors",
         "files": [str(folder / name) for name in (WEIGHTS_FILE, EXTRA_FILE)],
         "training": _training(facts),

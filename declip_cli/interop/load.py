@@ -12,8 +12,8 @@ from torch import Tensor
 
 from declip_cli.data.tokenizer import Tokenizer
 from declip_cli.interop.assumptions import parse_assumptions
-from declip_cli.interop.pictures import view_of
 from declip_cli.interop.read import load_model
+from declip_cli.interop.sample import view_of
 from declip_cli.model.clip import Encoder
 
 
@@ -30,20 +30,20 @@ def load(
             is a warning.
 
     Returns:
-        The model in evaluation mode, with `encode_image`, `encode_text` and `logit_scale`; a function from a picture
+        The model in evaluation mode, with `encode_image`, `encode_text` and `logit_scale`; a function from an image
         to what `encode_image` takes, normalized, (3, S, S); and one from texts to what `encode_text` takes, (B, L).
 
     Raises:
         ModelError: there is no model, or it cannot be read.
     """
     place = None if path is None else Path(path)
-    said = parse_assumptions(assume)
-    model = load_model(place, device=device, option="load", said=said, say=partial(warnings.warn, stacklevel=4))
-    how = model.preprocessing
-    mean, std = (torch.tensor(values)[:, None, None] for values in (how.mean, how.std))
+    given = parse_assumptions(assume)
+    model = load_model(place, device=device, option="load", given=given, log=partial(warnings.warn, stacklevel=4))
+    preprocessing = model.preprocessing
+    mean, std = (torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
 
-    def preprocess(picture: Image.Image) -> Tensor:
-        pixels = torch.from_numpy(view_of(picture, how)).permute(2, 0, 1)  # (3, S, S)
+    def preprocess(image: Image.Image) -> Tensor:
+        pixels = torch.from_numpy(view_of(image, preprocessing)).permute(2, 0, 1)  # (3, S, S)
         return (pixels.float() / 255 - mean) / std
 
     def tokenize(texts: str | Sequence[str]) -> Tensor:

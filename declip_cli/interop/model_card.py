@@ -26,11 +26,11 @@ _SETTINGS = (
     ("train", "seed"),
 )
 _PREPARED_ELSEWHERE = {
-    "openclip": "OpenCLIP's transform gives the same pixels, but for pictures that are transparent, which declip lays "
+    "openclip": "OpenCLIP's transform gives the same pixels, but for images that are transparent, which declip lays "
     "over white, or turned by their EXIF data.",
     "huggingface": "`CLIPImageProcessor` resizes by torchvision, so that pixels are up to 2 levels of 255 apart "
     "(`CLIPImageProcessorPil` of transformers 5 is exact), and of an odd margin it may cut one pixel less on the left "
-    "or at the top. declip lays transparent pictures over white.",
+    "or at the top. declip lays transparent images over white.",
     "onnx": "The graph takes the square as bytes and normalizes it; resizing and cutting are the caller's, as above.",
 }
 _NOT_MENDED = (
@@ -49,7 +49,7 @@ class Card:
     """What a card says beyond the model itself."""
 
     name: str
-    licence: str = ""
+    license: str = ""
     """As the Hub names it, such as `mit`; empty where it is not known."""
     facts: RunFacts = RunFacts()
     differences: Mapping[str, float] = field(default_factory=dict)
@@ -67,7 +67,7 @@ def model_card(model: PretrainedModel, to: str, card: Card) -> str:
     Returns:
         Front matter of the Hub and Markdown.
     """
-    front: dict[str, Any] = {"license": card.licence} if card.licence else {}
+    front: dict[str, Any] = {"license": card.license} if card.license else {}
     front |= {
         "library_name": _LIBRARIES[to],
         "pipeline_tag": "zero-shot-image-classification",
@@ -90,16 +90,16 @@ def model_card(model: PretrainedModel, to: str, card: Card) -> str:
         "OpenAI's byte-pair encoding, lower-cased; texts longer than "
         f"{model.context_length} tokens are cut. {_TEXTS[to]}",
         "## Comparison",
-        "Embeddings of pictures and texts, read back from this folder, against declip's own, in float32:",
+        "Embeddings of images and texts, read back from this folder, against declip's own, in float32:",
         _table(("", "value"), [(name, f"{value:.2g}") for name, value in card.differences.items()]),
         "## License",
-        card.licence or "Not stated.",
+        card.license or "Not stated.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def describe_preprocessing(how: Preprocessing) -> str:
-    """Say in a sentence or two how pictures are prepared."""
+    """Say in a sentence or two how images are prepared."""
     side = how.image_side_px
     if how.resize_mode == "squash":
         shape = f"Both sides are resized to {side} px"

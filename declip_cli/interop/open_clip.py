@@ -25,15 +25,15 @@ _TRAINED_AS = re.compile(r"(?:^|-)model_([A-Za-z0-9._-]+?)-lr_")
 
 
 def read_openai(checkpoint: Checkpoint, assumptions: Assumptions) -> ForeignModel:
-    """Translate a model of OpenAI's: heads are 64 wide, QuickGELU, pictures as in its `_transform`.
+    """Translate a model of OpenAI's: heads are 64 wide, QuickGELU, images as in its `_transform`.
 
     Source: openai/CLIP, clip/model.py (build_model), clip/clip.py.
     """
     state = _own_names(checkpoint.state)
     quick_gelu = assumptions.take("activation", True, True, words="")
     untraced = Untraced(
-        vision_heads=assumptions.said.get("heads"),
-        text_heads=assumptions.said.get("text_heads"),
+        vision_heads=assumptions.given.get("heads"),
+        text_heads=assumptions.given.get("text_heads"),
         vision_quick_gelu=quick_gelu,
         text_quick_gelu=quick_gelu,
     )
@@ -62,17 +62,21 @@ def read_open_clip(
     model_config = config["model_cfg"] if config is not None else _trained_config(checkpoint.facts)
     pixels = _pixels(config.get("preprocess_cfg", {}) if config is not None else None, assumptions)
     try:
-        told = read_open_clip_model(model_config) if model_config is not None else None
+        expected = read_open_clip_model(model_config) if model_config is not None else None
     except OtherTowersError as other:
         assert model_config is not None
         return read_other_open_clip(checkpoint, model_config, pixels, assumptions, reason=other.message)
     state = _own_names(checkpoint.state)
-    untraced = _from_config(told, assumptions) if told is not None else _assumed(state, assumptions)
+    untraced = _from_config(expected, assumptions) if expected is not None else _assumed(state, assumptions)
     found = translated(
         checkpoint, state, untraced, project="open_clip", method="clip", pixels=pixels, assumptions=assumptions
     )
-    if config is not None and told is not None and not {"activation", "heads", "text_heads"} & set(assumptions.said):
-        _check_same(told, found.architecture)
+    if (
+        config is not None
+        and expected is not None
+        and not {"activation", "heads", "text_heads"} & set(assumptions.given)
+    ):
+        _check_same(expected, found.architecture)
     return found
 
 
@@ -109,8 +113,8 @@ def _trained_config(facts: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
 
 
-def _from_config(told: Architecture, assumptions: Assumptions) -> Untraced:
-    vision, text = told.vision, told.text
+def _from_config(expected: Architecture, assumptions: Assumptions) -> Untraced:
+    vision, text = expected.vision, expected.text
     quick_gelu = assumptions.take("activation", text.quick_gelu, True, words="")
     return Untraced(
         vision_heads=assumptions.take("heads", vision.num_heads, 1, words=""),
@@ -132,7 +136,7 @@ def _assumed(state: Mapping[str, Tensor], assumptions: Assumptions) -> Untraced:
         vision_heads=assumptions.take(
             "heads", None, usual, words="attention heads are 64 wide (80 to 104 in ViT-H to G)"
         ),
-        text_heads=assumptions.said.get("text_heads"),
+        text_heads=assumptions.given.get("text_heads"),
         vision_quick_gelu=quick_gelu,
         text_quick_gelu=quick_gelu,
     )
@@ -146,19 +150,22 @@ def _pixels(given: Mapping[str, Any] | None, assumptions: Assumptions) -> dict[s
     mode = (given or {}).get("resize_mode") or "shortest"
     if mode not in ("shortest", "squash"):
         raise ModelError(
-            f"its pictures are resized in the mode {mode!r:.60}, which declip has not",
+            f"its images are resized in the mode {mode!r:.60}, which declip has not",
             remedy="take a model with the mode shortest or squash",
         )
-    told = given is not None
+    expected = given is not None
     known = given or {}
     mean, std = known.get("mean") or OPENAI_MEAN, known.get("std") or OPENAI_STD
     filter_ = known.get("interpolation") or "bicubic"
-    words = "pixels are normalised with OpenAI's mean and deviation"
+    words = "pixels are normalized with OpenAI's mean and deviation"
     pixels = {
-        "mean": assumptions.take("mean", mean if told else None, OPENAI_MEAN, words=words),
-        "std": assumptions.said.get("std", std),
+        "mean": assumptions.take("mean", mean if expected else None, OPENAI_MEAN, words=words),
+        "std": assumptions.given.get("std", std),
         "interpolation": assumptions.take(
-            "interpolation", filter_ if told else None, "bicubic", words="pictures are resized with the bicubic filter"
+            "interpolation",
+            filter_ if expected else None,
+            "bicubic",
+            words="images are resized with the bicubic filter",
         ),
         "resize_mode": mode,
     }
@@ -167,7 +174,7 @@ def _pixels(given: Mapping[str, Any] | None, assumptions: Assumptions) -> dict[s
     return pixels
 
 
-def _check_same(told: Architecture, found: Architecture) -> None:
+def _check_same(expected: Architecture, found: Architecture) -> None:
     """Refuse weights that are not those of the configuration beside them."""
 
     def rounded(one: Architecture) -> Architecture:
@@ -177,8 +184,8 @@ def _check_same(told: Architecture, found: Architecture) -> None:
             vision = replace(vision, mlp_ratio=vision.mlp_width)
         return replace(one, vision=vision, text=replace(one.text, mlp_ratio=one.text.mlp_width))
 
-    told, found = rounded(told), rounded(found)
+    expected, found = rounded(expected), rounded(found)
     for part in ("image_side_px", "embed_dim", "vision", "text"):
-        one, another = getattr(told, part), getattr(found, part)
+        one, another = getattr(expected, part), getattr(found, part)
         if one != another:
             raise ModelError(f"its configuration says {one}, its weights are of {another}", remedy=DAMAGED)

@@ -23,7 +23,7 @@ _RENAMED = {
     "visual.": "encoder.visual.",
     "image_mapping.": "encoder.token_wise.image_mapping.",
     "text_mapping.": "encoder.token_wise.text_mapping.",
-    "text_label_predictor.": "mask_head.",
+    "text_label_predictor.": "mlm_head.",
     "predictor_sim.": "simclr_head.",
 }
 
@@ -62,7 +62,7 @@ def from_original(state: dict[str, Tensor]) -> dict[str, Tensor]:
         new_name = rename_original(name)
         if not new_name:
             continue
-        if new_name in ("encoder.text.token_embedding.weight", "mask_head.weight", "mask_head.bias"):
+        if new_name in ("encoder.text.token_embedding.weight", "mlm_head.weight", "mlm_head.bias"):
             value = _move_mask_row_last(value)
         if new_name == "encoder.logit_scale":
             value = value.reshape(())
@@ -101,17 +101,17 @@ def method_of(state: Mapping[str, Tensor]) -> str:
 def read_original(checkpoint: Checkpoint, assumptions: Assumptions) -> ForeignModel:
     """Translate a checkpoint of one of the five methods.
 
-    Heads are 64 wide, the activation is QuickGELU, and pictures are resized to 256 px for the 224 px in their middle.
+    Heads are 64 wide, the activation is QuickGELU, and images are resized to 256 px for the 224 px in their middle.
 
     Source: Sense-GVT/DeCLIP, prototype/model/*.py; ONECROP, prototype/data/imagenet_dataloader.py.
     """
     ours = from_original(checkpoint.state)
     ours = {name.removeprefix("encoder."): v for name, v in ours.items() if name.startswith("encoder.")}
-    said = assumptions.said
-    quick_gelu = said.get("activation", True)
+    given = assumptions.given
+    quick_gelu = given.get("activation", True)
     untraced = Untraced(
-        vision_heads=said.get("heads"),
-        text_heads=said.get("text_heads"),
+        vision_heads=given.get("heads"),
+        text_heads=given.get("text_heads"),
         vision_quick_gelu=quick_gelu,
         text_quick_gelu=quick_gelu,
     )

@@ -33,7 +33,7 @@ def read_other_open_clip(
         checkpoint: its weights.
         config: OpenCLIP's `model_cfg`, from a file that may be damaged.
         pixels: fields of `Preprocessing` but for the sizes.
-        assumptions: of these, what concerns the pictures.
+        assumptions: of these, what concerns the images.
         reason: why our towers cannot be these.
 
     Raises:
@@ -58,7 +58,7 @@ def read_other_open_clip(
         state=checkpoint.state,
         config=config,
         embed_dim=config.get("embed_dim"),
-        preprocessing=changed_preprocessing(known, assumptions.said),
+        preprocessing=changed_preprocessing(known, assumptions.given),
         context_length=length,
         tokenizer_name=str(text.get("hf_tokenizer_name") or ""),
         tokenizer_options=dict(text.get("tokenizer_kwargs") or {}),
@@ -111,7 +111,7 @@ class OpenClipEncoder(OtherEncoder):
 
     def encode_image(self, images: Tensor, *, projected: bool = True) -> Tensor:
         """Embed images, as of `Encoder`."""
-        pixels = self.normalise(images)
+        pixels = self.normalize_images(images)
         if projected:
             features: Tensor = self.towers.encode_image(pixels)
             return features

@@ -203,7 +203,7 @@ class OtherTokenizer:
             ids = ids.masked_fill(ids == self._theirs.sep_token_id, 0)
         return ids
 
-    def count_cut(self, texts: Sequence[str]) -> int:
+    def count_truncated(self, texts: Sequence[str]) -> int:
         """Count the texts that are longer than the context."""
         if not self._name:
             own = Tokenizer(self._context_length)

@@ -270,13 +270,13 @@ def _read_legacy(file: BinaryIO, num_bytes: int, *, shapes_only: bool) -> Any:  
     """Read pickles of a magic number, the version, the system, the object, the storages' keys; then the storages."""
     file.seek(0)
     pickles = io.BytesIO(file.read(_MAX_PICKLE_BYTES))
-    places: dict[str, tuple[torch.dtype, int]] = {}
+    storages: dict[str, tuple[torch.dtype, int]] = {}
     memo: dict[str, Tensor] = {}
 
     def promised(key: str, dtype: torch.dtype, numel: int) -> Tensor:
         if key not in memo:
-            places[key] = (dtype, numel)
-            _check_length(num_bytes, torch.uint8, sum(kind.itemsize * num for kind, num in places.values()))
+            storages[key] = (dtype, numel)
+            _check_length(num_bytes, torch.uint8, sum(kind.itemsize * num for kind, num in storages.values()))
             memo[key] = torch.empty(numel, dtype=dtype, device="meta" if shapes_only else "cpu")
         return memo[key]
 
@@ -288,7 +288,7 @@ def _read_legacy(file: BinaryIO, num_bytes: int, *, shapes_only: bool) -> Any:  
     if not shapes_only:
         keys = _next_pickle(pickles, promised)
         file.seek(pickles.tell())
-        _fill(file, [str(key) for key in keys], places, memo)
+        _fill(file, [str(key) for key in keys], storages, memo)
     return content
 
 
@@ -300,14 +300,14 @@ def _next_pickle(file: BinaryIO, storages: _Storages) -> Any:  # noqa: ANN401
 
 
 def _fill(
-    file: BinaryIO, keys: list[str], places: Mapping[str, tuple[torch.dtype, int]], memo: Mapping[str, Tensor]
+    file: BinaryIO, keys: list[str], storages: Mapping[str, tuple[torch.dtype, int]], memo: Mapping[str, Tensor]
 ) -> None:
-    if set(keys) != set(places):
+    if set(keys) != set(storages):
         raise ValueError("storages without a tensor, or the other way round")
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
         start = file.tell()
         for key in keys:
-            dtype, numel = places[key]
+            dtype, numel = storages[key]
             length = dtype.itemsize * numel
             if int.from_bytes(mapped[start : start + 8], "little") != numel or start + 8 + length > len(mapped):
                 raise ValueError("a storage that is cut off")

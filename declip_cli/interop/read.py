@@ -15,7 +15,7 @@ from declip_cli.interop.assumptions import PREPROCESSING_KEYS, Assumptions
 from declip_cli.interop.cached import find_cached
 from declip_cli.interop.foreign import ForeignModel, changed_preprocessing
 from declip_cli.interop.other_towers import OtherTowers
-from declip_cli.interop.recognise import config_paths, read_foreign
+from declip_cli.interop.recognize import config_paths, read_foreign
 from declip_cli.model.checkpoint import (
     PretrainedModel,
     describe_folder,
@@ -40,8 +40,8 @@ def load_model(
     *,
     device: str | torch.device = "cpu",
     option: str = "--model",
-    said: Mapping[str, Any] | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    given: Mapping[str, Any] | None = None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> PretrainedModel:
     """Open a run folder, a model folder or a checkpoint of another project.
 
@@ -49,8 +49,8 @@ def load_model(
         path: where the model lies, or its name at OpenCLIP; None takes the newest run.
         device: where to put it.
         option: of the command line, with which the user named it; for messages.
-        said: from `parse_assumptions`: what the user says of a checkpoint that does not say it.
-        say: told what had to be assumed.
+        given: from `parse_assumptions`: what the user says of a checkpoint that does not say it.
+        log: told what had to be assumed.
 
     Returns:
         The model in evaluation mode.
@@ -59,20 +59,20 @@ def load_model(
         ModelError: nothing there, or it is incomplete, damaged, contradicts itself or does not fit.
     """
     path = find_newest_run(runs_root()) if path is None else path
-    place = locate(path, option=option)
-    if place.folder is not None:
-        model = read_model(place.folder, name=str(path))
-        model = _with_said(model, said or {}, option)
+    location = locate(path, option=option)
+    if location.folder is not None:
+        model = read_model(location.folder, name=str(path))
+        model = _with_given(model, given or {}, option)
     else:
-        foreign = open_foreign(place, said=said, option=option)
-        _tell(foreign, path, say)
+        foreign = open_foreign(location, given=given, option=option)
+        _log_assumed(foreign, path, log)
         model = _finished(foreign, name=str(path))
     model.encoder.to(device)
     return model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class Location:
     """Where a model lies."""
 
     path: Path
@@ -85,7 +85,7 @@ class Place:
     """OpenCLIP's configuration of a cached model, which lies in its package."""
 
 
-def locate(path: Path, *, option: str) -> Place:
+def locate(path: Path, *, option: str) -> Location:
     """Find out what the user named.
 
     Args:
@@ -100,38 +100,38 @@ def locate(path: Path, *, option: str) -> Place:
     """
     if os.path.exists(path):
         folder = find_folder(path)
-        return Place(path=path, folder=folder, weights=path if folder is None else None)
+        return Location(path=path, folder=folder, weights=path if folder is None else None)
     cached = find_cached(str(path))
     if cached is None:
         raise ModelError(f"no model at {path}", remedy=f"{option} takes {TAKEN}")
     weights, config = cached
-    return Place(path=path, weights=weights, config=config)
+    return Location(path=path, weights=weights, config=config)
 
 
 def open_foreign(
-    place: Place, *, said: Mapping[str, Any] | None, option: str, shapes_only: bool = False
+    location: Location, *, given: Mapping[str, Any] | None, option: str, shapes_only: bool = False
 ) -> ForeignModel | OtherTowers:
     """Read a model of another project, whatever happens in doing so.
 
     Raises:
         ModelError: it cannot be read.
     """
-    assert place.weights is not None
+    assert location.weights is not None
     try:
-        assumptions = Assumptions(said=said or {})
-        return read_foreign(place.weights, assumptions, config=place.config, shapes_only=shapes_only)
+        assumptions = Assumptions(given=given or {})
+        return read_foreign(location.weights, assumptions, config=location.config, shapes_only=shapes_only)
     except DeclipError:
         raise
     except Exception as error:  # a damaged file can raise anything
         raise ModelError(
-            f"{place.path} is not a model that declip can read: {' '.join(str(error).split()):.300}",
+            f"{location.path} is not a model that declip can read: {' '.join(str(error).split()):.300}",
             remedy=f"{option} takes {TAKEN}",
         ) from error
 
 
-def _tell(foreign: ForeignModel | OtherTowers, path: Path, say: Callable[[str], None]) -> None:
+def _log_assumed(foreign: ForeignModel | OtherTowers, path: Path, log: Callable[[str], None]) -> None:
     for line in foreign.assumed:
-        say(f"note: {path}: {line}")
+        log(f"note: {path}: {line}")
 
 
 def _finished(foreign: ForeignModel | OtherTowers, *, name: str) -> PretrainedModel:
@@ -152,16 +152,16 @@ def _finished(foreign: ForeignModel | OtherTowers, *, name: str) -> PretrainedMo
     )
 
 
-def _with_said(model: PretrainedModel, said: Mapping[str, Any], option: str) -> PretrainedModel:
-    """Prepare pictures for a model of ours in another way; its towers are known."""
-    towers = [key for key in said if key not in PREPROCESSING_KEYS]
+def _with_given(model: PretrainedModel, given: Mapping[str, Any], option: str) -> PretrainedModel:
+    """Prepare images for a model of ours in another way; its towers are known."""
+    towers = [key for key in given if key not in PREPROCESSING_KEYS]
     if towers:
         raise ConfigError(
             f"--assume {towers[0]} says what {model.name} knows by itself", remedy=f"leave out --assume {towers[0]}"
         )
-    if not said:
+    if not given:
         return model
-    preprocessing = changed_preprocessing(model.preprocessing, said)
+    preprocessing = changed_preprocessing(model.preprocessing, given)
     model.encoder.set_pixels(preprocessing.mean, preprocessing.std)
     facts = [model.fingerprint, asdict(preprocessing)]
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -177,15 +177,15 @@ class Description:
 
 
 def describe_model(
-    path: Path, *, option: str, said: Mapping[str, Any] | None = None, say: Callable[[str], None] = lambda line: None
+    path: Path, *, option: str, given: Mapping[str, Any] | None = None, log: Callable[[str], None] = lambda line: None
 ) -> Description:
     """Read what a model is off its configuration and the shapes of its parameters.
 
     Args:
         path: as of `load_model`.
         option: with which the user named it; for messages.
-        said: as of `load_model`.
-        say: told what had to be assumed.
+        given: as of `load_model`.
+        log: told what had to be assumed.
 
     Returns:
         Its architecture and preprocessing.
@@ -193,14 +193,14 @@ def describe_model(
     Raises:
         ModelError: there is none, it cannot be read, or its towers are not CLIP's own.
     """
-    place = locate(path, option=option)
-    if place.folder is None:
-        foreign = open_foreign(place, said=said, option=option, shapes_only=True)
-        _tell(foreign, path, say)
+    location = locate(path, option=option)
+    if location.folder is None:
+        foreign = open_foreign(location, given=given, option=option, shapes_only=True)
+        _log_assumed(foreign, path, log)
         if isinstance(foreign, OtherTowers):
             raise ModelError(
                 f"{path} can be evaluated, but no run can start from it: {foreign.reason}", remedy=f"{option} {_OWN}"
             )
         return Description(architecture=foreign.architecture, preprocessing=foreign.preprocessing)
-    _, architecture, preprocessing = describe_folder(place.folder)
-    return Description(architecture=architecture, preprocessing=changed_preprocessing(preprocessing, said or {}))
+    _, architecture, preprocessing = describe_folder(location.folder)
+    return Description(architecture=architecture, preprocessing=changed_preprocessing(preprocessing, given or {}))

@@ -33,7 +33,7 @@ def read_siglip(
         checkpoint: its weights.
         config: `config.json`, of the type `siglip`.
         processor: `preprocessor_config.json`; what it leaves out is as `SiglipImageProcessor` has it.
-        assumptions: of these, what concerns the pictures.
+        assumptions: of these, what concerns the images.
 
     Raises:
         ModelError: it is damaged.
@@ -63,7 +63,7 @@ def read_siglip(
         state=checkpoint.state,
         config=towers,
         embed_dim=towers["text_config"].get("projection_size", towers["text_config"].get("hidden_size", 768)),
-        preprocessing=changed_preprocessing(known, assumptions.said),
+        preprocessing=changed_preprocessing(known, assumptions.given),
         context_length=length,
         tokenizer_name="siglip",
         container=checkpoint.container,
@@ -88,7 +88,7 @@ class SiglipEncoder(OtherEncoder):
 
     def encode_image(self, images: Tensor, *, projected: bool = True) -> Tensor:
         """Embed images, as of `Encoder`; the image tower has no projection."""
-        return _features(self.towers.get_image_features(pixel_values=self.normalise(images)))
+        return _features(self.towers.get_image_features(pixel_values=self.normalize_images(images)))
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Embed texts, as of `Encoder`, whose length is the whole context."""

@@ -51,8 +51,8 @@ def read_slip(checkpoint: Checkpoint, assumptions: Assumptions) -> ForeignModel:
     words = f"attention heads of its image tower, {width} wide, are 64 wide"
     untraced = Untraced(
         vision_heads=assumptions.take("heads", _HEADS.get(width), max(1, width // 64), words=words),
-        text_heads=assumptions.said.get("text_heads", _TEXT_HEADS),
-        vision_quick_gelu=assumptions.said.get("activation", False),
+        text_heads=assumptions.given.get("text_heads", _TEXT_HEADS),
+        vision_quick_gelu=assumptions.given.get("activation", False),
         text_quick_gelu=True,
         vision_norm_eps=_EPS,
     )

@@ -31,8 +31,8 @@ model = AutoModel.from_pretrained(folder).eval()
 processor = AutoProcessor.from_pretrained(folder)
 
 texts = ["a photo of a cat", "a photo of a dog"]
-picture = Image.open("picture.jpg")
-inputs = processor(text=texts, images=picture, return_tensors="pt", padding=True, truncation=True)
+image = Image.open("picture.jpg")
+inputs = processor(text=texts, images=image, return_tensors="pt", padding=True, truncation=True)
 with torch.no_grad():
     print(model(**inputs).logits_per_image.softmax(-1))
 """
@@ -49,24 +49,24 @@ tokenizer = CLIPTokenizer.from_pretrained(folder)
 
 
 def view(path):
-    picture = Image.open(path).convert("RGB")
+    image = Image.open(path).convert("RGB")
 $view
 
 
-pixels = np.stack([view(path) for path in ["picture.jpg"]])  # uint8, (pictures, $side, $side, 3)
+pixels = np.stack([view(path) for path in ["picture.jpg"]])  # uint8, (images, $side, $side, 3)
 texts = ["a photo of a cat", "a photo of a dog"]
 ids = tokenizer(texts, padding=True, truncation=True, return_tensors="np").input_ids.astype(np.int64)
 $scores
-print(scores)  # the pictures of the highest scores are the hits of a search
+print(scores)  # the images of the highest scores are the hits of a search
 """
 _CUT = """
-width, height = (int($resize * side / min(picture.size)) for side in picture.size)
-picture = picture.resize((width, height), Image.Resampling.$filter)
+width, height = (int($resize * side / min(image.size)) for side in image.size)
+image = image.resize((width, height), Image.Resampling.$filter)
 left, top = $start
-return np.asarray(picture.crop((left, top, left + $side, top + $side)))
+return np.asarray(image.crop((left, top, left + $side, top + $side)))
 """
 _SQUASH = """
-return np.asarray(picture.resize(($side, $side), Image.Resampling.$filter))
+return np.asarray(image.resize(($side, $side), Image.Resampling.$filter))
 """
 _WHOLE = """
 image_embeds = image_encoder.run(None, {"pixels": pixels})[0]  # unit length
@@ -74,7 +74,7 @@ text_embeds = text_encoder.run(None, {"input_ids": ids})[0]
 scores = image_embeds @ text_embeds.T
 """
 _TOKEN_WISE = """
-patches = image_encoder.run(None, {"pixels": pixels})[0]  # (pictures, patches, width), unit length
+patches = image_encoder.run(None, {"pixels": pixels})[0]  # (images, patches, width), unit length
 tokens, mask = text_encoder.run(None, {"input_ids": ids})
 similar = np.einsum("npq,mlq->nmpl", patches, tokens)
 scores = np.where(mask[:, None], similar, -np.inf).max(3).mean(2)  # the best token of each patch
@@ -82,7 +82,7 @@ scores = np.where(mask[:, None], similar, -np.inf).max(3).mean(2)  # the best to
 
 
 def snippet(to: str, model: PretrainedModel) -> str:
-    """Return code that scores a picture against two texts.
+    """Return code that scores an image against two texts.
 
     Args:
         to: `openclip`, `huggingface` or `onnx`.

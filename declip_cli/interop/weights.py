@@ -53,7 +53,7 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path, *, shapes_only: bool = False) -> Checkpoint:
-    """Read a file of safetensors or of PyTorch, recognised by its content.
+    """Read a file of safetensors or of PyTorch, recognized by its content.
 
     Args:
         path: the file, or the index of one in several parts (`….index.json`).

@@ -19,7 +19,7 @@ from declip_cli.model.clip import DualEncoder, text_token_mask
 from declip_cli.model.heads import WordHead, distinct_ids
 from declip_cli.model.text_transformer import VOCABULARY_SIZE
 from declip_cli.model.vision_transformer import ImageStates, VisionTransformer
-from declip_cli.presets import settle_switches
+from declip_cli.presets import resolve_switches
 
 Term: TypeAlias = Callable[[Embeddings], Tensor]
 """Computes one loss term, (), from this rank's rows of the full batch."""
@@ -63,7 +63,7 @@ class Method(nn.Module, ABC):
 
     def __init__(self, encoder: DualEncoder, config: MethodConfig) -> None:
         super().__init__()
-        config = settle_switches("method", config, is_faithful=config.faithful)
+        config = resolve_switches("method", config, is_faithful=config.faithful)
         names = ", ".join((*self.default_weights, *sorted(self.further_terms)))
         unknown = sorted(set(config.weights) - set(self.default_weights) - self.further_terms)
         if unknown:
@@ -92,9 +92,9 @@ class Method(nn.Module, ABC):
                 remedy="--set method.label_smoothing=0, or --set method.contrastive=softmax",
             )
             encoder.add_logit_bias()
-        self.mask_head: nn.Linear | None = None
+        self.mlm_head: nn.Linear | None = None
         if self.is_active("mlm"):
-            self.mask_head = nn.Linear(encoder.text.feature_dim, VOCABULARY_SIZE)
+            self.mlm_head = nn.Linear(encoder.text.feature_dim, VOCABULARY_SIZE)
         self.word_head = WordHead(encoder.visual.feature_dim, VOCABULARY_SIZE) if self.is_active("words") else None
         if config.freeze_patch_embed and isinstance(encoder.visual, VisionTransformer):
             encoder.visual.conv1.weight.requires_grad_(False)
@@ -169,7 +169,7 @@ class Method(nn.Module, ABC):
     def clip_term(self, embeddings: Embeddings, *, num_images: int = 1, num_texts: int = 1) -> Tensor:
         """Match the first views of images with those of texts, the mean over all pairs of them, in nats, ()."""
         contrast = replace(self.contrast(embeddings), label_smoothing=self.config.label_smoothing)
-        images, texts = embeddings.unit_images.first(num_images), embeddings.unit_texts.first(num_texts)
+        images, texts = embeddings.normalized_images.first(num_images), embeddings.normalized_texts.first(num_texts)
         return contrastive_loss(images, texts, contrast)
 
     def encode_images(self, images: Tensor) -> list[ImageStates]:
@@ -216,7 +216,7 @@ class Method(nn.Module, ABC):
         """Map token states into the shared embedding, not normalized, (B, T, L, E) → (B, T, D)."""
         return self.encoder.text.project(self.pool_texts(states, tokens))
 
-    def mask_losses(self, states: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def mlm_losses(self, states: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Predict the masked tokens, at masked positions only.
 
         Args:
@@ -228,16 +228,16 @@ class Method(nn.Module, ABC):
 
         Source: BERT, arXiv 1810.04805; DeCLIP, arXiv 2110.05208, section 3.2.
         """
-        if self.mask_head is None:
+        if self.mlm_head is None:
             return states.new_zeros(len(states), 0), states.new_zeros(len(states), 0)
-        labels, positions = batch.mask_labels, batch.mask_positions  # (B, L), (K,)
+        labels, positions = batch.mlm_labels, batch.mlm_positions  # (B, L), (K,)
         if positions is None:
             positions = (labels != NO_LABEL).flatten().nonzero()[:, 0]
         fills_up, positions = positions < 0, positions.clamp_min(0)  # (K,) each
-        owners, places = positions // labels.shape[1], positions % labels.shape[1]  # (K,) each
-        logits = self.mask_head(states[owners, places])  # (K, vocabulary)
-        hidden = labels[owners, places].masked_fill(fills_up, NO_LABEL)
-        losses = masked_cross_entropy(logits, hidden, owners, num_owners=len(states))
+        text_ids, columns = positions // labels.shape[1], positions % labels.shape[1]  # (K,) each
+        logits = self.mlm_head(states[text_ids, columns])  # (K, vocabulary)
+        hidden = labels[text_ids, columns].masked_fill(fills_up, NO_LABEL)
+        losses = masked_cross_entropy(logits, hidden, text_ids, num_texts=len(states))
         return losses, (labels != NO_LABEL).sum(1).float()
 
     def word_fields(self, image: ImageStates, batch: Batch) -> dict[str, Tensor]:
@@ -254,9 +254,7 @@ class Method(nn.Module, ABC):
         """
         if self.word_head is None:
             return {}
-        tokens = torch.where(
-            batch.mask_labels == NO_LABEL, batch.tokens[:, 0], batch.mask_labels
-        )  # (B, L), none hidden
+        tokens = torch.where(batch.mlm_labels == NO_LABEL, batch.tokens[:, 0], batch.mlm_labels)  # (B, L), none hidden
         words = distinct_ids(tokens, text_token_mask(tokens))
         return {"word_losses": word_cross_entropy(*self.word_head(image.patches.mean(1), words)), "words": words}
 
@@ -279,6 +277,6 @@ def embeddings_of(batch: Batch, *, images: Tensor, texts: Tensor, **others: Tens
     """
     empty = images.new_zeros(len(images), 0)
     unused = dict.fromkeys(EMBEDDING_FIELDS, empty)
-    caption_ids = batch.numbers[:, None] if batch.caption_ids is None else batch.caption_ids
-    known = {"images": images, "texts": texts, "numbers": batch.numbers, "caption_ids": caption_ids}
+    caption_ids = batch.pair_indices[:, None] if batch.caption_ids is None else batch.caption_ids
+    known = {"images": images, "texts": texts, "pair_indices": batch.pair_indices, "caption_ids": caption_ids}
     return Embeddings(**unused | known | others)

@@ -1,4 +1,4 @@
-"""DeCLIP: self-supervision in each modality, multi-view supervision across, nearest neighbours (arXiv 2110.05208)."""
+"""DeCLIP: self-supervision in each modality, multi-view supervision across, nearest neighbors (arXiv 2110.05208)."""
 
 from functools import partial
 from typing import ClassVar
@@ -13,7 +13,7 @@ from declip_cli.methods.base import Method, Term, embeddings_of
 from declip_cli.methods.terms import contrastive_loss, mlm_loss, simclr_loss, simsiam_loss
 from declip_cli.model.clip import DualEncoder
 from declip_cli.model.heads import SimClrHead, SimSiamPredictor, SimSiamProjector
-from declip_cli.model.neighbours import NeighbourQueue
+from declip_cli.model.neighbors import NeighborQueue
 from declip_cli.model.vision_transformer import ImageStates
 
 
@@ -45,7 +45,7 @@ class DeClip(Method):
         if self.is_active("simclr"):
             self.simclr_head = SimClrHead(encoder.visual.feature_dim, width=config.head_width)
         if self.is_active("nn"):
-            self.queue = NeighbourQueue(config.queue_size, embed_dim, exact=config.faithful)
+            self.queue = NeighborQueue(config.queue_size, embed_dim, exact=config.faithful)
             if self.config.queue_start == "random":
                 self.queue.fill_randomly()
 
@@ -67,14 +67,14 @@ class DeClip(Method):
         """Run both towers on all views; predict the masked tokens of the first text."""
         images = self.encode_images(batch.images)
         states = self.encode_texts(batch)  # (B, T, L, E)
-        losses, counts = self.mask_losses(states[:, 0], batch)
+        losses, counts = self.mlm_losses(states[:, 0], batch)
         features = {"image_features": torch.stack([view.features for view in images], dim=1)}
         return embeddings_of(
             batch,
             images=self.project_images(images),  # (B, V, D)
             texts=self.project_texts(states, batch.tokens),  # (B, T, D)
-            mask_losses=losses,
-            mask_counts=counts,
+            mlm_losses=losses,
+            mlm_counts=counts,
             **(features if self.is_active("simclr") else {}),  # (B, 2, E)
             **self.token_fields(images[0], states[:, 0], batch.tokens[:, 0]),
             **self.word_fields(images[0], batch),
@@ -106,19 +106,19 @@ class DeClip(Method):
     def mlm_term(self, embeddings: Embeddings) -> Tensor:
         """Average the masked-language loss over masked tokens, in nats per token, ()."""
         is_global = self.config.mlm_mean == "global"
-        return mlm_loss(embeddings.mask_losses, embeddings.mask_counts, over_all_ranks=is_global)
+        return mlm_loss(embeddings.mlm_losses, embeddings.mlm_counts, over_all_ranks=is_global)
 
     def nn_term(self, embeddings: Embeddings) -> Tensor:
         """Match images with the earlier texts nearest to their own, in nats, (); 0 while the queue is empty."""
-        images, texts = embeddings.unit_images, embeddings.unit_texts.own
+        images, texts = embeddings.normalized_images, embeddings.normalized_texts.own
         if self.queue.count() == 0:
             return images.own.sum() * 0.0
-        numbers = embeddings.numbers.repeat_interleave(texts.shape[1])  # (B·T,)
-        found = self.queue.nearest(texts.flatten(0, 1), numbers if self.config.nn_exclude_own else None)
-        # Every view of an image with the neighbour of every view of its text; never label-smoothed. The original only
-        # goes from the image to the neighbour (prototype/model/declip.py:281-300).
-        neighbours, contrast = Gathered(found.view_as(texts)), self.contrast(embeddings)
-        return contrastive_loss(images, neighbours, contrast, is_symmetric=bool(self.config.nn_symmetric))
+        pair_indices = embeddings.pair_indices.repeat_interleave(texts.shape[1])  # (B·T,)
+        found = self.queue.nearest(texts.flatten(0, 1), pair_indices if self.config.nn_exclude_own else None)
+        # Every view of an image with the neighbor of every view of its text; never label-smoothed. The original only
+        # goes from the image to the neighbor (prototype/model/declip.py:281-300).
+        neighbors, contrast = Gathered(found.view_as(texts)), self.contrast(embeddings)
+        return contrastive_loss(images, neighbors, contrast, is_symmetric=bool(self.config.nn_symmetric))
 
     @torch.no_grad()
     def update_queue(self, embeddings: Embeddings, is_good: Tensor) -> None:
@@ -131,8 +131,8 @@ class DeClip(Method):
         super().update_queue(embeddings, is_good)
         if not self.is_active("nn"):
             return
-        texts, numbers = embeddings.unit_texts.own, embeddings.numbers
+        texts, pair_indices = embeddings.normalized_texts.own, embeddings.pair_indices
         if self.config.queue_scope == "global":
-            texts, numbers = embeddings.unit_texts.all, gather(numbers)
+            texts, pair_indices = embeddings.normalized_texts.all, gather(pair_indices)
         for view in reversed(range(texts.shape[1])):
-            self.queue.push(texts[:, view], numbers, is_good)
+            self.queue.push(texts[:, view], pair_indices, is_good)

@@ -29,7 +29,7 @@ def group_texts(lengths: Tensor, *, call_tokens: int) -> TextGroups:
     group = torch.bucketize(lengths, torch.tensor(bounds))  # (N,)
     order = group.argsort(stable=True)
     sizes = group.bincount(minlength=len(bounds)).tolist()
-    return TextGroups(order=order, places=order.argsort(), shapes=tuple(zip(sizes, bounds, strict=True)))
+    return TextGroups(order=order, positions=order.argsort(), shapes=tuple(zip(sizes, bounds, strict=True)))
 
 
 def call_tokens(device: torch.device) -> int:
@@ -57,7 +57,7 @@ def encode_in_groups(tower: Callable[[Tensor], Tensor], tokens: Tensor, groups: 
     parts = []
     for (_, length), ids in zip(groups.shapes, pieces, strict=True):
         parts.append(F.pad(tower(ids[:, :length]), (0, 0, 0, longest - length)))  # (n, L, E)
-    return torch.cat(parts).index_select(0, groups.places)
+    return torch.cat(parts).index_select(0, groups.positions)
 
 
 def group_bounds(lengths: Tensor, *, call_tokens: int) -> list[int]:

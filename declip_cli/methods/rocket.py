@@ -12,7 +12,7 @@ from declip_cli.config import MethodConfig, Views
 from declip_cli.distributed import Gathered
 from declip_cli.methods.base import Method, Term, embeddings_of
 from declip_cli.methods.terms import contrastive_loss
-from declip_cli.model.clip import DualEncoder, unit
+from declip_cli.model.clip import DualEncoder, normalize
 from declip_cli.model.heads import SimClrHead
 
 INITIAL_STRONG_LOGIT_SCALE = math.log(1 / 0.1)
@@ -70,7 +70,7 @@ class Rocket(Method):
             scale=self.logit_scale_strong.exp(),
             label_smoothing=self.config.strong_label_smoothing,
         )
-        matched = [Gathered(unit(torch.stack(views, dim=1))) for views in (images, texts)]  # (B, 2, 256) each
+        matched = [Gathered(normalize(torch.stack(views, dim=1))) for views in (images, texts)]  # (B, 2, 256) each
         return contrastive_loss(matched[0], matched[1], contrast)
 
     def logit_scale_in_use(self) -> nn.Parameter:

@@ -57,23 +57,23 @@ class SteadyShapes:
             and groups of texts.
         """
         assert batch.text_lengths is not None  # the loader counts
-        assert batch.mask_counts is not None
+        assert batch.mlm_counts is not None
         self._length = self._longer(self._length, batch.tokens.shape[-1])
         lengths, device = batch.text_lengths.flatten(), batch.tokens.device
         if len(batch) not in self._by_num_pairs:
             self._by_num_pairs[len(batch)] = self._settle(lengths, device)
         shapes = self._by_num_pairs[len(batch)]
-        num_masked = int(batch.mask_counts.numpy().sum())
+        num_masked = int(batch.mlm_counts.numpy().sum())
         if num_masked > shapes.num_masked:
             shapes.num_masked = _round_up(num_masked * _NUM_MARGIN, _NUM_STEP)
         num_new = self._length - batch.tokens.shape[-1]
         return replace(
             batch,
             tokens=F.pad(batch.tokens, (0, num_new)),
-            mask_labels=F.pad(batch.mask_labels, (0, num_new), value=NO_LABEL),
+            mlm_labels=F.pad(batch.mlm_labels, (0, num_new), value=NO_LABEL),
             text_lengths=None,
-            mask_counts=None,
-            mask_positions=self._filled_up(batch, shapes.num_masked, num_new),
+            mlm_counts=None,
+            mlm_positions=self._filled_up(batch, shapes.num_masked, num_new),
             text_groups=self._groups(lengths, shapes).to(device) if self._is_grouped else None,
         )
 
@@ -109,7 +109,7 @@ class SteadyShapes:
 
     def _filled_up(self, batch: Batch, num_masked: int, num_new: int) -> Tensor:
         """Give the positions of masked tokens in texts that are longer now, (K,) → (`num_masked`,)."""
-        positions = batch.mask_positions
+        positions = batch.mlm_positions
         assert positions is not None
         positions = positions + positions // batch.tokens.shape[-1] * num_new
         return F.pad(positions, (0, num_masked - len(positions)), value=FILLS_UP)

@@ -8,7 +8,7 @@ from torch import Tensor
 from declip_cli.contrastive_losses import sigmoid_loss, softmax_loss, symmetric_softmax_loss
 from declip_cli.distributed import Gathered, gather, rows_of_rank, sum_over_ranks, world_size
 from declip_cli.losses import negative_cosine, nt_xent
-from declip_cli.model.clip import unit
+from declip_cli.model.clip import normalize
 from declip_cli.model.heads import SimClrHead, SimSiamPredictor, SimSiamProjector
 
 
@@ -89,7 +89,7 @@ def simclr_loss(features: Tensor, head: SimClrHead, *, temperature: float) -> Te
 
     Source: SimCLR, arXiv 2002.05709, equation 1, as SLIP (arXiv 2112.12750) uses it.
     """
-    queries = unit(torch.stack([head(features[:, view]) for view in (0, 1)], dim=1))  # BatchNorm sees one view
+    queries = normalize(torch.stack([head(features[:, view]) for view in (0, 1)], dim=1))  # BatchNorm sees one view
     return nt_xent(queries, gather(queries), rows_of_rank(len(queries), queries.device), temperature=temperature)
 
 

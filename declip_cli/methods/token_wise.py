@@ -11,7 +11,7 @@ from declip_cli.config import MethodConfig
 from declip_cli.contrastive_losses import find_positives
 from declip_cli.distributed import Gathered, gather
 from declip_cli.methods.base import Method
-from declip_cli.model.clip import INITIAL_LOGIT_SCALE, DualEncoder, text_token_mask, unit
+from declip_cli.model.clip import INITIAL_LOGIT_SCALE, DualEncoder, normalize, text_token_mask
 from declip_cli.model.vision_transformer import ImageStates
 from declip_cli.token_wise_losses import most_relevant_tokens, token_wise_similarity
 
@@ -51,8 +51,8 @@ class TokenWise(Method):
         The dense logit scale is never capped in forward (`prototype/model/filip.py`).
         """
         return token_wise_loss(
-            unit(embeddings.image_tokens),
-            unit(embeddings.text_tokens),
+            normalize(embeddings.image_tokens),
+            normalize(embeddings.text_tokens),
             embeddings.text_token_mask,
             self.ids(embeddings),
             scale=self.logit_scale_dense.exp(),

@@ -101,7 +101,7 @@ def find_architecture(config: ModelConfig) -> Architecture:
     return found if config.quick_gelu is None else found.with_activation(config.quick_gelu)
 
 
-def settle_model(config: ModelConfig) -> ModelConfig:
+def resolve_model(config: ModelConfig) -> ModelConfig:
     """Write down what the configuration leaves to its architecture; errors as of `find_architecture`."""
     found = find_architecture(config)
     vision, text = found.vision, found.text

@@ -30,7 +30,7 @@ class FullBatchNorm(nn.Module):
         self.momentum = 0.1 if norm.momentum is None else norm.momentum
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Normalise each channel, (B, C, …) → (B, C, …)."""
+        """Normalize each channel, (B, C, …) → (B, C, …)."""
         if not self.training:
             return F.batch_norm(inputs, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         dims = [dim for dim in range(inputs.dim()) if dim != 1]
@@ -39,10 +39,10 @@ class FullBatchNorm(nn.Module):
         count = torch.full_like(values[0, :1].flatten()[:1], values.numel() / values.shape[1])
         sums = sum_over_ranks(torch.cat([values.sum(dims), count]))
         mean = sums[:-1] / sums[-1]
-        centred = values - mean.view(shape)
-        variance = sum_over_ranks(centred.square().sum(dims)) / sums[-1]
+        centered = values - mean.view(shape)
+        variance = sum_over_ranks(centered.square().sum(dims)) / sums[-1]
         self._track(mean.detach(), variance.detach() * sums[-1].detach() / (sums[-1].detach() - 1).clamp_min(1))
-        normed = centred * (variance + self.eps).rsqrt().view(shape)
+        normed = centered * (variance + self.eps).rsqrt().view(shape)
         return (normed * self.weight.view(shape) + self.bias.view(shape)).to(inputs.dtype)
 
     def _track(self, mean: Tensor, variance: Tensor) -> None:

@@ -45,7 +45,7 @@ class PretrainedModel:
     method: str
     arch: str
     token_wise: bool
-    """Whether pictures and texts are compared token by token (FILIP)."""
+    """Whether images and texts are compared token by token (FILIP)."""
     preprocessing: Preprocessing
     context_length: int
     fingerprint: str
@@ -73,13 +73,13 @@ class PretrainedModel:
 
 
 def trained_preprocessing(encoder: DualEncoder, config: ModelConfig) -> Preprocessing:
-    """Return how pictures are prepared for a model that is trained here.
+    """Return how images are prepared for a model that is trained here.
 
     Without other settings the shorter side is resized to the side of the image, as OpenCLIP does it, so that the
     folder scores the same there. The original resizes to 256 for 224 (ONECROP, P/data/imagenet_dataloader.py).
 
     Raises:
-        ModelError: pictures would be smaller than the image.
+        ModelError: images would be smaller than the image.
     """
     side = encoder.architecture.image_side_px
     values = {
@@ -103,7 +103,7 @@ def save_model(
         folder: appears whole, with the digests of its files, in the place of an earlier one.
         config: how the encoder was built.
         method: name of the method that trained it.
-        preprocessing: of pictures; None: as `trained_preprocessing` has it.
+        preprocessing: of images; None: as `trained_preprocessing` has it.
     """
     state = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
     weights, extra = open_clip_state(state)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from declip_cli.model.dims import Architecture, VitDims
 from declip_cli.model.heads import TokenWiseHeads
 from declip_cli.model.preprocessing import IMAGE_MEAN, IMAGE_STD
-from declip_cli.model.resnet import ModifiedResNet, normalise
+from declip_cli.model.resnet import ModifiedResNet, normalize_images
 from declip_cli.model.text_transformer import END_ID, TextTransformer
 from declip_cli.model.transformer import Transformer
 from declip_cli.model.vision_transformer import ImageStates, VisionTransformer
@@ -34,13 +34,13 @@ class Encoder(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(IMAGE_STD), persistent=False)
 
     def set_pixels(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Normalise pixels from now on by the mean and the deviation of each channel, in [0, 1]."""
+        """Normalize pixels from now on by the mean and the deviation of each channel, in [0, 1]."""
         self.pixel_mean.copy_(torch.tensor(mean))
         self.pixel_std.copy_(torch.tensor(std))
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """Normalise images as the towers do: uint8 RGB, (B, S, S, 3) → float32, (B, 3, S, S)."""
-        return normalise(images, self.pixel_mean, self.pixel_std)
+    def normalize_images(self, images: Tensor) -> Tensor:
+        """Normalize images as the towers do: uint8 RGB, (B, S, S, 3) → float32, (B, 3, S, S)."""
+        return normalize_images(images, self.pixel_mean, self.pixel_std)
 
     def encode_image(self, images: Tensor, *, projected: bool = True) -> Tensor:
         """Embed images.
@@ -148,7 +148,7 @@ class DualEncoder(Encoder):
 
     def _heads(self) -> TokenWiseHeads:
         if self.token_wise is None:
-            raise ValueError("this model compares whole pictures and texts: it has no token-wise heads")
+            raise ValueError("this model compares whole images and texts: it has no token-wise heads")
         return self.token_wise
 
     def set_gradient_checkpointing(self, is_on: bool) -> None:
@@ -165,7 +165,7 @@ class WholeTokenizer(Protocol):
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Turn N texts into ids, int64, (N, L)."""
 
-    def count_cut(self, texts: Sequence[str]) -> int:
+    def count_truncated(self, texts: Sequence[str]) -> int:
         """Count the texts that are longer than the context."""
 
 
@@ -182,7 +182,7 @@ def text_token_mask(tokens: Tensor) -> Tensor:
     return is_end.cumsum(1) - is_end.long() == 0
 
 
-def unit(embeds: Tensor) -> Tensor:
+def normalize(embeds: Tensor) -> Tensor:
     """Scale the last dimension to unit length, in float32."""
     return F.normalize(embeds.float(), dim=-1)
 

@@ -122,8 +122,8 @@ class WordHead(nn.Module):
         is_counted = features.device.type in _COUNTED_AT_ONCE and not torch.compiler.is_compiling()
         if is_counted and is_seen.any():
             seen = is_seen.nonzero()[:, 0]  # (K,)
-            places = torch.full_like(self.num_with, -1).index_put((seen,), torch.arange(len(seen)))
-            words = torch.where(words >= 0, places[words], -1)
+            positions = torch.full_like(self.num_with, -1).index_put((seen,), torch.arange(len(seen)))
+            words = torch.where(words >= 0, positions[words], -1)
             weight, bias, rarity = weight[seen], bias[seen], rarity[seen]
         else:
             bias = bias.masked_fill(~is_seen, _NEVER)

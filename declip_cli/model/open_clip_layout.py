@@ -32,7 +32,7 @@ def why_not_open_clip(architecture: Architecture, preprocessing: Preprocessing) 
 
     Args:
         architecture: the dimensions.
-        preprocessing: of the pictures.
+        preprocessing: of the images.
 
     Returns:
         A clause; empty where OpenCLIP can express all of it.
@@ -41,9 +41,9 @@ def why_not_open_clip(architecture: Architecture, preprocessing: Preprocessing) 
     if isinstance(vision, VitDims) and vision.quick_gelu != text.quick_gelu:
         return "its towers have different activations (QuickGELU and GELU)"
     if preprocessing.crop_at != "round" and preprocessing.resize_mode == "shortest":
-        return "the crop of a picture starts at half an odd margin rounded down, as in Hugging Face's processors"
+        return "the crop of an image starts at half an odd margin rounded down, as in Hugging Face's processors"
     if preprocessing.resize_px != side:
-        return f"pictures are resized to {preprocessing.resize_px} px before the {side} px in their middle are cut out"
+        return f"images are resized to {preprocessing.resize_px} px before the {side} px in their middle are cut out"
     return ""
 
 
@@ -54,7 +54,7 @@ def open_clip_config(
 
     Args:
         architecture: the dimensions.
-        preprocessing: of the pictures.
+        preprocessing: of the images.
         has_logit_bias: it was trained by the sigmoid loss.
 
     Returns:

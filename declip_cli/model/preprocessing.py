@@ -1,4 +1,4 @@
-"""From a decoded picture to what the image tower takes: size, filter, mean and deviation."""
+"""From a decoded image to what the image tower takes: size, filter, mean and deviation."""
 
 import math
 from collections.abc import Mapping
@@ -22,14 +22,14 @@ _MAX_RESIZE = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preprocessing:
-    """How a picture is prepared for evaluation."""
+    """How an image is prepared for evaluation."""
 
     image_side_px: int
     """S: side of the square that the model sees."""
     resize_px: int
-    """`shortest`: length of the shorter side before the centre crop; `squash`: S."""
+    """`shortest`: length of the shorter side before the center crop; `squash`: S."""
     resize_mode: ResizeMode = "shortest"
-    """`squash` resizes both sides to S, whatever the picture's shape, and cuts nothing off."""
+    """`squash` resizes both sides to S, whatever the image's shape, and cuts nothing off."""
     interpolation: Interpolation = "bilinear"
     crop_at: CropAt = "round"
     """Where the crop starts if an odd number of pixels is cut off: half of it rounded to even (torchvision, OpenCLIP),
@@ -39,8 +39,8 @@ class Preprocessing:
     std: tuple[float, float, float] = IMAGE_STD
     """Of each channel, in [0, 1]; divided by."""
 
-    def view_options(self) -> dict[str, Any]:
-        """Return all that `evaluation_view` is told of a picture's way to the square."""
+    def transform_options(self) -> dict[str, Any]:
+        """Return all that `eval_transform` is told of an image's way to the square."""
         return {
             "side_px": self.image_side_px,
             "resize_px": self.resize_px,
@@ -67,7 +67,7 @@ def read_preprocessing(given: Mapping[str, Any], *, remedy: str) -> Preprocessin
 
     Raises:
         KeyError: something is missing.
-        ModelError: a value is none that pictures can be prepared with.
+        ModelError: a value is none that images can be prepared with.
     """
     side, resize, mode = given["image_side_px"], given["resize_px"], given.get("resize_mode", "shortest")
     least, most = (side, _MAX_RESIZE * side if mode == "shortest" else side) if type(side) is int else (1, 0)

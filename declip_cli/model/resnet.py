@@ -100,7 +100,7 @@ class AttentionPool(nn.Module):
         return pooled
 
 
-def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def normalize_images(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Turn bytes into zero mean and unit variance.
 
     Args:
@@ -157,14 +157,14 @@ class ModifiedResNet(nn.Module):
         """Describe images.
 
         Args:
-            images: as in `normalise`.
+            images: as in `normalize_images`.
             mean: of each channel, in [0, 1], (3,).
             std: of each channel, in [0, 1], (3,).
 
         Returns:
             The mean of the last feature map, (B, E), and its positions as patches, (B, P, E).
         """
-        maps = normalise(images, mean, std)
+        maps = normalize_images(images, mean, std)
         for number in (1, 2, 3):
             maps = F.relu(getattr(self, f"bn{number}")(getattr(self, f"conv{number}")(maps)))
         maps = self.avgpool(maps)

@@ -27,7 +27,7 @@ class LayerNorm(nn.LayerNorm):
     """
 
     def forward(self, states: Tensor, scale: float = 1.0) -> Tensor:
-        """Normalise each token and multiply it by a number, (…, E) → (…, E)."""
+        """Normalize each token and multiply it by a number, (…, E) → (…, E)."""
         weight, bias = (self.weight * scale, self.bias * scale) if scale != 1 else (self.weight, self.bias)
         device = states.device.type
         if not torch.is_autocast_enabled(device):
@@ -101,7 +101,7 @@ class Mlp(nn.Module):
 
 
 class ResidualAttentionBlock(nn.Module):
-    """Attention and MLP, each normalised before and added to what came in."""
+    """Attention and MLP, each normalized before and added to what came in."""
 
     def __init__(self, width: int, num_heads: int, *, quick_gelu: bool, mlp_width: int, norm_eps: float) -> None:
         super().__init__()
@@ -146,9 +146,9 @@ class Transformer(nn.Module):
         self.gradient_checkpointing = False
         options: dict[str, Any] = {"quick_gelu": quick_gelu, "mlp_width": mlp_width or 4 * width, "norm_eps": norm_eps}
         self.resblocks = nn.ModuleList(ResidualAttentionBlock(width, num_heads, **options) for _ in range(num_layers))
-        self._initialise(width, num_layers)
+        self._init_weights(width, num_layers)
 
-    def _initialise(self, width: int, num_layers: int) -> None:
+    def _init_weights(self, width: int, num_layers: int) -> None:
         # GPT-2's scaling as in OpenAI's CLIP: residual branches start smaller the deeper the stack.
         for block in self.resblocks:
             assert isinstance(block, ResidualAttentionBlock)

@@ -12,7 +12,7 @@ from declip_cli.model.transformer import LayerNorm, Transformer, working_dtype
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageStates:
-    """What an image tower gives: one vector per picture, and one per patch."""
+    """What an image tower gives: one vector per image, and one per patch."""
 
     features: Tensor
     """Before the projection into the shared embedding, (B, E)."""
@@ -30,7 +30,7 @@ class VisionTransformer(nn.Module):
     """
 
     is_batch_dependent = False
-    """Whether a picture's features depend on the others in the batch (BatchNorm)."""
+    """Whether an image's features depend on the others in the batch (BatchNorm)."""
 
     def __init__(self, dims: VitDims, *, image_side_px: int, embed_dim: int) -> None:
         super().__init__()

@@ -18,7 +18,7 @@ _FINE = 10
 """Curves are drawn in whole tenths of a pixel, which are shorter to write."""
 _NUM_COLUMNS = 40
 """Places along a chart that say, below the pointer, what the values there are."""
-_NUM_COLOURS = 6
+_NUM_COLORS = 6
 _LOG_RATIO = 10
 """Largest by smallest value from which a logarithmic scale shows more."""
 _MAX_TICKS = 5
@@ -41,7 +41,7 @@ CHART_STYLE = """:root { --c0: #0072b2; --c1: #d55e00; --c2: #008060; --c3: #b55
 .legend svg { display: inline-block; width: 22px; height: 8px; }
 .legend line { stroke-width: 2; }
 """
-"""Colours after Okabe and Ito, told apart by colour-blind readers; beyond six, and in print, dashes tell."""
+"""Colors after Okabe and Ito, told apart by color-blind readers; beyond six, and in print, dashes tell."""
 
 Numbers: TypeAlias = NDArray[np.float64]
 
@@ -174,12 +174,12 @@ def _with_room(low: float, high: float, *, is_log: bool) -> tuple[float, float]:
 
 
 def _look(number: int, curve: _Curve | None = None) -> str:
-    """Colour and, beyond the colours, dashes of a curve; one of a single point is a dot that can be seen."""
+    """Color and, beyond the colors, dashes of a curve; one of a single point is a dot that can be seen."""
     if curve is not None and np.isfinite(curve.y).sum() == 1:
-        return f'style="stroke:var(--c{number % _NUM_COLOURS});stroke-width:{_DOT}"'
-    dashes = number // _NUM_COLOURS
+        return f'style="stroke:var(--c{number % _NUM_COLORS});stroke-width:{_DOT}"'
+    dashes = number // _NUM_COLORS
     dashed = f";stroke-dasharray:{60 // dashes} 50" if dashes else ""
-    return f'style="stroke:var(--c{number % _NUM_COLOURS}){dashed}"'
+    return f'style="stroke:var(--c{number % _NUM_COLORS}){dashed}"'
 
 
 def _path(curve: _Curve, across: _Axis, up: _Axis) -> str:

@@ -14,7 +14,7 @@ from declip_cli.errors import DataError, EvaluateError
 from declip_cli.evaluate.collection import Collection, Term
 from declip_cli.evaluate.encoding import FeatureOptions
 from declip_cli.evaluate.gallery import THUMBNAIL_SIDE_PX
-from declip_cli.evaluate.search import Query, describe_hit, encode_query, in_words
+from declip_cli.evaluate.search import Query, describe_hit, describe_query, encode_query
 from declip_cli.model.checkpoint import PretrainedModel
 from declip_cli.pages.frame import shrink
 from declip_cli.serve.together import Together
@@ -69,12 +69,12 @@ class Request:
         request = cls(
             texts=tuple(filter(None, texts)),
             minus=tuple(filter(None, minus)),
-            like=_number(words, "like", None, 2**31),
+            like=_index(words, "like", None, 2**31),
             image=image,
             within=words.get("within", ("",))[-1].strip(),
             min_score=_score(words.get("min", ("-1",))[-1]),
-            k=_number(words, "k", 10, MAX_HITS) or 1,
-            offset=_number(words, "offset", 0, _MAX_OFFSET) or 0,
+            k=_index(words, "k", 10, MAX_HITS) or 1,
+            offset=_index(words, "offset", 0, _MAX_OFFSET) or 0,
         )
         if not (request.texts or request.image or request.like is not None):
             raise RequestError("nothing to look for: give text=, like= or an image")
@@ -83,7 +83,7 @@ class Request:
         return request
 
 
-def _number(words: Mapping[str, Sequence[str]], name: str, default: int | None, largest: int) -> int | None:
+def _index(words: Mapping[str, Sequence[str]], name: str, default: int | None, largest: int) -> int | None:
     if name not in words:
         return default
     text = words[name][-1]
@@ -116,7 +116,7 @@ class Searcher:
         self, model: PretrainedModel, collection: Collection, options: FeatureOptions, *, quick: bool = False
     ) -> None:
         if quick:
-            collection.use_quick_index(options.say)
+            collection.use_quick_index(options.log)
         self._model, self._collection, self._options = model, collection, options
         # One search uses all cores; those that wait for their turn are answered together.
         self._turn = threading.Lock()
@@ -129,7 +129,7 @@ class Searcher:
     def info(self) -> dict[str, Any]:
         """Describe the collection: `collection`, `model`, `index`, `num_indexed`, `folders`."""
         found = self._collection
-        paths = (found.path(number) for number in range(len(found)))
+        paths = (found.path(index) for index in range(len(found)))
         folders = sorted({path.rpartition("/")[0] for path in paths} - {""})
         about = {"collection": found.name, "model": self._model.name, "index": found.index, "num_indexed": len(found)}
         return about | {"folders": folders[:_MAX_FOLDERS]}
@@ -145,48 +145,48 @@ class Searcher:
         """
         started, found = time.perf_counter(), self._collection
         wanted = [self.known(request.like)] if request.like is not None else []
-        words = [f"images like {found.path(number)}" for number in wanted] + ["an image"] * bool(request.image)
+        words = [f"images like {found.path(index)}" for index in wanted] + ["an image"] * bool(request.image)
         last = request.offset + request.k
         try:
-            terms = [found.like(number) for number in wanted] + self._image_terms(request.image)
+            terms = [found.like(index) for index in wanted] + self._image_terms(request.image)
             terms += [self._text_term(text) for text in request.texts]
             terms += [replace(self._text_term(text), sign=-1) for text in request.minus]
             with self._asking:
                 question = found.ask(terms, last, within=request.within)
-            numbers, scores = self._answer(question)
+            indices, scores = self._answer(question)
         except EvaluateError as error:
             raise RequestError(error.message) from error
-        ranked = list(enumerate(zip(numbers, scores, strict=True), start=1))[request.offset :]
+        ranked = list(enumerate(zip(indices, scores, strict=True), start=1))[request.offset :]
         hits = [
-            {"id": number, **describe_hit(found, rank, number, score).to_json()}
-            for rank, (number, score) in ranked
+            {"id": index, **describe_hit(found, rank, index, score).to_json()}
+            for rank, (index, score) in ranked
             if score >= request.min_score
         ]
         return {
-            "query": in_words([*words, *request.texts], request.minus),
+            "query": describe_query([*words, *request.texts], request.minus),
             "hits": hits,
             "num_indexed": len(found),
             "num_within": found.num_within(request.within),
             "seconds": time.perf_counter() - started,
         }
 
-    def known(self, number: int) -> int:
+    def known(self, index: int) -> int:
         """Return the number of an image of the collection; RequestError if there is none of it."""
-        if not 0 <= number < len(self._collection):
-            raise RequestError(f"there is no image {number}")
-        return number
+        if not 0 <= index < len(self._collection):
+            raise RequestError(f"there is no image {index}")
+        return index
 
-    def view(self, number: int) -> bytes:
+    def view(self, index: int) -> bytes:
         """Return an image as a JPEG of at most 1,600 px; errors as of `thumbnail`."""
-        return self._shrunk(number, _VIEW_SIDE_PX)
+        return self._shrunk(index, _VIEW_SIDE_PX)
 
-    def _thumbnail(self, number: int) -> bytes:
+    def _thumbnail(self, index: int) -> bytes:
         """Return a small JPEG of an image; RequestError if there is none, or it cannot be read."""
-        return self._shrunk(number, THUMBNAIL_SIDE_PX)
+        return self._shrunk(index, THUMBNAIL_SIDE_PX)
 
-    def _shrunk(self, number: int, side_px: int) -> bytes:
+    def _shrunk(self, index: int, side_px: int) -> bytes:
         try:
-            return shrink(self._collection.read(self.known(number)), side_px)
+            return shrink(self._collection.read(self.known(index)), side_px)
         except (DataError, OSError) as error:
             raise RequestError("the image cannot be read") from error
 

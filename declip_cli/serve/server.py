@@ -46,7 +46,7 @@ class SearchServer(ThreadingHTTPServer):
     Args:
         searcher: answers.
         port: 0 takes a free one.
-        say: told of errors that should not be.
+        log: told of errors that should not be.
 
     Raises:
         EvaluateError: the port cannot be used.
@@ -55,8 +55,8 @@ class SearchServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, searcher: Searcher, *, port: int = 0, say: Callable[[str], None]) -> None:
-        self.searcher, self.token, self.say = searcher, secrets.token_urlsafe(16), say
+    def __init__(self, searcher: Searcher, *, port: int = 0, log: Callable[[str], None]) -> None:
+        self.searcher, self.token, self.log = searcher, secrets.token_urlsafe(16), log
         self.files = {
             name: (asset_path(f"serve/{file}").read_bytes(), kind) for name, (file, kind) in _PAGE_FILES.items()
         }
@@ -120,13 +120,13 @@ class _Handler(BaseHTTPRequestHandler):
         except RequestError as error:
             send = partial(self._send_json, {"error": str(error)}, HTTPStatus.BAD_REQUEST)
         except Exception as error:  # a fault of ours must not end the server, nor pass unnoticed
-            self.server.say(f"error: a request failed: {error!r}")
+            self.server.log(f"error: a request failed: {error!r}")
             send = partial(self._send_json, {"error": "the search failed"}, HTTPStatus.INTERNAL_SERVER_ERROR)
         send()
 
     def _found(self, name: str, query: str, body: bytes) -> Callable[[], None]:
         """Work out an answer; what is returned sends it."""
-        searcher, (kind, _, number) = self.server.searcher, name.partition("/")
+        searcher, (kind, _, index) = self.server.searcher, name.partition("/")
         if name in self.server.files and self.path.count("/") > 1:  # addresses in the page begin behind the token
             return partial(self._send, *self.server.files[name])
         if name == "info":
@@ -137,9 +137,9 @@ class _Handler(BaseHTTPRequestHandler):
             except ValueError as error:
                 raise RequestError(f"the address cannot be read: {error}") from error
             return partial(self._send_json, searcher.search(Request.parse(words, body)))
-        if kind in ("thumbnails", "images") and number.isascii() and number.isdigit() and len(number) < 12:
+        if kind in ("thumbnails", "images") and index.isascii() and index.isdigit() and len(index) < 12:
             make = searcher.thumbnail if kind == "thumbnails" else searcher.view
-            return partial(self._send, make(int(number)), "image/jpeg", more=_KEEP)
+            return partial(self._send, make(int(index)), "image/jpeg", more=_KEEP)
         return partial(self._send_json, {"error": "there is nothing of this name"}, HTTPStatus.NOT_FOUND)
 
     def _refuse(self, status: HTTPStatus, why: str) -> None:

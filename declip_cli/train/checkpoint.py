@@ -26,7 +26,7 @@ Evaluate = Callable[[PretrainedModel], dict[str, dict[str, Any]]]
 _COUNTERS = ("samples_seen", "seconds", "startup_seconds", "step_seconds", "num_rollbacks")
 
 
-class Keeper:
+class Checkpointer:
     """Saves, evaluates and goes back, on every rank alike; only rank 0 writes. The meter is told of it."""
 
     def __init__(self, training: Training, run_dir: RunDir, meter: Meter, evaluate: Evaluate | None) -> None:
@@ -96,7 +96,7 @@ class Keeper:
             self._save_model(self._run_dir.best_path)
             self._run_dir.write_best(key=key, score=scores[key], step=self._training.step)
 
-    def go_back(self, problem: str) -> None:
+    def roll_back(self, problem: str) -> None:
         """Take up the last good state again, at half the rate.
 
         Raises:
@@ -116,7 +116,7 @@ class Keeper:
         training.num_rollbacks = num
         if rank() == 0:
             self._run_dir.forget_metrics_after(training.step)
-            self._run_dir.say(f"{problem}: back to step {training.step}, at 1/{2**num} of the rate")
+            self._run_dir.log(f"{problem}: back to step {training.step}, at 1/{2**num} of the rate")
         self._meter.forget()
 
 
@@ -213,15 +213,19 @@ def _restore_method(training: Training, saved: dict[str, Tensor]) -> list[str]:
             remedy="resume with the model options the run was started with, or start a new run with --init",
         )
     # A head or a queue of which one part does not fit starts anew as a whole.
-    anew = {_part_of(name) for name in unfit}
-    fitting = {name: saved[name] for name in own if _part_of(name) not in anew}
+    restarted = {_module_of(name) for name in unfit}
+    fitting = {name: saved[name] for name in own if _module_of(name) not in restarted}
     training.method.load_state_dict(own | fitting)
-    gone = {_part_of(name) for name in saved} - {_part_of(name) for name in own}
-    notes = [f"{', '.join(sorted(anew))} of the method starts anew: the saved state has none that fits"] if anew else []
+    gone = {_module_of(name) for name in saved} - {_module_of(name) for name in own}
+    notes = (
+        [f"{', '.join(sorted(restarted))} of the method starts anew: the saved state has none that fits"]
+        if restarted
+        else []
+    )
     return notes + ([f"{', '.join(sorted(gone))} of the saved state is not used by this method"] if gone else [])
 
 
-def _part_of(name: str) -> str:
+def _module_of(name: str) -> str:
     """Name the part of a method that a tensor belongs to: its encoder, its token-wise heads, a head, its queue."""
     return "encoder.token_wise" if name.startswith("encoder.token_wise.") else name.split(".")[0]
 
@@ -253,7 +257,7 @@ def _restore_optimizers(training: Training, saved: dict[str, Tensor], trained: l
     for dotted, value in saved.items():
         name, _, key = dotted.rpartition(".")
         moments.setdefault(name, {})[key] = value
-    anew: list[str] = []
+    restarted: list[str] = []
     for optimizer in training.optimizers:
         is_adamw = isinstance(optimizer, torch.optim.AdamW)
         kinds = {"exp_avg", "exp_avg_sq", "step"} if is_adamw else {"momentum_buffer"}
@@ -268,9 +272,9 @@ def _restore_optimizers(training: Training, saved: dict[str, Tensor], trained: l
                 if not is_adamw:  # a group of which only some have a momentum cannot take a step
                     state[index] = {"momentum_buffer": torch.zeros_like(parameter)}
                 if found or name not in trained:  # else it never had a gradient
-                    anew.append(name)
+                    restarted.append(name)
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    notes = [f"the moments of {_count(anew)} start anew"] if anew else []
+    notes = [f"the moments of {_count(restarted)} start anew"] if restarted else []
     return notes + ([f"the moments of {_count(sorted(moments))}, not trained now, are dropped"] if moments else [])
 
 

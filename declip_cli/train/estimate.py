@@ -128,8 +128,8 @@ def make_up_batch(method: Method, *, num_pairs: int) -> Batch:
     return Batch(
         images=torch.zeros(num_pairs, len(views.images), side, side, 3, dtype=torch.uint8),
         tokens=torch.full((num_pairs, len(views.texts), length), END_ID),
-        mask_labels=labels,
-        numbers=torch.arange(num_pairs),
+        mlm_labels=labels,
+        pair_indices=torch.arange(num_pairs),
     )
 
 

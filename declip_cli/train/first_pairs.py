@@ -15,10 +15,10 @@ _SIDE_PX = 96
 _QUALITY = 75
 
 
-def seen_first(batches: Iterator[Batch], see: Callable[[Batch], None]) -> Iterator[Batch]:
+def observe_first(batches: Iterator[Batch], observe: Callable[[Batch], None]) -> Iterator[Batch]:
     """Pass batches on, the first one after somebody has seen it."""
     first = next(batches)
-    see(first)
+    observe(first)
     yield first
     yield from batches
 

@@ -14,7 +14,7 @@ _STARVED_SHARE = 0.25
 """Share of the time spent waiting for data from which the loader is called the limit."""
 _COLLAPSED_SPREAD = 0.02
 """Features this close to each other tell nothing apart; an untrained ViT has about 0.1."""
-_CUT_SHARE = 0.1
+_TRUNCATED_SHARE = 0.1
 _PATIENCE_REPORTS = 3
 """Reports after which what a loader and a model do counts."""
 _CHANCE_MARGIN = 0.02
@@ -64,14 +64,16 @@ class StepReport:
     """Whether somebody asked to stop before the end."""
 
 
-def advice(report: StepReport, run: ResolvedRun, *, num_skipped: int, cut_share: float) -> Iterator[tuple[str, str]]:
+def advice(
+    report: StepReport, run: ResolvedRun, *, num_skipped: int, truncated_share: float
+) -> Iterator[tuple[str, str]]:
     """Say what looks wrong and what to do.
 
     Args:
         report: how the run stands.
         run: what it is.
         num_skipped: broken batches since the report before.
-        cut_share: share of the texts that were longer than the context, in [0, 1].
+        truncated_share: share of the texts that were longer than the context, in [0, 1].
 
     Yields:
         A name for each kind, so that each is said once, and the sentence.
@@ -86,10 +88,10 @@ def advice(report: StepReport, run: ResolvedRun, *, num_skipped: int, cut_share:
         way = f"--set data.workers={machine.cores}" if can_grow else f"prepare with --image-side-px {side_px}"
         waiting = f"waiting for data {report.wait_share:.0%} of the time with {machine.workers} loader threads"
         yield "starved", f"{waiting}: {way}"
-    if cut_share > _CUT_SHARE:
+    if truncated_share > _TRUNCATED_SHARE:
         length = settled(model.context_length)
         way = "start with --set model.context_length=77" if length < 77 else "put what matters first"
-        yield "cut", f"{cut_share:.0%} of the captions are longer than the {length} tokens that are read: {way}"
+        yield "cut", f"{truncated_share:.0%} of the captions are longer than the {length} tokens that are read: {way}"
     # While the rate warms up, what is wrong may mend itself.
     if report.samples_seen > max(settled(run.config.optim.warmup_samples), patience * run.schedule_batch):
         yield from _collapse(report, run)

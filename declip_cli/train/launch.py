@@ -104,8 +104,8 @@ def _signals_passed_on() -> Iterator[tuple[list[BaseProcess], list[int]]]:
     processes: list[BaseProcess] = []
     asked: list[int] = []
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
+    def pass_on(signum: int, frame: FrameType | None) -> None:
+        asked.append(signum)
         if asked.count(signal.SIGINT) > 2:
             raise KeyboardInterrupt
         for process in processes:
@@ -128,7 +128,7 @@ def _run_rank(
     results: Any,  # noqa: ANN401
 ) -> None:
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
-    os.environ.update({name: str(number) for name, number in numbers.items()})
+    os.environ.update({name: str(signum) for name, signum in numbers.items()})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
     result = work(*arguments)
     if rank == 0:

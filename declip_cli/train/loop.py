@@ -7,7 +7,7 @@ import torch
 
 from declip_cli.distributed import LaggedMaximum, world_size
 from declip_cli.train.build import Training
-from declip_cli.train.checkpoint import Evaluate, Keeper, set_training_mode
+from declip_cli.train.checkpoint import Checkpointer, Evaluate, set_training_mode
 from declip_cli.train.grad_cache import forward_backward
 from declip_cli.train.health import StepReport
 from declip_cli.train.meter import Meter, StepOutcome
@@ -27,7 +27,7 @@ class _Decision:
     must_stop: bool
     """Somebody asked to stop."""
     must_save: bool
-    rate: float
+    learning_rate: float
     """Learning rate of the next step."""
     share: float
     """How much of the run is over, in [0, 1]."""
@@ -38,7 +38,7 @@ class _Decision:
         return self.is_done or self.must_stop
 
 
-def take_step(training: Training, rate: float) -> StepOutcome:
+def take_step(training: Training, learning_rate: float) -> StepOutcome:
     """Take one step: batch, gradient of the full batch, update.
 
     A gradient that is not finite leaves weights, moments, statistics and queue as they are. The device decides that
@@ -57,7 +57,7 @@ def take_step(training: Training, rate: float) -> StepOutcome:
         scale_loss=scaler.scale if scaler is not None else lambda loss: loss,
         last_backward=training.gradient_average.last_backward,
     )
-    set_learning_rates(training.optimizers, rate)
+    set_learning_rates(training.optimizers, learning_rate)
     for optimizer in training.optimizers if scaler is not None else ():
         scaler.unscale_(optimizer)
     norm = clip_gradients(method.parameters(), training.clip_norm)
@@ -102,35 +102,35 @@ def train(
         DataError: too many samples are unreadable.
     """
     meter = Meter(training)
-    keeper = Keeper(training, run_dir, meter, evaluate)
+    checkpointer = Checkpointer(training, run_dir, meter, evaluate)
     agreed = LaggedMaximum()
     set_training_mode(training)
     clamp_logit_scales(training.method, training.logit_scale_bounds)
-    decision, rate = _decide(training, meter, keeper, agreed, wants_stop=False), 0.0
+    decision, learning_rate = _decide(training, meter, checkpointer, agreed, wants_stop=False), 0.0
     while not decision.is_over:
-        rate = decision.rate
-        meter.add(take_step(training, rate))
-        decision = _decide(training, meter, keeper, agreed, wants_stop=should_stop())
+        learning_rate = decision.learning_rate
+        meter.add(take_step(training, learning_rate))
+        decision = _decide(training, meter, checkpointer, agreed, wants_stop=should_stop())
         must_evaluate, must_report = (_is_due(training, key) for key in ("eval_every_steps", "log_every_steps"))
         if not (decision.is_over or decision.must_save or must_evaluate or must_report):
             training.batches.copy_ahead()  # nothing is saved before it is used
             continue
-        problem = meter.problem() or (keeper.problem() if decision.is_over or decision.must_save else "")
+        problem = meter.problem() or (checkpointer.problem() if decision.is_over or decision.must_save else "")
         if problem:
-            keeper.go_back(problem)
-            decision = _decide(training, meter, keeper, agreed, wants_stop=should_stop())
+            checkpointer.roll_back(problem)
+            decision = _decide(training, meter, checkpointer, agreed, wants_stop=should_stop())
         elif not decision.is_over:
             if decision.must_save or must_evaluate:  # a scheduler may end the run while it is scored
-                keeper.save()
+                checkpointer.save()
                 agreed.restart()
-            scores = keeper.scores() if must_evaluate else {}
+            scores = checkpointer.scores() if must_evaluate else {}
             if scores or must_report:
-                report = meter.report(rate=rate, share=decision.share, evaluations=scores)
+                report = meter.report(learning_rate=learning_rate, share=decision.share, evaluations=scores)
                 yield training.compilation.decide(report)
-    keeper.save()
-    scores = keeper.scores() if decision.is_done else {}
+    checkpointer.save()
+    scores = checkpointer.scores() if decision.is_done else {}
     share = max(decision.share, 1e-9)
-    report = meter.report(rate=rate, share=share, evaluations=scores)
+    report = meter.report(learning_rate=learning_rate, share=share, evaluations=scores)
     yield replace(report, is_last=True, was_stopped=not decision.is_done)
 
 
@@ -139,13 +139,17 @@ def _is_due(training: Training, key: str) -> bool:
     return every is not None and training.step > 0 and training.step % every == 0
 
 
-def _decide(training: Training, meter: Meter, keeper: Keeper, agreed: LaggedMaximum, *, wants_stop: bool) -> _Decision:
+def _decide(
+    training: Training, meter: Meter, checkpointer: Checkpointer, agreed: LaggedMaximum, *, wants_stop: bool
+) -> _Decision:
     """Agree on what comes next: the rank that was furthest a step ago decides, so that none waits for a message."""
     limit, started = training.config.train.time_limit_s, training.startup_seconds
     spent = (meter.seconds() - started) / max(1e-9, limit - started) if limit else 0.0
-    stop, save, units = agreed.exchange([wants_stop, keeper.is_due(), round(min(1.0, spent) * _SHARE_UNITS)])
+    stop, save, units = agreed.exchange([wants_stop, checkpointer.is_due(), round(min(1.0, spent) * _SHARE_UNITS)])
     must_save = bool(save) or _is_due(training, "checkpoint_every_steps")
     schedule, seen, time_share = training.schedule, training.samples_seen, units / _SHARE_UNITS
     share = schedule.share(seen, time_share)
-    rate = schedule.rate(seen + training.run.global_batch, time_share) * 0.5**training.num_rollbacks
-    return _Decision(is_done=share >= 1, must_stop=bool(stop), must_save=must_save, rate=rate, share=share)
+    learning_rate = schedule.learning_rate(seen + training.run.global_batch, time_share) * 0.5**training.num_rollbacks
+    return _Decision(
+        is_done=share >= 1, must_stop=bool(stop), must_save=must_save, learning_rate=learning_rate, share=share
+    )

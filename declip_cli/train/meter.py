@@ -42,7 +42,7 @@ class Meter:
         self._sums: dict[str, Tensor]
         self._max_norm: Tensor | None
         self._last: Embeddings | None
-        self._said: set[str] = set()
+        self._advised: set[str] = set()
         self._is_first_step = True
         self._num_bad_before = int(training.bad_steps[0])
         self._restart()
@@ -96,11 +96,11 @@ class Meter:
             return ""
         return f"{in_a_row} batches in a row had a broken gradient, up to step {self._training.step}"
 
-    def report(self, *, rate: float, share: float, evaluations: Mapping[str, dict[str, Any]]) -> StepReport:
+    def report(self, *, learning_rate: float, share: float, evaluations: Mapping[str, dict[str, Any]]) -> StepReport:
         """Sum up what happened since the last report and start over.
 
         Args:
-            rate: the learning rate in use.
+            learning_rate: the learning rate in use.
             share: how much of the run is done, in (0, 1].
             evaluations: scores taken at this step.
 
@@ -122,7 +122,7 @@ class Meter:
             step_seconds=training.step_seconds,
             samples_per_second=(training.samples_seen - self._last_samples) / elapsed,
             wait_share=min(1.0, (training.stream.wait_seconds - self._last_wait) / elapsed),
-            learning_rate=rate,
+            learning_rate=learning_rate,
             logit_scale=float(training.method.logit_scale_in_use().detach().exp()),
             logit_bias=_number(training.method.encoder.logit_bias),
             gradient_norm=0.0 if self._max_norm is None else float(self._max_norm),
@@ -157,15 +157,15 @@ class Meter:
 
     def _advice(self, report: StepReport) -> tuple[str, ...]:
         num_texts = report.samples_seen // world_size() * len(self._training.method.views.texts)
-        told = advice(
+        found = advice(
             report,
             self._training.run,
             num_skipped=report.num_bad_steps - self._num_bad_before,
-            cut_share=self._training.stream.num_cut_captions / max(1, num_texts),
+            truncated_share=self._training.stream.num_truncated_captions / max(1, num_texts),
         )
         self._num_bad_before = report.num_bad_steps
-        new = {kind: sentence for kind, sentence in told if kind not in self._said}
-        self._said |= new.keys()
+        new = {kind: sentence for kind, sentence in found if kind not in self._advised}
+        self._advised |= new.keys()
         return tuple(new.values())
 
     def _wait_for_device(self) -> None:

@@ -51,7 +51,7 @@ class Schedule:
         """
         return min(1.0, max(samples / self.total, time_share))
 
-    def rate(self, samples: int, time_share: float = 0.0) -> float:
+    def learning_rate(self, samples: int, time_share: float = 0.0) -> float:
         """Compute the rate of the step that makes the pairs seen as many as `samples`.
 
         Args:
@@ -178,11 +178,11 @@ def layer_factor(name: str, method: nn.Module, optim: OptimConfig) -> float:
     return 1.0 if is_top else optim.layer_decay ** (last + 2 - min(found))
 
 
-def set_learning_rates(optimizers: Iterable[torch.optim.Optimizer], rate: float) -> None:
+def set_learning_rates(optimizers: Iterable[torch.optim.Optimizer], learning_rate: float) -> None:
     """Give every group its share of the schedule's rate."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = rate * group["factor"]
+            group["lr"] = learning_rate * group["factor"]
 
 
 @torch.no_grad()

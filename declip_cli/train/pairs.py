@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 
 from declip_cli.config import DataConfig
-from declip_cli.data.catalogue import open_dataset
+from declip_cli.data.catalog import open_dataset
 from declip_cli.data.dataset import BlockDataset, Dataset
 from declip_cli.data.shards.dataset import BLOCK_BYTES, LazyShardDataset
 from declip_cli.data.shards.files import Shard
@@ -18,7 +18,7 @@ _LARGE_BYTES = 100e9
 """What is larger is read in blocks, however much memory there is."""
 
 
-def open_pairs(config: DataConfig, before: DataFacts | None, say: Callable[[str], None]) -> Dataset:
+def open_pairs(config: DataConfig, before: DataFacts | None, log: Callable[[str], None]) -> Dataset:
     """Open what a model is trained on; on several ranks, call it on each.
 
     Archives that nobody has indexed are opened without going through them, if they are read in blocks.
@@ -26,7 +26,7 @@ def open_pairs(config: DataConfig, before: DataFacts | None, say: Callable[[str]
     Args:
         config: settings of the data.
         before: facts about the data of a run that is resumed.
-        say: for notes.
+        log: for notes.
 
     Returns:
         The pairs.
@@ -36,20 +36,20 @@ def open_pairs(config: DataConfig, before: DataFacts | None, say: Callable[[str]
     """
     require(bool(config.path), "no data to train on", remedy="--data shards/ (made by declip prepare), or --data demo")
 
-    def shall_count(shards: Sequence[Shard]) -> bool:
-        return before.is_counted if before is not None else from_first(lambda: _shall_be_counted(config, shards))
+    def should_count(shards: Sequence[Shard]) -> bool:
+        return before.is_counted if before is not None else from_first(lambda: _should_be_counted(config, shards))
 
     dataset = open_dataset(
         config.path,
         config.split or "train",
         cache_dir=config.cache_dir,
         cache_gb=config.cache_gb,
-        say=say,
-        shall_count=shall_count,
+        log=log,
+        should_count=should_count,
     )
     if isinstance(dataset, LazyShardDataset):
         num, guess = dataset.num_blocks, len(dataset)
-        say(f"{num} archives without an index are read as they come: about {guess} pairs, an estimate")
+        log(f"{num} archives without an index are read as they come: about {guess} pairs, an estimate")
     if not isinstance(dataset, BlockDataset):
         raise DataError(
             f"{dataset.name} holds images, a model is trained on shards",
@@ -72,7 +72,7 @@ def facts_of(samples: Dataset) -> DataFacts:
     )
 
 
-def _shall_be_counted(config: DataConfig, shards: Sequence[Shard]) -> bool:
+def _should_be_counted(config: DataConfig, shards: Sequence[Shard]) -> bool:
     cache_dir = config.cache_dir or default_cache_dir()
     if config.order == "exact" or config.split not in (None, "train"):
         return True

@@ -28,7 +28,7 @@ from declip_cli.train.batches import DeviceBatches
 from declip_cli.train.build import Training, build_training, find_machine
 from declip_cli.train.checkpoint import Evaluate, load_same_state, restore_state
 from declip_cli.train.compiled import compiling_explained
-from declip_cli.train.first_pairs import seen_first, write_first_pairs
+from declip_cli.train.first_pairs import observe_first, write_first_pairs
 from declip_cli.train.health import StepReport
 from declip_cli.train.loop import train
 from declip_cli.train.pairs import facts_of, open_pairs
@@ -36,7 +36,7 @@ from declip_cli.train.run_dir import RunDir, SavedState
 from declip_cli.train.start import take_over
 from declip_cli.train.tracker import Tracker
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 """Tells people something; called on rank 0 only."""
 
 
@@ -53,26 +53,26 @@ class Request:
     """Replace a run that is there already."""
 
 
-def plan(request: Request, *, num_processes: int, say: Say) -> tuple[ResolvedRun, int]:
+def plan(request: Request, *, num_processes: int, log: Log) -> tuple[ResolvedRun, int]:
     """Resolve a run that is not to be started; return it and its steps, those taken already included.
 
     Raises:
         DeclipError: the run could not be started.
     """
-    run_dir = RunDir(request.path, say)
+    run_dir = RunDir(request.path, log)
     before = run_dir.read_run() if request.is_resumed else None
     state = run_dir.load_state() if request.is_resumed and run_dir.has_state() else None
-    run, _ = _resolve(request, before, state, say, num_processes=num_processes)
+    run, _ = _resolve(request, before, state, log, num_processes=num_processes)
     return run, run.total_steps(step=state.step, samples_seen=state.samples_seen) if state else run.total_steps()
 
 
-def pretrain(request: Request, *, evaluate: Evaluate | None, say: Say) -> Iterator[StepReport]:
+def pretrain(request: Request, *, evaluate: Evaluate | None, log: Log) -> Iterator[StepReport]:
     """Train in a run folder, recording every report; on several ranks, call it on each.
 
     Args:
         request: what to do and where.
         evaluate: scores the model; None leaves evaluations out.
-        say: for notes.
+        log: for notes.
 
     Yields:
         Reports; the last has `is_last`.
@@ -81,25 +81,25 @@ def pretrain(request: Request, *, evaluate: Evaluate | None, say: Say) -> Iterat
         DeclipError: data, model, options or disk cannot be used.
     """
     is_main = rank() == 0
-    say = say if is_main else lambda message: None
-    run_dir = RunDir(request.path, say)
+    log = log if is_main else lambda message: None
+    run_dir = RunDir(request.path, log)
     with ExitStack() as held:  # the lock, until the run is over
         training, tracker, lines = _begin(request, run_dir, held)
         held.callback(training.stream.close)
         for line in lines if is_main else ():
-            say(line)
+            log(line)
             run_dir.append_log(line)
-        with _stop_on_signals(say) as should_stop, _memory_explained(training.run), compiling_explained():
+        with _stop_on_signals(log) as should_stop, _memory_explained(training.run), compiling_explained():
             shown_step, shown = run_dir.saved_step, Reports()
             for report in train(training, run_dir, evaluate=evaluate, should_stop=should_stop):
                 if is_main:
                     _record(report, run_dir, tracker)
                 if is_main and (report.is_last or run_dir.saved_step != shown_step):
                     shown_step = run_dir.saved_step
-                    _without_harm(partial(write_run_page, run_dir.path, shown), say)
-                if report.is_last and training.stream.num_cut_captions:
+                    _ignoring_errors(partial(write_run_page, run_dir.path, shown), log)
+                if report.is_last and training.stream.num_truncated_captions:
                     length = training.config.model.context_length
-                    say(f"{training.stream.num_cut_captions} texts were longer than {length} tokens and were cut")
+                    log(f"{training.stream.num_truncated_captions} texts were longer than {length} tokens and were cut")
                 yield report
 
 
@@ -107,13 +107,13 @@ def _resolve(
     request: Request,
     before: ResolvedRun | None,
     state: SavedState | None,
-    say: Say,
+    log: Log,
     *,
     num_processes: int | None = None,
 ) -> tuple[ResolvedRun, Dataset]:
-    asked = request.asked if before else take_over(request.asked, say)
+    asked = request.asked if before else take_over(request.asked, log)
     config = kept_settings(asked, before) if before else asked
-    samples = open_pairs(config.data, before.data if before else None, say)
+    samples = open_pairs(config.data, before.data if before else None, log)
     run = resolve(
         asked,
         data=facts_of(samples),
@@ -128,7 +128,7 @@ def _resolve(
 def _begin(request: Request, run_dir: RunDir, held: ExitStack) -> tuple[Training, Tracker | None, list[str]]:
     """Put the run together, or together again, and open its folder; return it and what there is to say of it."""
     before, state = _before(request, run_dir, held)
-    run, samples = _resolve(request, before, state, run_dir.say)
+    run, samples = _resolve(request, before, state, run_dir.log)
     with _memory_explained(run):
         training = build_training(run, samples, path=request.path, is_resumed=state is not None)
     notes = restore_state(training, state) if state else []
@@ -146,25 +146,25 @@ def _begin(request: Request, run_dir: RunDir, held: ExitStack) -> tuple[Training
             run_dir.forget_metrics_after(training.step)
             notes = _changes(before, run) + notes
         run_dir.write_run(run)
-        _watch_first_pairs(training, request.path / SAMPLES_FILE, run_dir.say)
+        _watch_first_pairs(training, request.path / SAMPLES_FILE, run_dir.log)
     notes = [f"run folder: {request.path}", *_describe(training), *(f"note: {note}" for note in notes)]
     return training, tracker, notes
 
 
-def _watch_first_pairs(training: Training, path: Path, say: Say) -> None:
+def _watch_first_pairs(training: Training, path: Path, log: Log) -> None:
     """Have the first pairs of the run written for its page, as they come to the model."""
     if not path.exists():
         write = partial(write_first_pairs, path, views=training.method.views)
-        batches = seen_first(training.stream, lambda batch: _without_harm(partial(write, batch), say))
+        batches = observe_first(training.stream, lambda batch: _ignoring_errors(partial(write, batch), log))
         training.batches = DeviceBatches(batches, training.accelerator.device)
 
 
-def _without_harm(write: Callable[[], object], say: Say) -> None:
+def _ignoring_errors(write: Callable[[], object], log: Log) -> None:
     """Write what only people look at; whatever goes wrong with it is told and does not end the run."""
     try:
         write()
     except Exception as error:
-        say(f"note: a part of the run's page could not be written: {error!r}")
+        log(f"note: a part of the run's page could not be written: {error!r}")
 
 
 def _before(request: Request, run_dir: RunDir, held: ExitStack) -> tuple[ResolvedRun | None, SavedState | None]:
@@ -181,7 +181,7 @@ def _before(request: Request, run_dir: RunDir, held: ExitStack) -> tuple[Resolve
             remedy="put the run folder on a file system that all machines share",
         )
     if not has_state:
-        run_dir.say(f"note: {request.path} has no saved state: the run starts at step 0")
+        run_dir.log(f"note: {request.path} has no saved state: the run starts at step 0")
     return before, load_same_state(run_dir) if has_state else None
 
 
@@ -267,14 +267,14 @@ def _memory_explained(run: ResolvedRun) -> Iterator[None]:
 
 
 @contextmanager
-def _stop_on_signals(say: Say) -> Iterator[Callable[[], bool]]:
+def _stop_on_signals(log: Log) -> Iterator[Callable[[], bool]]:
     """Let Ctrl-C and a scheduler's SIGTERM or SIGUSR1 end the run after the current step, with everything saved."""
     asked: list[int] = []
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
+    def handle(signum: int, frame: FrameType | None) -> None:
+        asked.append(signum)
         if len(asked) == 1:
-            say("stopping after this step and saving … (Ctrl-C twice more stops at once, without saving)")
+            log("stopping after this step and saving … (Ctrl-C twice more stops at once, without saving)")
         elif asked.count(signal.SIGINT) > 2:
             raise KeyboardInterrupt
 

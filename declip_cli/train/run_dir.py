@@ -58,13 +58,13 @@ def default_run_dir(root: Path, *, method: str, arch: str) -> Path:
 
 
 class RunDir:
-    """The files of one run; `say` is told when something damaged was passed over."""
+    """The files of one run; `log` is told when something damaged was passed over."""
 
-    def __init__(self, path: Path, say: Callable[[str], None] = lambda message: None) -> None:
+    def __init__(self, path: Path, log: Callable[[str], None] = lambda message: None) -> None:
         self.path = path
         self.model_path = path / "model"
         self.best_path = path / "best"
-        self.say = say
+        self.log = log
         self.saved_step: int | None = None
         """Of the newest state that was saved here by this process."""
 
@@ -116,7 +116,7 @@ class RunDir:
                     remedy="wait for it, stop it, or choose another --out",
                 ) from error
             except OSError:
-                self.say(f"note: the file system of {self.path} has no locks: see to it that nothing else writes there")
+                self.log(f"note: the file system of {self.path} has no locks: see to it that nothing else writes there")
             yield
 
     def write_run(self, run: ResolvedRun) -> None:
@@ -143,7 +143,7 @@ class RunDir:
                 first = first or error
                 continue
             if first is not None:
-                self.say(f"note: {self.path / CONFIG_FILE} is damaged ({first}); taken from {path.parent.name} instead")
+                self.log(f"note: {self.path / CONFIG_FILE} is damaged ({first}); taken from {path.parent.name} instead")
             return run
         raise TrainError(
             f"no run to resume at {self.path}: cannot read {CONFIG_FILE} ({first})",
@@ -173,7 +173,7 @@ class RunDir:
             except (ValueError, KeyError, TypeError):
                 num_damaged += 1
         if num_damaged:
-            self.say(f"note: {num_damaged} damaged lines of {path} are dropped")
+            self.log(f"note: {num_damaged} damaged lines of {path} are dropped")
         with full_disk_explained(self.path):
             write_text(path, b"".join(kept).decode())
 
@@ -234,7 +234,7 @@ class RunDir:
                 damage.append(f"the saved state {folder} is damaged ({error})")
                 continue
             for words in damage:
-                self.say(f"note: {words}; going on from {folder.name} instead")
+                self.log(f"note: {words}; going on from {folder.name} instead")
             return state
         raise TrainError(
             "; ".join(damage) or f"{self.path} has no saved state to resume from",
@@ -285,8 +285,17 @@ def _step_of(path: Path) -> int:
 def _read_state(folder: Path) -> SavedState:
     check_folder(folder)
     content = parse_json((folder / _STATE_FILE).read_bytes())
-    tensors = {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
-    return SavedState(step=content["step"], tensors=tensors, values=content["values"])
+    tensors = {
+        path.stem: {_new_name(name): value for name, value in load_file(path).items()}
+        for path in folder.glob("*.safetensors")
+    }
+    values = content["values"] | {"trained": [_new_name(name) for name in content["values"].get("trained", ())]}
+    return SavedState(step=content["step"], tensors=tensors, values=values)
+
+
+def _new_name(name: str) -> str:
+    """Translate the name that a tensor has in the states of version 0.1; to be removed with the next version."""
+    return re.sub(r"^(queue\.)?numbers$", r"\1pair_indices", re.sub(r"^mask_head\.", "mlm_head.", name))
 
 
 @contextmanager

@@ -22,7 +22,7 @@ _TOWER_SIZES = ("patch_side_px", "num_blocks", "width", "num_layers", "mlp_ratio
 _OPTION = "--init"
 
 
-def take_over(asked: RunConfig, say: Callable[[str], None] = lambda line: None) -> RunConfig:
+def take_over(asked: RunConfig, log: Callable[[str], None] = lambda line: None) -> RunConfig:
     """Let a run have the architecture and the preprocessing of the model that it starts from.
 
     Its size is compared with `--arch`, or taken over with `--arch init`. All else is taken over (activation, heads,
@@ -31,7 +31,7 @@ def take_over(asked: RunConfig, say: Callable[[str], None] = lambda line: None) 
 
     Args:
         asked: of a new run; without `train.init` it is returned as it is.
-        say: told what had to be assumed of the model.
+        log: told what had to be assumed of the model.
 
     Returns:
         The same with `model` filled in.
@@ -42,8 +42,8 @@ def take_over(asked: RunConfig, say: Callable[[str], None] = lambda line: None) 
     """
     if not asked.train.init:
         return asked
-    said = parse_assumptions(asked.train.assume)
-    start = describe_model(Path(asked.train.init), option=_OPTION, said=said, say=say)
+    given = parse_assumptions(asked.train.assume)
+    start = describe_model(Path(asked.train.init), option=_OPTION, given=given, log=log)
     model, theirs = asked.model, start.architecture
     _check_settings(model, theirs, asked)
     if model.arch != OF_INIT:
@@ -51,12 +51,12 @@ def take_over(asked: RunConfig, say: Callable[[str], None] = lambda line: None) 
     side = model.image_side_px or theirs.image_side_px
     resize = model.resize_px or _resize_px(start.preprocessing, side)
     if resize and not model.resize_px:
-        say(
-            f"pictures are resized to {resize} px before the crop to {side}, as for {asked.train.init}; OpenCLIP "
+        log(
+            f"images are resized to {resize} px before the crop to {side}, as for {asked.train.init}; OpenCLIP "
             f"cannot say that, and reads the run's model with --set model.resize_px={side} only"
         )
     if start.preprocessing.crop_at == "floor":
-        say("half of an odd margin is rounded to even here, down there: crops may lie one pixel apart")
+        log("half of an odd margin is rounded to even here, down there: crops may lie one pixel apart")
     taken = replace(
         model,
         arch=(name_of(theirs) or OF_INIT) if model.arch == OF_INIT else model.arch,
@@ -123,14 +123,14 @@ def _words(value: object) -> str:
 
 
 def start_from(method: Method, config: RunConfig) -> None:
-    """Copy the weights of the model that `train.init` names, and how it normalises pixels.
+    """Copy the weights of the model that `train.init` names, and how it normalizes pixels.
 
     Raises:
         TrainError: they do not fit.
         ModelError: it cannot be read.
     """
-    said = parse_assumptions(config.train.assume)
-    start = load_model(Path(str(config.train.init)), option=_OPTION, said=said)
+    given = parse_assumptions(config.train.assume)
+    start = load_model(Path(str(config.train.init)), option=_OPTION, given=given)
     theirs, ours = start.encoder.state_dict(), method.encoder.state_dict()
     name = "visual.positional_embedding"
     if name in theirs and name in ours and theirs[name].shape != ours[name].shape:

@@ -191,7 +191,7 @@ def estimate(corpus: Corpus, options: argparse.Namespace, limits: Limits) -> Non
         asked = dataclasses.replace(asked, train=dataclasses.replace(asked.train, steps=8, log_every_steps=2))
         asked = dataclasses.replace(asked, optim=dataclasses.replace(asked.optim, warmup_steps=0))
         request = Request(asked=asked, path=options.work / "run", force=True)
-        times = [(report.step, clock()) for report in pretrain(request, evaluate=None, say=lambda line: None)]
+        times = [(report.step, clock()) for report in pretrain(request, evaluate=None, log=lambda line: None)]
         times = [time for time in times if time[0] <= 6]  # saving follows the last step
         per_step = (times[-1][1] - times[0][1]) / (times[-1][0] - times[0][0])
         num = len(options.sizes) * len(options.seeds)

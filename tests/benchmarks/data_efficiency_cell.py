@@ -108,7 +108,7 @@ def train(corpus: Corpus, asked: RunConfig, limits: Limits, path: Path, *, equal
     )
     shutil.rmtree(path, ignore_errors=True)
     watch.start()
-    reports = pretrain(Request(asked=asked, path=path), evaluate=watch, say=lambda line: None)
+    reports = pretrain(Request(asked=asked, path=path), evaluate=watch, log=lambda line: None)
     for _ in reports:
         if watch.num_since_best >= limits.patience:
             break

@@ -13,7 +13,7 @@ import numpy as np
 
 from declip_cli.data.dataset import Classes, Dataset
 from declip_cli.data.files_dataset import Subset
-from declip_cli.data.prepare.pictures import perceptual_hash, shrink_picture
+from declip_cli.data.prepare.images import perceptual_hash, shrink_image
 from declip_cli.data.shards.store import open_shards
 from declip_cli.evaluate.probe_split import ProbeSets
 from declip_cli.files import write_text
@@ -62,7 +62,7 @@ def read_corpus(path: Path) -> Iterator[Pair]:
                 first, _, stem = row["file"].rpartition(".")[0].rpartition("/")
                 vendor = folder.rpartition("/")[2] if first == "images" else first
                 data = tar.extractfile(members[f"{folder}/{row['file']}"]).read()
-                small = shrink_picture(data, side_px=_SIDE_PX, quality=95)
+                small = shrink_image(data, side_px=_SIDE_PX, quality=95)
                 looks = perceptual_hash(small.pixels)
                 yield Pair(vendor, stem.replace(".", "_"), small.jpeg, looks, *_texts(row))
 

@@ -9,7 +9,7 @@ from lines import report, seconds_of
 from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
-from declip_cli.evaluate.linear_probe import Labelled, search_l2
+from declip_cli.evaluate.linear_probe import Labeled, search_l2
 from declip_cli.evaluate.logistic import LogisticProblem
 
 C = 0.316
@@ -21,12 +21,12 @@ def make_features(num: int, dim: int, num_classes: int, *, separation: float) ->
     random = np.random.default_rng(0)
     spread = np.arange(1, dim + 1) ** -0.5
     turn, _ = np.linalg.qr(random.standard_normal((dim, dim)))
-    centres = random.standard_normal((num_classes, dim)) * spread * separation
+    centers = random.standard_normal((num_classes, dim)) * spread * separation
     offset = random.standard_normal(dim) * 0.5
     parts = []
     for count in (num, num // 5):
         labels = random.integers(0, num_classes, count)
-        features = (centres[labels] + random.standard_normal((count, dim)) * spread + offset) @ turn
+        features = (centers[labels] + random.standard_normal((count, dim)) * spread + offset) @ turn
         parts.append((features.astype(np.float32), labels))
     scale = np.float32(10 / np.linalg.norm(parts[0][0], axis=1).mean())
     return [(features * scale, labels) for features, labels in parts]
@@ -59,7 +59,7 @@ def probe(*, runs: int, num: int, dim: int, num_classes: int) -> None:
         objective(features, labels, peer.coef_, peer.intercept_, 1 / C),
     )
     report(f"{name}, objective", *values, peer_name=peer_name, unit="nats", runs=1, ratio=values[1] / values[0])
-    val = Labelled(torch.from_numpy(val_features), torch.from_numpy(val_labels))
+    val = Labeled(torch.from_numpy(val_features), torch.from_numpy(val_labels))
     sweep = seconds_of(lambda: search_l2(LogisticProblem(*tensors, num_classes), val, "accuracy"), time.process_time)
     report(
         f"{name}, search of 15 penalties against 15 times one fit",

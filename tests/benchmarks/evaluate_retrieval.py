@@ -21,19 +21,19 @@ PAGE_BYTES = 4096
 
 
 def make_pairs(num_images: int, dim: int = 512) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Draw pictures and five captions near each."""
+    """Draw images and five captions near each."""
     torch.manual_seed(0)
     images = F.normalize(torch.randn(num_images, dim), dim=1)
-    owners = torch.arange(num_images).repeat_interleave(5)
-    texts = F.normalize(images[owners] + 0.32 * torch.randn(len(owners), dim), dim=1)
-    return images, texts, owners
+    image_ids = torch.arange(num_images).repeat_interleave(5)
+    texts = F.normalize(images[image_ids] + 0.32 * torch.randn(len(image_ids), dim), dim=1)
+    return images, texts, image_ids
 
 
-def their_recalls(images: torch.Tensor, texts: torch.Tensor, owners: torch.Tensor) -> list[float]:
+def their_recalls(images: torch.Tensor, texts: torch.Tensor, image_ids: torch.Tensor) -> list[float]:
     """Compute recalls as the peer's `evaluate` does, once it has the embeddings."""
     scores = texts @ images.T
     positive = torch.zeros_like(scores, dtype=torch.bool)
-    positive[torch.arange(len(scores)), owners] = True
+    positive[torch.arange(len(scores)), image_ids] = True
     recalls = []
     for k in RECALLS:
         for rows, right in ((scores, positive), (scores.T, positive.T)):
@@ -41,9 +41,9 @@ def their_recalls(images: torch.Tensor, texts: torch.Tensor, owners: torch.Tenso
     return recalls
 
 
-def our_recalls(images: torch.Tensor, texts: torch.Tensor, owners: torch.Tensor) -> list[float]:
+def our_recalls(images: torch.Tensor, texts: torch.Tensor, image_ids: torch.Tensor) -> list[float]:
     """Compute the same recalls; ranks in the median and mean come along."""
-    ranks = paired_ranks(images, texts, owners)
+    ranks = paired_ranks(images, texts, image_ids)
     return [recall_at(r, k) for k in RECALLS for r in (ranks.text_to_image, ranks.image_to_text)]
 
 
@@ -94,11 +94,11 @@ def retrieval(*, runs: int, with_coco: bool) -> None:
 def search(*, runs: int, num_vectors: int, spec: str) -> None:
     """Time one query among many vectors, exactly and through an index, against a plain numpy product."""
     random = np.random.default_rng(0)
-    centres = random.standard_normal((num_vectors // 50 + 1, 512), dtype=np.float32)
+    centers = random.standard_normal((num_vectors // 50 + 1, 512), dtype=np.float32)
     vectors = np.empty((num_vectors, 512), dtype=np.float32)
     for first in range(0, num_vectors, 65536):
         part = vectors[first : first + 65536]
-        part[:] = centres[random.integers(0, len(centres), len(part))]
+        part[:] = centers[random.integers(0, len(centers), len(part))]
         part += 0.7 * random.standard_normal(part.shape, dtype=np.float32)
         part /= np.linalg.norm(part, axis=1, keepdims=True)
     query, rows = vectors[7], np.arange(num_vectors)

@@ -27,13 +27,13 @@ def unit(rows: np.ndarray) -> np.ndarray:
 def make(kind: str, num: int) -> tuple[np.ndarray, np.ndarray]:
     """Draw images (N, D) and queries (Q, D).
 
-    `even`: directions without any structure. `clusters`: around a thousand centres. `gap`: around centres, the variance
+    `even`: directions without any structure. `clusters`: around a thousand centers. `gap`: around centers, the variance
     falling from direction to direction, about a common mean; the queries about another mean, as texts are.
     """
     draw = partial(np.random.default_rng(0).standard_normal, dtype=np.float32)
     if kind == "even":
         return unit(draw((num, DIM))), unit(draw((NUM_QUERIES, DIM)))
-    centres, means = draw((NUM_CLUSTERS, DIM)), unit(draw((2, DIM)))
+    centers, means = draw((NUM_CLUSTERS, DIM)), unit(draw((2, DIM)))
     spectrum = np.linalg.qr(draw((DIM, DIM)))[0]
     if kind == "gap":
         spectrum = (1 / np.sqrt(10 + np.arange(DIM, dtype=np.float32)))[:, None] * spectrum
@@ -41,7 +41,7 @@ def make(kind: str, num: int) -> tuple[np.ndarray, np.ndarray]:
     rows = np.empty((num + NUM_QUERIES, DIM), dtype=np.float32)
     for first in range(0, len(rows), 65536):
         own = slice(first, first + 65536)
-        rows[own] = unit((centres[numbers[own]] + draw(rows[own].shape)) @ spectrum)
+        rows[own] = unit((centers[numbers[own]] + draw(rows[own].shape)) @ spectrum)
     images, queries = rows[:num], rows[num:]
     if kind == "gap":
         queries = unit(0.3 * queries + 0.15 * unit(draw(queries.shape)) + 0.9 * means[1])

@@ -28,7 +28,7 @@ from open_clip_train.data import get_wds_dataset
 from PIL import Image, ImageFilter
 
 from declip_cli.config import AugmentConfig, Views
-from declip_cli.data.catalogue import open_dataset
+from declip_cli.data.catalog import open_dataset
 from declip_cli.data.dataset import Dataset
 from declip_cli.data.loader import StreamConfig
 from declip_cli.data.stream import TrainStream
@@ -75,7 +75,7 @@ def write_shards(folder: Path, num: int, *, num_shards: int = 4) -> list[str]:
 
 
 def our_batches(samples: Dataset, workers: int) -> Iterator[object]:
-    """Two views of pictures and of texts, augmented, masked and tokenized."""
+    """Two views of images and of texts, augmented, masked and tokenized."""
     return TrainStream(
         samples,
         StreamConfig(
@@ -109,7 +109,7 @@ def open_clip_batches(paths: list[str], workers: int) -> Iterator[object]:
 
 
 class OriginalsPairs(torch.utils.data.Dataset[tuple[torch.Tensor, str]]):
-    """DeCLIP's way: Pillow and torchvision, picture by picture; captions stay words until the model."""
+    """DeCLIP's way: Pillow and torchvision, image by image; captions stay words until the model."""
 
     def __init__(self, samples: Dataset) -> None:
         self.samples = samples
@@ -142,7 +142,7 @@ def soften(image: Image.Image) -> Image.Image:
 
 
 def originals_batches(samples: Dataset, workers: int) -> Iterator[object]:
-    """Two views of pictures, texts as words."""
+    """Two views of images, texts as words."""
     pairs = OriginalsPairs(samples)
     yield from torch.utils.data.DataLoader(pairs, BATCH_SIZE, shuffle=True, num_workers=workers)
 

@@ -35,7 +35,7 @@ def make_batch(method: Method, options: argparse.Namespace, device: torch.device
         is_masked = (torch.rand(size, context, generator=generator) < 0.15) & (position < lengths[:, :1] - 1)
         labels = torch.where(is_masked & (position > 0), tokens[:, 0], labels)
     batch = Batch(
-        images=images, tokens=tokens[..., :longest], mask_labels=labels[:, :longest], numbers=torch.arange(size)
+        images=images, tokens=tokens[..., :longest], mlm_labels=labels[:, :longest], pair_indices=torch.arange(size)
     )
     return (batch if options.ungrouped else batch.counted()).to(device)
 

@@ -25,17 +25,17 @@ def webdataset(num: int, shard: int, batch: int, workers: int, rng: np.random.Ge
     shards = rng.permutation(num // shard)
     streams = [_buffered(shards[worker::workers], shard, rng) for worker in range(workers)]
     batches = [np.fromiter(stream, np.int64) for stream in streams]
-    cut = [numbers[: len(numbers) // batch * batch].reshape(-1, batch) for numbers in batches]
+    cut = [indices[: len(indices) // batch * batch].reshape(-1, batch) for indices in batches]
     return np.concatenate([part[i] for i in range(max(map(len, cut))) for part in cut if i < len(part)])
 
 
 def _buffered(shards: Numbers, size: int, rng: np.random.Generator) -> Iterator[int]:
     buffer: list[int] = []
-    numbers = iter((shards[:, None] * size + np.arange(size)).reshape(-1).tolist())
-    for number in numbers:
+    indices = iter((shards[:, None] * size + np.arange(size)).reshape(-1).tolist())
+    for number in indices:
         buffer.append(number)
         if len(buffer) < WEBDATASET_BUFFER:
-            buffer.extend(islice(numbers, 1))  # it fills while it gives
+            buffer.extend(islice(indices, 1))  # it fills while it gives
         if len(buffer) >= WEBDATASET_START:
             place = int(rng.integers(len(buffer)))
             buffer[place], buffer[-1] = buffer[-1], buffer[place]
@@ -45,25 +45,25 @@ def _buffered(shards: Numbers, size: int, rng: np.random.Generator) -> Iterator[
 
 def py1br(num: int, shard: int, rng: np.random.Generator) -> Numbers:
     """Shuffle as Streaming: shards in random order, then exactly inside blocks of about 262,144 samples."""
-    numbers = (rng.permutation(num // shard)[:, None] * shard + np.arange(shard)).reshape(-1)
+    indices = (rng.permutation(num // shard)[:, None] * shard + np.arange(shard)).reshape(-1)
     place = 0
     while place < num:
         size = int(STREAMING_BLOCK * rng.uniform(0.75, 1.25))
-        rng.shuffle(numbers[place : place + size])
+        rng.shuffle(indices[place : place + size])
         place += size
-    return numbers
+    return indices
 
 
-def figures(numbers: Numbers, shard: int, batch: int) -> dict[str, float]:
-    """Measure an order: where neighbours of a shard end up, and how much of a batch one shard gives."""
-    place = np.empty(numbers.max() + 1, np.int64)
-    place[numbers] = np.arange(len(numbers))
-    apart = np.abs(np.diff(place[: len(numbers) // shard * shard].reshape(-1, shard), axis=1))
-    shards = numbers[: len(numbers) // batch * batch].reshape(-1, batch) // shard
+def figures(indices: Numbers, shard: int, batch: int) -> dict[str, float]:
+    """Measure an order: where neighbors of a shard end up, and how much of a batch one shard gives."""
+    place = np.empty(indices.max() + 1, np.int64)
+    place[indices] = np.arange(len(indices))
+    apart = np.abs(np.diff(place[: len(indices) // shard * shard].reshape(-1, shard), axis=1))
+    shards = indices[: len(indices) // batch * batch].reshape(-1, batch) // shard
     share = [np.bincount(row).max() / batch for row in shards]
-    values = {f"distance of shard neighbours, {q:g} %": float(np.percentile(apart, q)) for q in (5, 50, 95)}
+    values = {f"distance of shard neighbors, {q:g} %": float(np.percentile(apart, q)) for q in (5, 50, 95)}
     return values | {
-        "share of neighbours in one batch": float((apart < batch).mean()),
+        "share of neighbors in one batch": float((apart < batch).mean()),
         "largest share of a batch from one shard, mean": float(np.mean(share)),
         "largest share of a batch from one shard, 99 %": float(np.percentile(share, 99)),
     }
@@ -82,16 +82,16 @@ def main() -> None:
     rng = np.random.default_rng(0)
     firsts = np.unique(np.append(np.arange(0, num, options.block), num))
     orders = {
-        f"blocks, {count} open": BlockOrder(firsts, 0, num_streams=options.streams, open_blocks=count).numbers(
+        f"blocks, {count} open": BlockOrder(firsts, 0, num_streams=options.streams, open_blocks=count).indices(
             0, np.arange(num)
         )
         for count in (64, 128, 512)
     }
     orders["WebDataset's buffer, 8 workers"] = webdataset(num, shard, batch, 8, rng)
     orders["Streaming's py1br"] = py1br(num, shard, rng)
-    exact = figures(ExactOrder(num, 0).numbers(0, np.arange(num)), shard, batch)
-    for name, numbers in orders.items():
-        for what, value in figures(numbers, shard, batch).items():
+    exact = figures(ExactOrder(num, 0).indices(0, np.arange(num)), shard, batch)
+    for name, indices in orders.items():
+        for what, value in figures(indices, shard, batch).items():
             peer = exact[what]
             unit = "positions" if "distance" in what else "fraction"
             ratio = value / peer if peer else 0.0

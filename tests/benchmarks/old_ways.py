@@ -57,12 +57,12 @@ def quick_gelu() -> None:
 
 def channels_last() -> None:
     """Copy images to NCHW before a ResNet."""
-    newer = resnet.normalise
+    newer = resnet.normalize_images
 
-    def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         return newer(images, mean, std).contiguous()
 
-    resnet.normalise = normalise
+    resnet.normalize_images = normalize
 
 
 def one_product() -> None:

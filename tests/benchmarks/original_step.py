@@ -29,7 +29,7 @@ class OriginalDeClip(nn.Module):
         self.clip = open_clip.create_model(name)
         width = self.clip.positional_embedding.shape[1]
         dim = self.clip.text_projection.shape[1]
-        self.mask_head = nn.Linear(width, VOCABULARY_SIZE)
+        self.mlm_head = nn.Linear(width, VOCABULARY_SIZE)
         self.projector, self.predictor = SimSiamProjector(dim), SimSiamPredictor()
         self.register_buffer("queue", F.normalize(torch.randn(QUEUE_SIZE, dim), dim=1))
 
@@ -39,7 +39,7 @@ class OriginalDeClip(nn.Module):
         states = clip.token_embedding(tokens) + clip.positional_embedding
         return clip.ln_final(clip.transformer(states, attn_mask=clip.attn_mask))
 
-    def neighbours(self, texts: Tensor) -> Tensor:
+    def neighbors(self, texts: Tensor) -> Tensor:
         """Copy the queue, normalize it again and take the best row of each text, (B, D) → (B, D)."""
         with torch.no_grad():
             rows = F.normalize(self.queue.clone(), dim=1)
@@ -60,12 +60,12 @@ class OriginalDeClip(nn.Module):
             for other in text:
                 logits = scale * one @ other.t()
                 clip = clip + (F.cross_entropy(logits, rows) + F.cross_entropy(logits.t(), rows)) / 8
-        found = [self.neighbours(x) for x in text]
-        self.neighbours(text[0])  # the third search, of which only the push is used
+        found = [self.neighbors(x) for x in text]
+        self.neighbors(text[0])  # the third search, of which only the push is used
         for one in image:
             for other in found:
                 nn_loss = nn_loss + F.cross_entropy(scale * one @ other.to(one.dtype).t(), rows) / 4
-        logits = self.mask_head(states[0])  # (B, 77, vocabulary): every position
+        logits = self.mlm_head(states[0])  # (B, 77, vocabulary): every position
         is_masked = labels != -100
         mlm = F.cross_entropy(logits[is_masked], labels[is_masked])
         z = [self.projector(x) for x in raw]

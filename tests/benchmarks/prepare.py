@@ -1,4 +1,4 @@
-"""Pictures a second of one core, against img2dataset's resizer: python tests/benchmarks/prepare.py.
+"""Images a second of one core, against img2dataset's resizer: python tests/benchmarks/prepare.py.
 
 Both make the shorter side 256 px and write JPEG of quality 95. `picture` is the resizer alone; `whole` is all of
 `declip prepare` (reading files, decoding, resizing, encoding, hashing, writing shards) against that resizer; `shards`
@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING
 from lines import compare, report
 
 from declip_cli.data.prepare.config import CleanConfig, PrepareConfig
+from declip_cli.data.prepare.deduplicate import Deduplicator
 from declip_cli.data.prepare.find_source import open_source
-from declip_cli.data.prepare.hashes import Looks
-from declip_cli.data.prepare.pictures import shrink_picture
+from declip_cli.data.prepare.hashes import PhashIndex
+from declip_cli.data.prepare.images import shrink_image
 from declip_cli.data.prepare.pipeline import prepare
-from declip_cli.data.prepare.seen import Seen
-from declip_cli.data.prepare.stages import Pair, caption_problem
+from declip_cli.data.prepare.process import Pair, caption_problem
 
 if TYPE_CHECKING:
     from img2dataset.resizer import Resizer
@@ -38,11 +38,11 @@ SIDE_PX, QUALITY = 256, 95
 SIZES = ((500, 375), (1024, 768), (1600, 1200))
 
 
-def write_folder(folder: Path, pictures: list[bytes]) -> None:
-    """Write pictures with a captions.jsonl."""
+def write_folder(folder: Path, images: list[bytes]) -> None:
+    """Write images with a captions.jsonl."""
     lines = []
-    for number, picture in enumerate(pictures):
-        (folder / f"{number}.jpg").write_bytes(picture)
+    for number, image in enumerate(images):
+        (folder / f"{number}.jpg").write_bytes(image)
         lines.append(json.dumps({"file": f"{number}.jpg", "caption": f"photograph {number}"}))
     (folder / "captions.jsonl").write_text("\n".join(lines))
 
@@ -83,20 +83,20 @@ def measure_speed(num: int, runs: int) -> None:
     clock = {"runs": runs, "clock": time.process_time, "unit": "images/s"}
     clock["peer_name"] = f"img2dataset {importlib.metadata.version('img2dataset')} resizer"
     for width, height in SIZES:
-        pictures = list(photograph_jpegs(num, width=width, height=height))
+        images = list(photograph_jpegs(num, width=width, height=height))
 
-        def ours(pictures: list[bytes] = pictures) -> None:
-            for picture in pictures:
-                shrink_picture(picture, side_px=SIDE_PX, quality=QUALITY)
+        def ours(images: list[bytes] = images) -> None:
+            for image in images:
+                shrink_image(image, side_px=SIDE_PX, quality=QUALITY)
 
-        def peer(pictures: list[bytes] = pictures) -> None:
-            for picture in pictures:
-                assert resizer(io.BytesIO(picture))[5] is None
+        def peer(images: list[bytes] = images) -> None:
+            for image in images:
+                assert resizer(io.BytesIO(image))[5] is None
 
         name = f"{width}x{height}"
-        compare(f"prepare_picture_{name}", ours, peer, amount=num, **clock)
+        compare(f"prepare_image_{name}", ours, peer, amount=num, **clock)
         with tempfile.TemporaryDirectory() as folder:
-            write_folder(Path(folder), pictures)
+            write_folder(Path(folder), images)
             whole = partial(prepare_folder, Path(folder))
             compare(f"prepare_whole_{name}", whole, peer, amount=num, **clock)
             clock_of_shards = clock | {"peer_name": clock["peer_name"].replace("resizer", "resizer and writer")}
@@ -107,7 +107,7 @@ def measure_speed(num: int, runs: int) -> None:
 def clean_records(num: int) -> None:
     """Send records of a table through the reader and every filter; print the peak memory in MiB."""
     clean = CleanConfig(min_caption_chars=5, scripts=("latin",), max_caption_repeats=3, duplicates="near")
-    seen, rng, num_left = Seen(clean, Looks()), random.Random(0), 0
+    seen, rng, num_left = Deduplicator(clean, PhashIndex()), random.Random(0), 0
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder) / "table.csv"
         with table.open("w") as file:
@@ -116,7 +116,7 @@ def clean_records(num: int) -> None:
         source = open_source(PrepareConfig(source=str(table), out=f"{folder}/out"))
         for number, record in enumerate(source.records):
             captions = tuple(text for text in record.captions if not caption_problem(text, clean))
-            hashes = {"picture_hash": rng.getrandbits(63) + 1, "looks_hash": rng.getrandbits(64) | 1}
+            hashes = {"image_hash": rng.getrandbits(63) + 1, "phash": rng.getrandbits(64) | 1}
             pair = Pair(record.key, captions, b"", (256, 256), (256, 256), **hashes)
             num_left += isinstance(seen.check(pair), Pair)
             if number % 10_000 == 0:
@@ -128,7 +128,7 @@ def clean_records(num: int) -> None:
 def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=100, help="pictures of each size")
+    parser.add_argument("--images", type=int, default=100, help="images of each size")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--records", type=int, default=1_000_000, help="for the memory; 0 leaves it out")
     parser.add_argument("--only-clean", action="store_true", help=argparse.SUPPRESS)

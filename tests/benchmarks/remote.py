@@ -17,8 +17,8 @@ from lines import report
 from declip_cli.data import storage
 from declip_cli.data.loader import ROWS_PER_TASK
 from declip_cli.data.order import BlockOrder
-from declip_cli.data.prepare.shard_writer import PartWriter
-from declip_cli.data.prepare.stages import Pair
+from declip_cli.data.prepare.process import Pair
+from declip_cli.data.prepare.shard_writer import SplitWriter
 from declip_cli.data.shards.store import open_shards
 from declip_cli.data.stream import ReadAhead
 
@@ -37,8 +37,8 @@ class Slow(MemoryFileSystem):
 
 
 def write(folder, *, num, image_bytes, shard_samples):
-    with tempfile.TemporaryDirectory() as spool:
-        writer = PartWriter(folder, spool, shard_samples=shard_samples, state={})
+    with tempfile.TemporaryDirectory() as staging:
+        writer = SplitWriter(folder, staging, shard_samples=shard_samples, state={})
         for number in range(num):
             caption = f"number {number} " + "of many words " * 4
             writer.add(Pair(f"{number}", (caption,), os.urandom(image_bytes), (1, 1), (1, 1)))
@@ -71,8 +71,8 @@ def rate_one_by_one(data, threads, num):
 def rate_in_order(data, threads, *, num_streams=8, open_blocks=32, batch_size=256):
     """Read as training does: shuffled among open blocks, fetched ahead by the order, released behind."""
 
-    def read(numbers):
-        for number in numbers:
+    def read(indices):
+        for number in indices:
             data.read(number)
 
     order = BlockOrder(data.block_firsts, 0, num_streams=num_streams, open_blocks=open_blocks)
@@ -82,8 +82,8 @@ def rate_in_order(data, threads, *, num_streams=8, open_blocks=32, batch_size=25
         for first in range(0, len(data) - batch_size + 1, batch_size):
             positions = np.arange(first, first + batch_size)
             used_up = ahead.move_to(0, positions)
-            numbers = order.numbers(0, positions).tolist()
-            tasks = [numbers[row : row + ROWS_PER_TASK] for row in range(0, batch_size, ROWS_PER_TASK)]
+            indices = order.indices(0, positions).tolist()
+            tasks = [indices[row : row + ROWS_PER_TASK] for row in range(0, batch_size, ROWS_PER_TASK)]
             list(readers.map(read, tasks))
             list(map(data.release, used_up))
         seconds = time.perf_counter() - began

@@ -37,13 +37,13 @@ NUM_AT_ONCE = 50
 
 
 def make_vectors(num: int) -> np.ndarray:
-    """Draw unit vectors around a thousand centres, (N, D)."""
+    """Draw unit vectors around a thousand centers, (N, D)."""
     random = np.random.default_rng(0)
-    centres = random.standard_normal((1000, DIM), dtype=np.float32)
+    centers = random.standard_normal((1000, DIM), dtype=np.float32)
     vectors = np.empty((num, DIM), dtype=np.float32)
     for first in range(0, num, 65536):
         part = vectors[first : first + 65536]
-        part[:] = centres[random.integers(0, 1000, len(part))] + random.standard_normal(part.shape, dtype=np.float32)
+        part[:] = centers[random.integers(0, 1000, len(part))] + random.standard_normal(part.shape, dtype=np.float32)
         part /= np.linalg.norm(part, axis=1, keepdims=True)
     return vectors
 
@@ -108,7 +108,7 @@ def main() -> None:
     index = ApproximateIndex.build(spec, vectors, rows) if spec != EXACT else None
     dataset = FilesDataset([f"photos/{number // 1000}/{number}.jpg" for number in range(given.images)])
     collection = Collection(dataset, range(given.images), vectors, rows, index=index)
-    with SearchServer(Searcher(make_model(), collection, FeatureOptions()), say=print) as server:
+    with SearchServer(Searcher(make_model(), collection, FeatureOptions()), log=print) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         context = multiprocessing.get_context("spawn")
         results = context.Queue()

@@ -18,7 +18,7 @@ PLACES = [
     (transformer.Mlp, "forward"),
     (transformer.ResidualAttentionBlock, "forward"),
     (vision_transformer.VisionTransformer, "_embed_patches"),
-    (resnet, "normalise"),
+    (resnet, "normalize"),
     (base, "contrastive_loss"),
     (declip, "contrastive_loss"),
     (rocket, "contrastive_loss"),

@@ -13,7 +13,7 @@ from lines import compare
 from open_clip.tokenizer import SimpleTokenizer
 
 from declip_cli.assets import asset_path
-from declip_cli.data.catalogue import open_dataset
+from declip_cli.data.catalog import open_dataset
 from declip_cli.data.tokenizer import Tokenizer
 
 SCENES = (

@@ -39,7 +39,7 @@ def floats_of_a_pair(method: Method, *, token_dim: int = TOKEN_WISE_DIM, simclr_
     if method.is_active("clip") or method.is_active("nn"):
         with_gradient += (num_images + num_texts) * dim  # each embedding once, whoever uses it
     if method.is_active("nn"):
-        without += len(views.texts) * dim + 2  # the neighbours; the pair's number in the data set
+        without += len(views.texts) * dim + 2  # the neighbors; the pair's number in the data set
     if method.is_active("simclr"):
         with_gradient += 2 * simclr_dim
     if method.is_active("strong"):

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import declip_cli
 from declip_cli.__main__ import app
-from tests.interop.small_models import picture_file
+from tests.interop.small_models import image_file
 
 
 def export(*words: str | Path):
@@ -49,15 +49,15 @@ def test_wrong_usage_exits_with_2(tiny_run: Path, words: list[str]):
 
 
 def test_a_notebook_gets_model_preprocessing_and_tokenizer(tiny_run: Path, tmp_path: Path):
-    (tmp_path / "picture.jpg").write_bytes(picture_file())
-    picture = Image.open(tmp_path / "picture.jpg")
+    (tmp_path / "picture.jpg").write_bytes(image_file())
+    image = Image.open(tmp_path / "picture.jpg")
     peer, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tiny_run / 'model'}")
     texts = ["a cat", "a dog"]
     with torch.no_grad():
-        expected = peer.eval().encode_image(transform(picture)[None])
+        expected = peer.eval().encode_image(transform(image)[None])
         expected_texts = peer.encode_text(open_clip.get_tokenizer(f"local-dir:{tiny_run / 'model'}")(texts))
         model, preprocess, tokenizer = declip_cli.load(tiny_run)
-        found = model.encode_image(preprocess(picture)[None])
+        found = model.encode_image(preprocess(image)[None])
         found_texts = model.encode_text(tokenizer(texts))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(found_texts, expected_texts, rtol=0, atol=1e-5)
@@ -89,7 +89,7 @@ def test_importing_the_package_loads_nothing_heavy():
 def test_the_python_of_the_documentation_runs(page: str, tiny_run: Path, tmp_path: Path, monkeypatch, capsys):
     text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
     (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "declip_cli.load" in block]
-    (tmp_path / "a.jpg").write_bytes(picture_file())
+    (tmp_path / "a.jpg").write_bytes(image_file())
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "declip-vit-b32").symlink_to(tiny_run)
     monkeypatch.chdir(tmp_path)

@@ -15,11 +15,11 @@ run = partial(declip, "linear-probe")
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     for split, count in (("train", 5), ("test", 2)):
-        for name, colour in (("red", (200, 10, 10)), ("blue", (10, 10, 200))):
+        for name, color in (("red", (200, 10, 10)), ("blue", (10, 10, 200))):
             folder = tmp_path / "photos" / split / name
             folder.mkdir(parents=True)
             for number in range(count):
-                Image.new("RGB", (32, 32), tuple(value + number for value in colour)).save(folder / f"{number}.png")
+                Image.new("RGB", (32, 32), tuple(value + number for value in color)).save(folder / f"{number}.png")
     return tmp_path / "photos"
 
 

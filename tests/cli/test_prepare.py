@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 
-from declip_cli.data.catalogue import open_dataset
+from declip_cli.data.catalog import open_dataset
 from declip_cli.data.prepare.config import PrepareConfig
 from declip_cli.data.prepare.pipeline import prepare
 from tests.command_line import declip
@@ -17,12 +17,12 @@ declip_prepare = partial(declip, "prepare")
 
 
 @pytest.fixture
-def photos(tmp_path, make_picture):
+def photos(tmp_path, make_image):
     folder = tmp_path / "photos"
     folder.mkdir()
     for number in range(6):
-        (folder / f"{number}.jpg").write_bytes(make_picture(number))
-        (folder / f"{number}.txt").write_text(f"picture {number}")
+        (folder / f"{number}.jpg").write_bytes(make_image(number))
+        (folder / f"{number}.txt").write_text(f"image {number}")
     return folder
 
 
@@ -97,14 +97,14 @@ def test_usage_errors_exit_with_2():
     assert declip_prepare("photos").exit_code == 2
 
 
-def test_ctrl_c_leaves_a_state_from_which_the_command_goes_on(tmp_path, make_picture):
+def test_ctrl_c_leaves_a_state_from_which_the_command_goes_on(tmp_path, make_image):
     source = tmp_path / "photos"
     source.mkdir()
-    picture = make_picture(1, width=700, height=600)
-    lines = [json.dumps({"file": f"{number}.jpg", "caption": f"picture {number}"}) for number in range(240)]
+    image = make_image(1, width=700, height=600)
+    lines = [json.dumps({"file": f"{number}.jpg", "caption": f"image {number}"}) for number in range(240)]
     (source / "captions.jsonl").write_text("\n".join(lines))
     for number in range(240):
-        (source / f"{number}.jpg").write_bytes(picture)
+        (source / f"{number}.jpg").write_bytes(image)
     command = [sys.executable, "-m", "declip_cli", "prepare", str(source), "--out", str(tmp_path / "out")]
     with subprocess.Popen(
         [*command, "--shard-samples", "20", "--workers", "1"],
@@ -137,7 +137,7 @@ def test_filters_and_parts_are_options(photos, tmp_path):
     )  # fmt: skip
     assert result.exit_code == 1
     assert "no image-text pair found" in result.stderr
-    assert "excluded picture: 6, first 0.jpg" in result.stderr
+    assert "excluded image: 6, first 0.jpg" in result.stderr
 
 
 def test_defaults_of_the_options_are_those_of_the_configuration(photos, tmp_path):

@@ -16,13 +16,13 @@ run = partial(declip, "retrieve")
 
 
 @pytest.fixture
-def photos(tmp_path: Path, make_picture) -> Path:
+def photos(tmp_path: Path, make_image) -> Path:
     folder = tmp_path / "photos"
     folder.mkdir()
     lines = []
     for number in range(6):
-        (folder / f"{number}.jpg").write_bytes(make_picture(number))
-        lines.append(json.dumps({"file": f"{number}.jpg", "captions": [f"picture {number}", f"number {number}"]}))
+        (folder / f"{number}.jpg").write_bytes(make_image(number))
+        lines.append(json.dumps({"file": f"{number}.jpg", "captions": [f"image {number}", f"number {number}"]}))
     (folder / "captions.jsonl").write_text("\n".join(lines))
     return folder
 
@@ -53,11 +53,11 @@ def test_search_prints_a_line_per_hit_best_first(photos: Path, tiny_run: Path):
     lines = run(photos, "--model", tiny_run, "--query", "a bus").stdout.splitlines()
     cells = [line.split("\t") for line in lines]
     assert len(cells) == 6
-    assert all(Path(path).is_file() and caption.startswith("picture") for path, _, caption in cells)
+    assert all(Path(path).is_file() and caption.startswith("image") for path, _, caption in cells)
     assert [float(score) for _, score, _ in cells] == sorted((float(score) for _, score, _ in cells), reverse=True)
 
 
-def test_more_hits_than_pictures_are_told(photos: Path, tiny_run: Path):
+def test_more_hits_than_images_are_told(photos: Path, tiny_run: Path):
     result = run(photos, "--model", tiny_run, "--query", "a bus", "-k", "9")
     assert "6 hits, as many as there are images (asked for 9)" in result.stderr
 
@@ -72,11 +72,11 @@ def test_paths_come_from_stdin(photos: Path, tiny_run: Path):
     assert "gone.jpg" in result.stderr
 
 
-def test_saved_index_grows_and_is_a_source_of_its_own(photos: Path, tiny_run: Path, tmp_path: Path, make_picture):
+def test_saved_index_grows_and_is_a_source_of_its_own(photos: Path, tiny_run: Path, tmp_path: Path, make_image):
     index = tmp_path / "index"
     words = ("--model", tiny_run, "--query", "a bus", "--json")
     first = json.loads(run(photos, *words, "--index-dir", index, "--index", "HNSW8").stdout)
-    (photos / "6.jpg").write_bytes(make_picture(6))
+    (photos / "6.jpg").write_bytes(make_image(6))
     second = json.loads(run(photos, *words, "--index-dir", index).stdout)
     alone = json.loads(run(index, *words).stdout)
     assert (first["num_added"], second["num_added"], second["num_encoded"]) == (6, 1, 1)
@@ -166,9 +166,9 @@ def test_empty_query_is_told_and_nothing_is_scored(photos: Path, tiny_run: Path,
     assert result.stdout == ""
 
 
-def test_a_hit_is_one_line_of_cells_whatever_its_caption_and_name_hold(tmp_path: Path, tiny_run: Path, make_picture):
+def test_a_hit_is_one_line_of_cells_whatever_its_caption_and_name_hold(tmp_path: Path, tiny_run: Path, make_image):
     caption = "a\tb\nc\x1b]0;title\x07\u202e" + "x" * 5000
-    (tmp_path / "a\tb\n.jpg").write_bytes(make_picture(0))
+    (tmp_path / "a\tb\n.jpg").write_bytes(make_image(0))
     (tmp_path / "captions.jsonl").write_text(json.dumps({"file": "a\tb\n.jpg", "caption": caption}))
     words = (tmp_path, "--model", tiny_run, "--query", "a bus", "-k", "1")
     path, _, shown = run(*words).stdout.removesuffix("\n").split("\t")

@@ -55,7 +55,7 @@ def test_report_adds_classes_and_confusions(photos: Path, tiny_run: Path):
     assert all(entry["class"] != entry["predicted"] for entry in report["confused"])
 
 
-def test_unreadable_pictures_are_told_on_stderr(photos: Path, tiny_run: Path):
+def test_unreadable_images_are_told_on_stderr(photos: Path, tiny_run: Path):
     (photos / "cat" / "broken.png").write_bytes(b"broken")
     result = run(photos, "--model", tiny_run, "--json")
     assert json.loads(result.stdout)["num_skipped"] == 1
@@ -130,7 +130,7 @@ def test_images_of_unknown_classes_get_a_row_each(photos: Path, tiny_run: Path):
     assert len(rows) == 6
     assert all(Path(path).is_file() and label in ("red panda", "cat", "house") for path, label, _ in rows)
     assert all(1 / 3 <= float(probability) <= 1 for _, _, probability in rows)
-    assert "skipped 1 images, not a picture" in result.stderr
+    assert "skipped 1 images, not an image" in result.stderr
 
 
 def test_labels_of_a_file_for_paths_on_stdin_are_json(photos: Path, tiny_run: Path, tmp_path: Path):

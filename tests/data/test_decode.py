@@ -12,7 +12,7 @@ from declip_cli.errors import DataError
 
 
 def photograph(height=37, width=53, seed=0):
-    """Smooth colours, so that JPEG keeps them."""
+    """Smooth colors, so that JPEG keeps them."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -23,13 +23,13 @@ def encode(image, format="JPEG", **options):
     return file.getvalue()
 
 
-def png(width, height, *, body=b"", bits=8, colour=0):
+def png(width, height, *, body=b"", bits=8, color=0):
     """A PNG file by hand, to lie in its header."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)
     chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + chunks
 
@@ -67,7 +67,7 @@ def test_webp_is_decoded():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
-def test_pictures_are_turned_as_their_exif_data_say(orientation, format):
+def test_images_are_turned_as_their_exif_data_say(orientation, format):
     exif = Image.Exif()
     exif[0x010F] = "a maker, so that the orientation is not the first entry"
     exif[0x0112] = orientation
@@ -145,30 +145,30 @@ def test_an_orientation_that_only_xmp_tells_turns_no_jpeg():
     assert decode_jpeg(data, read_header(data)).shape == (37, 53, 3)
 
 
-def test_grey_jpeg_has_three_equal_channels():
+def test_gray_jpeg_has_three_equal_channels():
     pixels = decode_image(encode(photograph().convert("L")))
     assert pixels.shape == (37, 53, 3)
     assert np.array_equal(pixels[..., 0], pixels[..., 2])
 
 
-def test_cmyk_jpeg_shows_its_colours():
+def test_cmyk_jpeg_shows_its_colors():
     data = encode(Image.new("RGB", (16, 16), (250, 40, 10)).convert("CMYK"), quality=95)
     assert decode_image(data).reshape(-1, 3).mean(0) == pytest.approx([250, 40, 10], abs=3)
 
 
 def test_sixteen_bits_are_cut_to_eight():
-    grey = (np.arange(12, dtype=np.uint16) * 5000).reshape(3, 4)
-    pixels = decode_image(encode(Image.fromarray(grey), "PNG"))
-    assert pixels[..., 0].tolist() == (grey >> 8).tolist()
+    gray = (np.arange(12, dtype=np.uint16) * 5000).reshape(3, 4)
+    pixels = decode_image(encode(Image.fromarray(gray), "PNG"))
+    assert pixels[..., 0].tolist() == (gray >> 8).tolist()
 
 
-def test_sixteen_bit_colours_are_cut_to_eight():
+def test_sixteen_bit_colors_are_cut_to_eight():
     body = b"\0" + struct.pack(">6H", 0xFF00, 0x8000, 0x0100, 0, 0xFFFF, 0x4321)
-    pixels = decode_image(png(2, 1, body=body, bits=16, colour=2))
+    pixels = decode_image(png(2, 1, body=body, bits=16, color=2))
     assert pixels.tolist() == [[[255, 128, 1], [0, 255, 67]]]
 
 
-def test_palette_is_turned_into_colours():
+def test_palette_is_turned_into_colors():
     image = Image.new("P", (2, 1))
     image.putpalette([255, 0, 0, 0, 0, 255])
     image.putpixel((1, 0), 1)
@@ -182,9 +182,9 @@ def test_a_transparent_palette_entry_becomes_white():
     assert decode_image(encode(image, "PNG", transparency=0)).tolist() == [[[255, 255, 255], [0, 0, 255]]]
 
 
-@pytest.mark.parametrize(("mode", "colour"), [("LA", (0, 51)), ("RGBA", (0, 0, 0, 51))])
-def test_transparency_is_laid_over_white(mode, colour):
-    assert decode_image(encode(Image.new(mode, (1, 1), colour), "PNG")).tolist() == [[[204, 204, 204]]]
+@pytest.mark.parametrize(("mode", "color"), [("LA", (0, 51)), ("RGBA", (0, 0, 0, 51))])
+def test_transparency_is_laid_over_white(mode, color):
+    assert decode_image(encode(Image.new(mode, (1, 1), color), "PNG")).tolist() == [[[204, 204, 204]]]
 
 
 def test_black_and_white_becomes_rgb():
@@ -204,32 +204,30 @@ def test_an_empty_file_is_refused():
     assert cause_of(b"") == "empty file"
 
 
-@pytest.mark.parametrize(
-    "data", [b"\0", b"not a picture at all", b"<html>404</html>", b"\xff\xd8", b"\xff\xd8\xff\xe0"]
-)
-def test_what_is_no_picture_is_refused(data):
-    assert cause_of(data) in ("not a picture", "truncated picture", "damaged picture")
+@pytest.mark.parametrize("data", [b"\0", b"not an image at all", b"<html>404</html>", b"\xff\xd8", b"\xff\xd8\xff\xe0"])
+def test_what_is_no_image_is_refused(data):
+    assert cause_of(data) in ("not an image", "truncated image", "damaged image")
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
-def test_a_truncated_picture_is_refused(format, share):
+def test_a_truncated_image_is_refused(format, share):
     data = encode(photograph(200, 300), format)
-    assert cause_of(data[: int(len(data) * share)]) in ("truncated picture", "damaged picture")
+    assert cause_of(data[: int(len(data) * share)]) in ("truncated image", "damaged image")
 
 
 def test_a_truncated_jpeg_with_a_whole_thumbnail_is_called_truncated():
     thumbnail = encode(photograph(8, 8))
     data = encode(photograph(200, 300))
     data = data[:2] + b"\xff\xe2" + struct.pack(">H", len(thumbnail) + 2) + thumbnail + data[2:]
-    assert cause_of(data[:-200]) == "truncated picture"
+    assert cause_of(data[:-200]) == "truncated image"
 
 
 def test_a_damaged_png_is_refused():
     data = bytearray(encode(photograph(), "PNG"))
     at = data.index(b"IDAT") + 20
     data[at : at + 200] = bytes(200)
-    assert cause_of(bytes(data)) == "damaged picture"
+    assert cause_of(bytes(data)) == "damaged image"
 
 
 def test_floating_point_pixels_are_refused():
@@ -237,7 +235,7 @@ def test_floating_point_pixels_are_refused():
 
 
 def test_program_code_is_not_run():
-    assert cause_of(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n") == "not a picture"
+    assert cause_of(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n") == "not an image"
 
 
 def jpeg_bomb():

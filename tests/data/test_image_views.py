@@ -9,7 +9,7 @@ import torchvision.transforms as peer
 from PIL import Image, ImageFilter
 
 from declip_cli.config import AugmentConfig
-from declip_cli.data.image_views import ImageViews, draw_crop, evaluation_view
+from declip_cli.data.image_views import ImageViews, draw_crop, eval_transform
 from declip_cli.errors import ConfigError, DataError
 
 STILL = AugmentConfig(jitter_probability=0.0, grayscale_probability=0.0, blur_probability=0.0, flip_probability=0.0)
@@ -92,7 +92,7 @@ def test_plain_views_are_crops_only():
     assert np.array_equal(drawn(config, encode(square), ("plain",))[0], np.asarray(square))
 
 
-def test_grey_views_are_grey():
+def test_gray_views_are_gray():
     view = drawn(AugmentConfig(grayscale_probability=1.0), encode(photograph()))
     assert np.array_equal(view[..., 0], view[..., 1])
 
@@ -120,7 +120,7 @@ def test_a_large_jpeg_waits_for_its_crops_with_the_sides_it_shows():
 
 
 @pytest.mark.parametrize(("height", "width"), [(60, 80), (7, 300), (300, 7), (1, 1), (3, 2)])
-def test_crops_lie_inside_the_picture(height, width):
+def test_crops_lie_inside_the_image(height, width):
     rng = random.Random(0)
     for _ in range(200):
         crop = draw_crop(width, height, 0.2, rng)
@@ -131,7 +131,7 @@ def test_crops_lie_inside_the_picture(height, width):
 
 
 @pytest.mark.parametrize(("height", "width"), [(10, 400), (400, 10)])
-def test_very_long_pictures_are_cropped_as_torchvision_does(height, width):
+def test_very_long_images_are_cropped_as_torchvision_does(height, width):
     image = torch.empty(3, height, width)
     top, left, crop_height, crop_width = peer.RandomResizedCrop.get_params(image, [0.9, 1.0], [3 / 4, 4 / 3])
     assert draw_crop(width, height, 0.9, random.Random(0)) == (left, top, crop_width, crop_height)
@@ -231,24 +231,24 @@ def test_evaluation_view_equals_torchvision_to_the_pixel():
         image = photograph(height, width, seed=seed)
         for side_px, resize_px in [(32, 36), (224, 256), (24, 24)]:
             wanted = peer.Compose([peer.Resize(resize_px), peer.CenterCrop(side_px)])(image)
-            view = evaluation_view(encode(image), side_px=side_px, resize_px=resize_px)
+            view = eval_transform(encode(image), side_px=side_px, resize_px=resize_px)
             assert np.array_equal(view, np.asarray(wanted))
 
 
 def test_pixels_in_memory_are_viewed_as_their_file_would_be():
     image = photograph(90, 70)
     options = {"side_px": 32, "resize_px": 36, "interpolation": "bicubic"}
-    assert np.array_equal(evaluation_view(np.asarray(image), **options), evaluation_view(encode(image), **options))
+    assert np.array_equal(eval_transform(np.asarray(image), **options), eval_transform(encode(image), **options))
     assert np.array_equal(drawn(AugmentConfig(), np.asarray(image)), drawn(AugmentConfig(), encode(image)))
 
 
-def test_evaluation_view_needs_a_picture_as_large_as_the_view():
+def test_evaluation_view_needs_a_image_as_large_as_the_view():
     with pytest.raises(ConfigError, match="resized to 30 px are too small for a view of 32 px"):
-        evaluation_view(encode(photograph()), side_px=32, resize_px=30)
+        eval_transform(encode(photograph()), side_px=32, resize_px=30)
 
 
-def test_an_unreadable_picture_says_why():
-    with pytest.raises(DataError, match="a picture cannot be read: empty file"):
+def test_an_unreadable_image_says_why():
+    with pytest.raises(DataError, match="an image cannot be read: empty file"):
         drawn(AugmentConfig(), b"")
 
 

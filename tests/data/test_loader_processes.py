@@ -52,7 +52,7 @@ def test_processes_change_nothing_and_are_told_of_when_they_die():
             values = [getattr(batch, field.name) for batch in (one, other)]
             assert values == [None, None] or torch.equal(*values), field.name
     assert source.skipped == with_threads.skipped == {"damaged shard": (2, source.skipped["damaged shard"][1])}
-    assert source.num_cut_captions > 0
+    assert source.num_truncated_captions > 0
     for batch in found:  # the captions are "dog" as often as the number's remainder and once more
         captions = (batch.numbers % 9)[:, None]
         assert torch.equal(batch.caption_ids == batch.caption_ids.T, captions == captions.T)
@@ -92,7 +92,7 @@ def test_processes_end_with_the_one_that_started_them():
         f"sys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
         "if __name__ == '__main__':\n"
         "    from tests.data.noise_pairs import *\n"
-        "    loader = ProcessLoader(Noise(), CONFIG, num_rooms=1)\n"
+        "    loader = ProcessLoader(Noise(), CONFIG, num_buffers=1)\n"
         "    loader.finish(loader.begin([Task(0, 0, [0, 1], [5, 6])]))\n"
         "    sys.stdout.write(str(loader._context.started[0].pid))\n"
         "    sys.stdout.flush()\n"

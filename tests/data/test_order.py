@@ -14,7 +14,7 @@ def block_order(num_blocks=400, *, size=10, num_streams=8, open_blocks=64, seed=
 
 
 def whole(order, num, epoch=0):
-    return order.numbers(epoch, np.arange(num))
+    return order.indices(epoch, np.arange(num))
 
 
 @pytest.mark.parametrize("num_blocks", [1, 5, 40, 150])
@@ -32,7 +32,7 @@ def test_every_sample_comes_once_an_epoch(num_blocks, num_streams, open_blocks):
 def test_a_part_of_the_order_equals_that_part_of_the_whole():
     order = block_order()
     positions = np.array([3999, 0, 17, 2500])
-    assert block_order().numbers(2, positions).tolist() == whole(order, 4000, 2)[positions].tolist()
+    assert block_order().indices(2, positions).tolist() == whole(order, 4000, 2)[positions].tolist()
 
 
 def test_epochs_and_seeds_have_different_orders():
@@ -82,13 +82,13 @@ def test_windows_of_a_stream_follow_each_other_into_the_next_epoch():
     order = block_order(num_blocks=300)
     for stream in range(8):
         window = order.windows(0, np.array([stream]))[0]
-        numbers = []
+        indices = []
         while window.epoch < 2:
-            numbers += [(window.epoch, window.number)]
+            indices += [(window.epoch, window.number)]
             assert window < order.after(window)
             window = order.after(window)
         wanted = [w for epoch in (0, 1) for w in order.windows(epoch, np.arange(stream, 3000, 8))]
-        assert numbers == [(w.epoch, w.number) for w in wanted]
+        assert indices == [(w.epoch, w.number) for w in wanted]
 
 
 def test_windows_begin_at_different_times_in_different_streams_and_epochs():
@@ -114,8 +114,8 @@ def test_other_blocks_streams_or_widths_are_told_apart():
 
 def test_an_order_of_millions_of_blocks_is_had_without_a_table_of_samples():
     order = block_order(num_blocks=200_000, size=2000, num_streams=64, open_blocks=128)
-    numbers = order.numbers(3, np.array([0, 399_999_999]))
-    assert ((numbers >= 0) & (numbers < 400_000_000)).all()
+    indices = order.indices(3, np.array([0, 399_999_999]))
+    assert ((indices >= 0) & (indices < 400_000_000)).all()
 
 
 COUNTS = [3, 0, 5, 4, 1, 7, 2, 6, 3, 3, 8, 2]
@@ -145,7 +145,7 @@ def test_every_sample_of_uncounted_shards_comes_once_an_epoch():
     order = shard_order([])
     every = [shard << 32 | row for shard, count in enumerate(COUNTS) for row in range(count)]
     orders = [whole(order, sum(COUNTS), epoch).tolist() for epoch in range(2)]
-    assert [sorted(numbers) for numbers in orders] == [every, every]
+    assert [sorted(indices) for indices in orders] == [every, every]
     assert orders[0] != orders[1]
 
 
@@ -160,14 +160,14 @@ def test_the_counts_of_a_state_need_not_be_found_again():
 
 @pytest.mark.parametrize("order", [ExactOrder(44, 1), block_order(11, size=4, num_streams=2), shard_order([])])
 def test_stand_ins_come_from_every_place_before_any_comes_again(order):
-    numbers = [order.stand_in(0, 30, attempt, 4) for attempt in range(1, 12)]
-    assert len(set(numbers)) >= 5
-    assert order.stand_in(0, 30, 3, 4) == numbers[2]
+    indices = [order.replacement(0, 30, attempt, 4) for attempt in range(1, 12)]
+    assert len(set(indices)) >= 5
+    assert order.replacement(0, 30, 3, 4) == indices[2]
 
 
-def shares_of_one_shard(numbers, shard_size, batch_size=256):
+def shares_of_one_shard(indices, shard_size, batch_size=256):
     """Count, for each batch, how many of its samples come from the shard that gives most."""
-    shards = numbers[: len(numbers) // batch_size * batch_size].reshape(-1, batch_size) // shard_size
+    shards = indices[: len(indices) // batch_size * batch_size].reshape(-1, batch_size) // shard_size
     return np.array([np.bincount(batch).max() for batch in shards]) / batch_size
 
 
@@ -175,11 +175,11 @@ def test_batches_from_shards_sorted_by_class_are_mixed_nearly_as_an_exact_shuffl
     num, size, shard = 131_072, 64, 2048  # 64 classes, one in each shard of 32 blocks
     order = block_order(num // size, size=size, num_streams=8, open_blocks=128)
     blocks, exact = whole(order, num), whole(ExactOrder(num, 1), num)
-    ours, theirs = (shares_of_one_shard(numbers, shard).mean() for numbers in (blocks, exact))
+    ours, theirs = (shares_of_one_shard(indices, shard).mean() for indices in (blocks, exact))
     drawn = np.random.default_rng(0).integers(0, num, 131_072)
     assert theirs == pytest.approx(shares_of_one_shard(drawn, shard).mean(), rel=0.03)
     assert ours < 1.6 * theirs
     place = np.empty(num, np.int64)
     place[blocks] = np.arange(num)
-    apart = np.abs(np.diff(place.reshape(-1, size), axis=1))  # samples that are neighbours in a block
+    apart = np.abs(np.diff(place.reshape(-1, size), axis=1))  # samples that are neighbors in a block
     assert np.median(apart) > 0.29 * 128 * size  # 1 - sqrt(1/2) of a window, for two places drawn evenly in it

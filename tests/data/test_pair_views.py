@@ -37,12 +37,12 @@ class OneSample(Dataset):
     def __len__(self):
         return 10
 
-    def key(self, number):
+    def key(self, index):
         if self.error:
             raise self.error
         return self.sample.key
 
-    def read(self, number):
+    def read(self, index):
         self.num_reads += 1
         if self.error:
             raise self.error
@@ -62,24 +62,24 @@ def pair_views(samples, texts=("plain",), cache_bytes=0, num_captions=1):
     )
 
 
-def draw(pairs, number=0, epoch=0, num_texts=1, caption_ids=()):
+def draw(pairs, index=0, epoch=0, num_texts=1, caption_ids=()):
     images = np.zeros((2, SIDE, SIDE, 3), dtype=np.uint8)
-    tokens, mask_labels = np.full((num_texts, 16), 7), np.full(16, 7)
-    return images, tokens, mask_labels, pairs.draw(number, epoch, images, tokens, mask_labels, caption_ids)
+    tokens, mlm_labels = np.full((num_texts, 16), 7), np.full(16, 7)
+    return images, tokens, mlm_labels, pairs.draw(index, epoch, images, tokens, mlm_labels, caption_ids)
 
 
 def test_a_pair_comes_with_all_its_views():
     pairs = pair_views(OneSample(jpeg(20)), texts=("plain", "masked"))
-    for number in range(20):
-        images, tokens, mask_labels, longest = draw(pairs, number, num_texts=2)
+    for index in range(20):
+        images, tokens, mlm_labels, longest = draw(pairs, index, num_texts=2)
         assert all(view.std() > 0 for view in images)
         assert longest == 4
         assert tokens[0].tolist() == [49406, 320, 1929, 49407] + 12 * [0]
         assert tokens[1, [0, 3]].tolist() == [49406, 49407]
         assert not tokens[1, 4:].any()
-        hidden = np.flatnonzero(mask_labels != -100)
+        hidden = np.flatnonzero(mlm_labels != -100)
         assert set(hidden) <= {1, 2}
-        assert mask_labels[hidden].tolist() == tokens[0, hidden].tolist()
+        assert mlm_labels[hidden].tolist() == tokens[0, hidden].tolist()
 
 
 def test_the_number_of_a_caption_is_that_of_the_caption_itself_whatever_view_shows_it():
@@ -96,9 +96,9 @@ def test_the_texts_of_a_pair_show_different_captions_in_turn_as_far_as_there_are
     captions = ("a dog", "a cat", "a cow")
     pairs = pair_views(OneSample(jpeg(20), captions), ("plain",) * 5, num_captions=num_captions)
     orders = set()
-    for number in range(60):
+    for index in range(60):
         caption_ids = np.zeros(num_captions, dtype=np.int64)
-        _, tokens, _, _ = draw(pairs, number, num_texts=5, caption_ids=caption_ids)
+        _, tokens, _, _ = draw(pairs, index, num_texts=5, caption_ids=caption_ids)
         words = [Tokenizer().decode(row) for row in tokens]
         assert len(set(words)) == num_shown
         assert words == [words[place % num_shown] for place in range(5)]
@@ -110,8 +110,8 @@ def test_the_texts_of_a_pair_show_different_captions_in_turn_as_far_as_there_are
 
 
 def test_without_a_masked_view_nothing_is_to_be_predicted():
-    _, _, mask_labels, _ = draw(pair_views(OneSample(jpeg(20))))
-    assert set(mask_labels.tolist()) == {-100}
+    _, _, mlm_labels, _ = draw(pair_views(OneSample(jpeg(20))))
+    assert set(mlm_labels.tolist()) == {-100}
 
 
 def test_numbers_and_epochs_are_drawn_differently():
@@ -122,7 +122,7 @@ def test_numbers_and_epochs_are_drawn_differently():
     assert not np.array_equal(one, later)
 
 
-def test_text_settings_do_not_change_the_pictures():
+def test_text_settings_do_not_change_the_images():
     plain = draw(pair_views(OneSample(jpeg(40))))[0]
     pairs = pair_views(OneSample(jpeg(40), captions=("one", "two")), texts=("masked", "augmented"))
     masked = draw(pairs, num_texts=2)[0]
@@ -130,12 +130,12 @@ def test_text_settings_do_not_change_the_pictures():
 
 
 @pytest.mark.parametrize("side", [SIDE, 5 * SIDE])
-def test_an_unreadable_picture_is_named_by_its_key(side):
+def test_an_unreadable_image_is_named_by_its_key(side):
     pairs = pair_views(OneSample(jpeg(side)[:-150]))
     for _ in range(2):
-        with pytest.raises(UnreadablePair, match="sample first cannot be used: truncated picture") as caught:
+        with pytest.raises(UnreadablePair, match="sample first cannot be used: truncated image") as caught:
             draw(pairs, 7)
-        assert caught.value.sample == (7, "first", "truncated picture")
+        assert caught.value.sample == (7, "first", "truncated image")
 
 
 def test_a_sample_that_cannot_be_read_is_named_by_its_number_and_not_tried_again():
@@ -149,7 +149,7 @@ def test_a_sample_that_cannot_be_read_is_named_by_its_number_and_not_tried_again
 
 
 @pytest.mark.parametrize(("cache_bytes", "num_reads"), [(10 * 12 * 12 * 3, 1), (10 * 12 * 12 * 3 - 1, 3)])
-def test_pictures_are_kept_only_if_all_of_the_data_set_would_fit(cache_bytes, num_reads):
+def test_images_are_kept_only_if_all_of_the_data_set_would_fit(cache_bytes, num_reads):
     samples = OneSample(jpeg(12))
     pairs = pair_views(samples, cache_bytes=cache_bytes)
     for epoch in range(3):
@@ -172,9 +172,9 @@ def test_pixels_in_memory_are_used_as_they_are():
 
 def test_views_are_the_same_from_many_threads():
     pairs = pair_views(OneSample(jpeg(40)))
-    numbers = list(range(10)) * 20
-    random.Random(0).shuffle(numbers)
-    alone = {number: draw(pairs, number)[0] for number in range(10)}
+    indices = list(range(10)) * 20
+    random.Random(0).shuffle(indices)
+    alone = {index: draw(pairs, index)[0] for index in range(10)}
     with ThreadPoolExecutor(4) as pool:
-        for number, (images, *_) in zip(numbers, pool.map(lambda n: draw(pairs, n), numbers), strict=True):
-            assert np.array_equal(images, alone[number])
+        for index, (images, *_) in zip(indices, pool.map(lambda n: draw(pairs, n), indices), strict=True):
+            assert np.array_equal(images, alone[index])

@@ -28,19 +28,19 @@ class MemoryStore(Dataset):
 
     def __init__(self, num=NUM, *, bad=(), undecodable=(), side=12, format="PNG", captions=1):
         self.bad, self.undecodable, self.num_reads = set(bad), set(undecodable), 0
-        self.pictures = [self.picture(number, side, format) for number in range(num)]
+        self.images = [self.image(number, side, format) for number in range(num)]
         self.num_captions = captions
         self.skipped = Skips()
 
     @staticmethod
-    def picture(number, side, format):
+    def image(number, side, format):
         image = Image.fromarray(PHOTO + np.uint8(number % 251)).resize((side, side + 3), Image.Resampling.BICUBIC)
         file = io.BytesIO()
         image.save(file, format)
         return file.getvalue()
 
     def __len__(self):
-        return len(self.pictures)
+        return len(self.images)
 
     def key(self, number):
         return f"key{number:03}"
@@ -49,12 +49,12 @@ class MemoryStore(Dataset):
         self.num_reads += 1
         if number in self.bad:
             raise DataError(f"shard 0 is damaged at {number}", remedy="make it again", cause="damaged shard")
-        picture = self.pictures[number]
+        image = self.images[number]
         if number in self.undecodable:
-            picture = picture[: len(picture) // 2]
+            image = image[: len(image) // 2]
         words = " ".join(["dog"] * (1 + number % 5))
         captions = tuple(f"{words} {i}" for i in range(self.num_captions))
-        return Example(self.key(number), picture, captions)
+        return Example(self.key(number), image, captions)
 
 
 class BlockStore(MemoryStore, BlockDataset):
@@ -129,15 +129,15 @@ def assert_same(one, other):
 def assert_joined(parts, batch):
     """The batches of all ranks are the global batch, up to padding."""
     assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
-    assert torch.equal(torch.cat([part.numbers for part in parts]), batch.numbers)
+    assert torch.equal(torch.cat([part.indices for part in parts]), batch.indices)
     for part, share in zip(parts, batch.split(len(parts[0])), strict=True):
         length = part.tokens.shape[2]
         assert torch.equal(part.tokens, share.tokens[..., :length])
-        assert torch.equal(part.mask_labels, share.mask_labels[..., :length])
+        assert torch.equal(part.mlm_labels, share.mlm_labels[..., :length])
 
 
-def numbers(batches):
-    return [batch.numbers.tolist() for batch in batches]
+def indices(batches):
+    return [batch.indices.tolist() for batch in batches]
 
 
 def test_batches_have_the_shapes_they_promise():
@@ -147,31 +147,31 @@ def test_batches_have_the_shapes_they_promise():
     assert batch.images.dtype == torch.uint8
     assert batch.tokens.shape == (SIZE, 2, length)
     assert batch.tokens.dtype == torch.int64
-    assert batch.mask_labels.shape == (SIZE, length)
-    assert batch.numbers.shape == (SIZE,)
+    assert batch.mlm_labels.shape == (SIZE, length)
+    assert batch.indices.shape == (SIZE,)
 
 
 def test_texts_are_cut_to_the_longest_of_the_batch():
     for batch in take(stream(), 5):
         lengths = (batch.tokens != 0).sum(2)
         assert lengths.max() == batch.tokens.shape[2]
-        assert lengths[:, 0].tolist() == [3 + 1 + number % 5 for number in batch.numbers.tolist()]
+        assert lengths[:, 0].tolist() == [3 + 1 + number % 5 for number in batch.indices.tolist()]
 
 
 def test_texts_are_padded_to_the_context_where_the_method_asks():
     views = Views(images=("plain",), texts=("plain",), pad_to_context=True)
     batch = next(stream(views=views))
     assert batch.tokens.shape == (SIZE, 1, 16)
-    assert (batch.mask_labels == -100).all()
+    assert (batch.mlm_labels == -100).all()
 
 
 def test_mask_labels_name_what_was_hidden_in_the_masked_view():
     plain, masked, labels = [], [], []
     for batch in take(stream(MemoryStore(100)), 25):
-        where = batch.mask_labels != -100
+        where = batch.mlm_labels != -100
         plain += batch.tokens[:, 0][where].tolist()
         masked += batch.tokens[:, 1][where].tolist()
-        labels += batch.mask_labels[where].tolist()
+        labels += batch.mlm_labels[where].tolist()
     assert labels == plain
     assert len(labels) > 20
     assert np.mean([token == 49408 for token in masked]) == pytest.approx(0.8, abs=0.2)
@@ -182,16 +182,16 @@ def test_an_epoch_holds_every_pair_once_up_to_the_last_incomplete_batch():
     assert source.num_samples == NUM
     assert source.steps_per_epoch == NUM // SIZE == 5
     for _ in range(3):
-        seen = sum(numbers(take(source, 5)), [])
+        seen = sum(indices(take(source, 5)), [])
         assert len(set(seen)) == 20
 
 
 def test_epochs_differ_in_order_and_augmentation():
     source = stream(MemoryStore(8), batch_size=8)
     first, second = take(source, 2)
-    assert first.numbers.tolist() != second.numbers.tolist()
-    order = second.numbers.argsort()[first.numbers.argsort().argsort()]
-    assert torch.equal(first.numbers, second.numbers[order])
+    assert first.indices.tolist() != second.indices.tolist()
+    order = second.indices.argsort()[first.indices.argsort().argsort()]
+    assert torch.equal(first.indices, second.indices[order])
     assert not torch.equal(first.images, second.images[order])
 
 
@@ -238,7 +238,7 @@ def test_a_restored_stream_remembers_what_was_skipped():
     take(source, 7)
     after = stream(MemoryStore(undecodable=undecodable))
     after.restore(json.loads(json.dumps(source.state())))
-    assert after.skipped == source.skipped == {"truncated picture": (2, source.skipped["truncated picture"][1])}
+    assert after.skipped == source.skipped == {"truncated image": (2, source.skipped["truncated image"][1])}
 
 
 def test_a_stream_can_go_back():
@@ -252,17 +252,17 @@ def test_a_stream_can_go_back():
 
 def test_the_rest_of_an_epoch_comes_whole_after_a_change_of_batch_size():
     before = stream(batch_size=4)
-    seen = sum(numbers(take(before, 2)), [])
+    seen = sum(indices(take(before, 2)), [])
     after = stream(batch_size=3, world_size=1)
     after.restore(before.state())
-    seen += sum(numbers(take(after, 5)), [])
+    seen += sum(indices(take(after, 5)), [])
     assert len(set(seen)) == 8 + 15
 
 
 def test_an_epoch_in_blocks_holds_every_pair_once():
     source = stream(BlockStore(24), order="blocks", num_streams=2, open_blocks=4)
     for _ in range(3):
-        assert sorted(sum(numbers(take(source, 6)), [])) == list(range(24))
+        assert sorted(sum(indices(take(source, 6)), [])) == list(range(24))
 
 
 def test_ranks_read_different_blocks():
@@ -285,7 +285,7 @@ def test_blocks_are_fetched_once_before_they_are_read_and_released_after():
     for batch in range(300):
         epoch, positions = batch // 150, np.arange(batch % 150 * 4, batch % 150 * 4 + 4)
         used_up = ahead.move_to(epoch, positions)
-        read = set((order.numbers(epoch, positions) // 10).tolist())
+        read = set((order.indices(epoch, positions) // 10).tolist())
         assert all(fetched.count(block) > released.count(block) for block in read)
         released += used_up
         assert 8 <= len(fetched) - len(released) <= 2 * (2 * 8 + 2)  # two windows of up to twice as many as asked for
@@ -309,7 +309,7 @@ def test_shards_that_are_not_counted_yet_are_streamed_and_resumed():
     wanted = take(source, 18)
     assert source.steps_per_epoch == 25 // 4 == 6
     for first in (0, 6, 12):
-        assert len(set(sum(numbers(wanted[first : first + 6]), []))) == 24
+        assert len(set(sum(indices(wanted[first : first + 6]), []))) == 24
     source = stream(UncountedStore(), order="blocks", open_blocks=32)
     take(source, 8)
     state = json.loads(json.dumps(source.state()))
@@ -369,7 +369,7 @@ def test_one_of_several_captions_is_drawn_per_epoch():
     seen = {}
     for batch in take(source, 20):
         assert torch.equal(batch.tokens[:, 0], batch.tokens[:, 1])
-        for number, tokens in zip(batch.numbers.tolist(), batch.tokens[:, 0].tolist(), strict=True):
+        for number, tokens in zip(batch.indices.tolist(), batch.tokens[:, 0].tolist(), strict=True):
             seen.setdefault(number, set()).add(tuple(token for token in tokens if token))
     assert all(len(texts) == 3 for texts in seen.values())
 
@@ -396,11 +396,11 @@ def test_unreadable_pairs_are_counted_and_shift_no_other(world_size, workers):
     for batch in wanted:
         parts = [next(source) for source in ranks]
         images = torch.cat([part.images for part in parts])
-        used = torch.cat([part.numbers for part in parts])
-        for row, number in enumerate(batch.numbers.tolist()):
+        used = torch.cat([part.indices for part in parts])
+        for row, number in enumerate(batch.indices.tolist()):
             if number in {5, 11, 17}:
                 assert used[row] not in {5, 11, 17}
-                assert used[row] not in batch.numbers
+                assert used[row] not in batch.indices
             else:
                 assert used[row] == number
                 assert torch.equal(images[row], batch.images[row])
@@ -412,7 +412,7 @@ def test_unreadable_pairs_are_counted_and_shift_no_other(world_size, workers):
         source.close()
     assert counts["damaged shard"] >= 1
     if world_size == 1:
-        assert counts == {"damaged shard": 1, "truncated picture": 2}
+        assert counts == {"damaged shard": 1, "truncated image": 2}
 
 
 def test_the_pair_in_an_unreadable_ones_row_is_the_same_on_any_number_of_ranks():
@@ -420,18 +420,18 @@ def test_the_pair_in_an_unreadable_ones_row_is_the_same_on_any_number_of_ranks()
     whole = take(stream(MemoryStore(bad=bad), batch_size=4), 10)
     halves = [stream(MemoryStore(bad=bad), batch_size=2, world_size=2, rank=rank) for rank in range(2)]
     for batch in whole:
-        assert batch.numbers.tolist() == sum([next(half).numbers.tolist() for half in halves], [])
+        assert batch.indices.tolist() == sum([next(half).indices.tolist() for half in halves], [])
 
 
 @pytest.mark.parametrize("num", [4, 8])
 def test_a_stand_in_is_found_in_a_data_set_of_one_or_two_batches(num):
     source = stream(MemoryStore(num, bad=set(range(num - 1))), max_bad=1.0)
-    assert next(source).numbers.tolist() == [num - 1] * SIZE
+    assert next(source).indices.tolist() == [num - 1] * SIZE
 
 
 def test_too_many_unreadable_pairs_stop_the_stream():
     source = stream(MemoryStore(undecodable=range(0, 23, 4)), max_bad=0.1)
-    with pytest.raises(DataError, match=r"more than data.max_bad = 0.1 .*truncated picture: 4, first key008") as caught:
+    with pytest.raises(DataError, match=r"more than data.max_bad = 0.1 .*truncated image: 4, first key008") as caught:
         take(source, 20)
     assert "--set data.max_bad" in caught.value.remedy
 
@@ -463,10 +463,10 @@ class ForgetfulStore(MemoryStore):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_pairs_that_the_disk_did_not_give_are_counted_but_asked_for_again(workers):
     source = stream(ForgetfulStore({5, 11}), workers=workers)
-    first, second = (sum(numbers(take(source, 5)), []) for _ in range(2))
+    first, second = (sum(indices(take(source, 5)), []) for _ in range(2))
     assert source.skipped["unreadable"][0] == 2
     assert not {5, 11} & set(first)
-    wanted = sum(numbers(take(stream(), 10)[5:]), [])
+    wanted = sum(indices(take(stream(), 10)[5:]), [])
     assert second == wanted
     assert source.state()["bad"] == []
     source.close()
@@ -474,8 +474,8 @@ def test_pairs_that_the_disk_did_not_give_are_counted_but_asked_for_again(worker
 
 def test_a_state_that_remembers_unread_pairs_as_bad_lets_them_be_tried_again():
     source = stream()
-    source.restore({**source.state(), "bad": [[5, "key005", UNREAD], [7, "key007", "truncated picture"]]})
-    assert source.skipped == {"truncated picture": (1, "key007")}
+    source.restore({**source.state(), "bad": [[5, "key005", UNREAD], [7, "key007", "truncated image"]]})
+    assert source.skipped == {"truncated image": (1, "key007")}
 
 
 def test_a_network_that_is_gone_ends_the_stream_with_another_advice():
@@ -486,14 +486,14 @@ def test_a_network_that_is_gone_ends_the_stream_with_another_advice():
 
 
 def test_captions_cut_to_the_context_length_are_counted():
-    assert stream(context_length=16).num_cut_captions == 0
+    assert stream(context_length=16).num_truncated_captions == 0
     source = stream(context_length=5)  # texts have 1 to 5 words and a digit, and two views
     take(source, 5)
-    longer = [number for number in sum(numbers(take(stream(), 5)), []) if 1 + number % 5 + 1 > 3]
-    assert source.num_cut_captions == 2 * len(longer) > 0
+    longer = [number for number in sum(indices(take(stream(), 5)), []) if 1 + number % 5 + 1 > 3]
+    assert source.num_truncated_captions == 2 * len(longer) > 0
 
 
-def test_decoded_pictures_are_kept_where_all_fit_and_change_nothing():
+def test_decoded_images_are_kept_where_all_fit_and_change_nothing():
     with_cache, without_cache = MemoryStore(), MemoryStore()
     kept = take(stream(with_cache), 15)
     assert_same(kept, take(stream(without_cache, cache_mib=0), 15))

@@ -8,7 +8,7 @@ import pytest
 from declip_cli.assets import asset_path
 from declip_cli.config_files import flatten
 from declip_cli.data.benchmarks.known import known_sets
-from declip_cli.data.catalogue import open_dataset
+from declip_cli.data.catalog import open_dataset
 from declip_cli.data.files_dataset import Subset
 from declip_cli.data.shards.dataset import Shards
 from declip_cli.errors import DataError
@@ -33,7 +33,7 @@ def test_every_name_gets_its_scores(tmp_path: Path, tiny_model: PretrainedModel)
 
 def test_a_folder_with_captions_is_scored_by_retrieval(tmp_path: Path, tiny_model: PretrainedModel):
     for name in ("a", "b"):
-        set_layouts.put_picture(tmp_path / f"{name}.jpg")
+        set_layouts.put_image(tmp_path / f"{name}.jpg")
     set_layouts.put_lines(tmp_path / "captions.jsonl", [f'{{"file": "{n}.jpg", "caption": "an {n}"}}' for n in "ab"])
     scores = make_evaluator([str(tmp_path)])(tiny_model)[str(tmp_path)]
     assert scores["text_to_image"]["recall_at_5"] == 1

@@ -18,7 +18,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("sets")
     set_layouts.put_classes(folder / "photos.v1", ["cat", "dog", "bird"], 3)
     for name in "abc":
-        set_layouts.put_picture(folder / "pairs" / f"{name}.jpg")
+        set_layouts.put_image(folder / "pairs" / f"{name}.jpg")
     lines = [f'{{"file": "{name}.jpg", "caption": "an {name}"}}' for name in "abc"]
     set_layouts.put_lines(folder / "pairs" / "captions.jsonl", lines)
     return [str(folder / "photos.v1"), str(folder / "pairs")]
@@ -56,7 +56,7 @@ def test_the_cases_hold_what_they_are_meant_to(ranks):
     skipped = ranks[0]["classes"]["report"]["skipped"]
     assert [entry["count"] for entry in skipped.values()] == [3, 2]
     assert [entry["first"] for entry in skipped.values()] == ["1.jpg", "2.jpg"]
-    assert ranks[0]["classes"]["report"]["num_prompts_cut"] > 0
+    assert ranks[0]["classes"]["report"]["num_truncated_prompts"] > 0
     assert ranks[0]["classes, all of a rank unreadable"]["keys"] == ["1.jpg"]
     assert ranks[0]["pairs"]["num_images"] == 6
     assert ranks[0]["none readable"].startswith("none of the 5 images can be read: missing file (2, first 0.jpg)")
@@ -98,7 +98,7 @@ def test_a_process_alone_encodes_everything_as_it_is_told():
 
     part = encode_shares(4, encode, options)
     assert seen == [(range(4), options)]
-    assert part.numbers.tolist() == [0, 1, 2, 3]
+    assert part.indices.tolist() == [0, 1, 2, 3]
 
 
 def test_a_share_takes_every_nth_item():

@@ -16,19 +16,19 @@ from declip_cli.evaluate.gallery import THUMBNAIL_SIDE_PX, render_gallery, write
 from declip_cli.evaluate.search import Hit, SearchReport
 
 EVIL = """<script>document.title="owned"</script><img src=x onerror="document.title='owned'">"&'</li>"""
-COLOURS = ((220, 20, 20), (20, 160, 20), (20, 20, 220))
+COLORS = ((220, 20, 20), (20, 160, 20), (20, 20, 220))
 """RGB."""
 
 
-def one_colour(colour, *, width: int = 60, height: int = 40) -> bytes:
-    image = np.full((height, width, 3), colour[::-1], dtype=np.uint8)
+def one_color(color, *, width: int = 60, height: int = 40) -> bytes:
+    image = np.full((height, width, 3), color[::-1], dtype=np.uint8)
     return cv2.imencode(".png", image)[1].tobytes()
 
 
 def make_report(*, words: str = "plain") -> SearchReport:
     hits = [
-        Hit(rank=rank, score=0.5 / rank, path=f"{words}/{rank}.png", caption=words, read=lambda c=c: one_colour(c))
-        for rank, c in enumerate(COLOURS, 1)
+        Hit(rank=rank, score=0.5 / rank, path=f"{words}/{rank}.png", caption=words, read=lambda c=c: one_color(c))
+        for rank, c in enumerate(COLORS, 1)
     ]
     return SearchReport(
         query=words,
@@ -83,33 +83,33 @@ def test_every_word_is_escaped():
     assert page.words.count(EVIL) >= 8  # the query, collection and model, and path and caption of each hit
 
 
-def test_thumbnails_are_small_pictures():
+def test_thumbnails_are_small_images():
     report = make_report()
-    large = Hit(rank=1, score=1.0, path="x", caption="", read=lambda: one_colour(COLOURS[0], width=1000, height=500))
+    large = Hit(rank=1, score=1.0, path="x", caption="", read=lambda: one_color(COLORS[0], width=1000, height=500))
     (source,) = Page(render_gallery(SearchReport(**{**fields(report), "hits": [large]}))).sources
     data = np.frombuffer(base64.b64decode(source.partition(",")[2]), dtype=np.uint8)
     image = cv2.imdecode(data, cv2.IMREAD_COLOR)
     assert image.shape == (THUMBNAIL_SIDE_PX // 2, THUMBNAIL_SIDE_PX, 3)
-    assert np.abs(image[80, 160, ::-1].astype(int) - COLOURS[0]).max() < 8
+    assert np.abs(image[80, 160, ::-1].astype(int) - COLORS[0]).max() < 8
 
 
 def fields(report):
     return {name: getattr(report, name) for name in report.__slots__}
 
 
-def test_query_picture_is_shown():
-    page = Page(render_gallery(make_report(words="dir/like.png"), query_image=one_colour(COLOURS[1])))
+def test_query_image_is_shown():
+    page = Page(render_gallery(make_report(words="dir/like.png"), query_image=one_color(COLORS[1])))
     assert page.tags.count("img") == 4
     assert "Images like like.png" in page.words
 
 
-def test_picture_that_is_gone_does_not_break_the_page():
+def test_image_that_is_gone_does_not_break_the_page():
     def gone():
         raise FileNotFoundError("x")
 
     report = make_report()
     hits = [Hit(rank=1, score=0.1, path="gone.png", caption="", read=gone)]
-    assert "picture cannot be read" in render_gallery(SearchReport(**{**fields(report), "hits": hits}))
+    assert "image cannot be read" in render_gallery(SearchReport(**{**fields(report), "hits": hits}))
 
 
 def test_name_that_is_not_text_does_not_break_the_page(tmp_path):
@@ -141,18 +141,18 @@ def browse(browser: str, page: Path, *options: str) -> str:
     return done.stdout.decode()
 
 
-def test_browser_shows_the_pictures_in_order(tmp_path, browser):
-    write_gallery(tmp_path / "hits.html", make_report(words="three colours"))
+def test_browser_shows_the_images_in_order(tmp_path, browser):
+    write_gallery(tmp_path / "hits.html", make_report(words="three colors"))
     browse(browser, tmp_path / "hits.html", f"--screenshot={tmp_path / 'shot.png'}")
     shot = cv2.imread(str(tmp_path / "shot.png"))[..., ::-1].astype(int)  # (H, W, 3)
     assert shot.shape == (600, 900, 3)
-    centres = []
-    for colour in COLOURS:
-        rows, columns = np.nonzero(np.abs(shot - colour).max(axis=2) < 12)
+    centers = []
+    for color in COLORS:
+        rows, columns = np.nonzero(np.abs(shot - color).max(axis=2) < 12)
         assert len(rows) > 5000, "the thumbnail is not on the page"
-        centres.append((float(rows.mean()), float(columns.mean())))
-    assert max(row for row, _ in centres) - min(row for row, _ in centres) < 3  # side by side
-    assert centres[0][1] < centres[1][1] < centres[2][1]
+        centers.append((float(rows.mean()), float(columns.mean())))
+    assert max(row for row, _ in centers) - min(row for row, _ in centers) < 3  # side by side
+    assert centers[0][1] < centers[1][1] < centers[2][1]
 
 
 def test_browser_runs_nothing_from_a_caption(tmp_path, browser):

@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 
-from declip_cli.data.catalogue import open_dataset
+from declip_cli.data.catalog import open_dataset
 from declip_cli.data.files_dataset import Subset
 from declip_cli.evaluate.encoding import FeatureOptions
 from declip_cli.evaluate.features import image_features
@@ -27,9 +27,9 @@ def on_gpu(model: PretrainedModel) -> PretrainedModel:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_features_are_those_of_the_cpu(tiny_model: PretrainedModel, precision: str):
-    pictures = Subset(open_dataset("demo"), range(300))
+    images = Subset(open_dataset("demo"), range(300))
     options = dataclasses.replace(FP32, precision=precision)
-    here, there = (image_features(m, pictures, options=options) for m in (tiny_model, on_gpu(tiny_model)))
+    here, there = (image_features(m, images, options=options) for m in (tiny_model, on_gpu(tiny_model)))
     assert there.features.device.type == "cpu"
     assert (here.features * there.features).sum(dim=1).min() > 0.999
     texts = ["a cat", "a very long text about a dog"]

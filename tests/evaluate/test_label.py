@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from declip_cli.data.catalogue import open_dataset
+from declip_cli.data.catalog import open_dataset
 from declip_cli.errors import EvaluateError
 from declip_cli.evaluate.encoding import FeatureOptions
 from declip_cli.evaluate.label import label_images, read_labels

@@ -1,4 +1,4 @@
-"""The probe chooses its penalty on validation pictures, refits, and tests once."""
+"""The probe chooses its penalty on validation images, refits, and tests once."""
 
 from pathlib import Path
 
@@ -11,26 +11,26 @@ from declip_cli.errors import EvaluateError
 from declip_cli.evaluate import linear_probe as module
 from declip_cli.evaluate.encoding import FeatureOptions
 from declip_cli.evaluate.features import image_features
-from declip_cli.evaluate.linear_probe import L2_GRID, Labelled, linear_probe, search_l2
+from declip_cli.evaluate.linear_probe import L2_GRID, Labeled, linear_probe, search_l2
 from declip_cli.evaluate.logistic import LogisticProblem
 from declip_cli.evaluate.probe_split import choose_shots, hold_out, open_probe_sets
 
-COLOURS = {"red": (220, 30, 30), "green": (20, 200, 40), "dark_blue": (10, 20, 120)}
+COLORS = {"red": (220, 30, 30), "green": (20, 200, 40), "dark_blue": (10, 20, 120)}
 FRESH = FeatureOptions(use_cache=False, threads=1)
 
 
-def draw_classes(root: Path, splits: dict[str, int], *, names=tuple(COLOURS)) -> Path:
+def draw_classes(root: Path, splits: dict[str, int], *, names=tuple(COLORS)) -> Path:
     for split, count in splits.items():
         for name in names:
             folder = root / split / name
             folder.mkdir(parents=True, exist_ok=True)
             for number in range(count):
-                shade = tuple(min(255, value + 3 * number) for value in COLOURS[name])
+                shade = tuple(min(255, value + 3 * number) for value in COLORS[name])
                 Image.new("RGB", (20, 18), shade).save(folder / f"{number}.png")
     return root
 
 
-def test_colours_are_told_apart_and_the_report_says_what_was_done(tmp_path, tiny_model):
+def test_colors_are_told_apart_and_the_report_says_what_was_done(tmp_path, tiny_model):
     sets = open_probe_sets(str(draw_classes(tmp_path, {"train": 6, "val": 3, "test": 4})))
     report = linear_probe(tiny_model, sets, options=FRESH).to_json()
     assert report["top1"] == report["mean_per_class"] == report["score"] == 1.0
@@ -52,7 +52,7 @@ def test_result_is_scikit_learns_on_train_and_validation_together(tmp_path, tiny
     report = linear_probe(tiny_model, sets, options=FRESH)
 
     def encode(part):
-        return image_features(tiny_model, part, projected=False, normalise=False, options=FRESH).features
+        return image_features(tiny_model, part, projected=False, normalize=False, options=FRESH).features
 
     features = torch.cat([encode(sets.train), encode(sets.val)]).double()
     labels = [*sets.train.labels, *sets.val.labels]
@@ -66,14 +66,14 @@ def test_token_wise_models_give_the_mean_of_their_patches(tmp_path, tiny_token_m
     assert linear_probe(tiny_token_model, sets, features="post", options=FRESH).feature_dim == 6
 
 
-def test_without_validation_pictures_a_fifth_is_held_out_and_told(tmp_path, tiny_model):
+def test_without_validation_images_a_fifth_is_held_out_and_told(tmp_path, tiny_model):
     sets = open_probe_sets(str(draw_classes(tmp_path, {"train": 10, "test": 2})))
     report = linear_probe(tiny_model, sets, options=FRESH).to_json()
     assert (report["num_train"], report["num_val"]) == (24, 6)
     assert "held out" in report["notes"][0]
 
 
-def test_shots_train_on_so_many_of_each_class_and_validate_on_the_same_pictures(tmp_path, tiny_model):
+def test_shots_train_on_so_many_of_each_class_and_validate_on_the_same_images(tmp_path, tiny_model):
     sets = open_probe_sets(str(draw_classes(tmp_path, {"train": 10, "test": 2})))
     one = linear_probe(tiny_model, sets, shots=1, seed=3, options=FRESH).to_json()
     four = linear_probe(tiny_model, sets, shots=4, seed=3, options=FRESH).to_json()
@@ -82,9 +82,9 @@ def test_shots_train_on_so_many_of_each_class_and_validate_on_the_same_pictures(
     assert (one["shots"], one["seed"]) == (1, 3)
 
 
-def test_unreadable_pictures_are_left_out_and_counted(tmp_path, tiny_model):
+def test_unreadable_images_are_left_out_and_counted(tmp_path, tiny_model):
     root = draw_classes(tmp_path, {"train": 4, "val": 2, "test": 3})
-    (root / "train/red/1.png").write_bytes(b"not a picture")
+    (root / "train/red/1.png").write_bytes(b"not an image")
     (root / "test/green/0.png").write_bytes(b"")
     report = linear_probe(tiny_model, open_probe_sets(str(root)), options=FRESH).to_json()
     assert (report["num_train"], report["num_test"]) == (11, 8)
@@ -107,7 +107,7 @@ def test_test_split_without_a_class_keeps_the_numbers_of_the_training_split(tmp_
     assert list(sets.test.labels) == [2, 2]
 
 
-def test_class_without_training_pictures_is_refused(tmp_path):
+def test_class_without_training_images_is_refused(tmp_path):
     draw_classes(tmp_path, {"train": 2}, names=("red", "green"))
     draw_classes(tmp_path, {"test": 2})
     with pytest.raises(EvaluateError, match="'dark blue', which has no training images"):
@@ -161,7 +161,7 @@ def test_search_finds_the_peak_of_a_smooth_score_with_15_fits(monkeypatch, peak)
             return l2
 
     monkeypatch.setattr(module, "_validate", lambda l2, *_: (-abs(L2_GRID.index(l2) - peak), 0.0))
-    found, score = search_l2(Problem(), Labelled(torch.empty(0), torch.empty(0)), "accuracy")
+    found, score = search_l2(Problem(), Labeled(torch.empty(0), torch.empty(0)), "accuracy")
     assert found == L2_GRID[peak]
     assert score == 0
     assert len(tried) == len(set(tried)) <= 15
@@ -171,7 +171,7 @@ def test_of_equal_accuracies_the_surer_classifier_wins():
     torch.manual_seed(0)
     labels = torch.arange(60) % 2
     features = torch.randn(60, 3) + 6 * labels[:, None]
-    val = Labelled(features[40:], labels[40:])
+    val = Labeled(features[40:], labels[40:])
     fit, score = search_l2(LogisticProblem(features[:40], labels[:40], 2), val, "accuracy")
     assert score == 1.0
     assert fit.l2 < 1
@@ -199,6 +199,6 @@ def test_more_shots_contain_the_fewer():
     assert set(few) < set(many)
 
 
-def test_more_shots_than_pictures_name_the_class():
+def test_more_shots_than_images_name_the_class():
     with pytest.raises(EvaluateError, match=r"--shots 3 .* 'b' has \(2 "):
         choose_shots([0, 0, 0, 1, 1], range(5), shots=3, seed=0, names=("a", "b"))

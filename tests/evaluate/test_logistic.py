@@ -15,8 +15,8 @@ def make_samples(num: int, dim: int, num_classes: int, *, separation: float, see
     random = np.random.default_rng(seed)
     spread = np.arange(1, dim + 1) ** -0.5
     labels = random.integers(0, num_classes, num)
-    centres = random.standard_normal((num_classes, dim)) * spread * separation
-    features = centres[labels] + random.standard_normal((num, dim)) * spread + random.standard_normal(dim)
+    centers = random.standard_normal((num_classes, dim)) * spread * separation
+    features = centers[labels] + random.standard_normal((num, dim)) * spread + random.standard_normal(dim)
     return torch.from_numpy(features.astype(np.float32)), torch.from_numpy(labels)
 
 
@@ -33,7 +33,7 @@ def test_objective_is_scikit_learns_optimum(l2, num_classes):
     fit = LogisticProblem(features, labels, num_classes).fit(l2)
     peer = LogisticRegression(C=1 / l2, tol=1e-10, max_iter=10_000).fit(features.double(), labels)
     weight, bias = torch.from_numpy(peer.coef_), torch.from_numpy(peer.intercept_)
-    if num_classes == 2:  # scikit-learn holds one row w for the softmax of -w/2 and w/2, penalised as |w|²
+    if num_classes == 2:  # scikit-learn holds one row w for the softmax of -w/2 and w/2, penalized as |w|²
         return _compare_two_classes(features, labels, fit, weight, bias, l2)
     best = objective(features, labels, weight, bias, l2)
     assert fit.has_converged

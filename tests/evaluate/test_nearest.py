@@ -12,8 +12,8 @@ from declip_cli.evaluate.nearest import ApproximateIndex, quick_spec, search_exa
 
 def make_vectors(num: int, dim: int, seed: int = 0):
     random = np.random.default_rng(seed)
-    centres = random.standard_normal((12, dim))
-    vectors = centres[random.integers(0, 12, num)] + 0.5 * random.standard_normal((num, dim))
+    centers = random.standard_normal((12, dim))
+    vectors = centers[random.integers(0, 12, num)] + 0.5 * random.standard_normal((num, dim))
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 

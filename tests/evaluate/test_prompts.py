@@ -47,7 +47,7 @@ def test_texts_can_be_given_class_by_class(tmp_path: Path):
     path.write_text(json.dumps({"cat": ["it purrs", "it meows"], "dog": ["it barks"]}))
     prompts = make_prompts(["dog", "cat"], str(path))
     assert prompts.flat() == ["it barks", "it purrs", "it meows"]
-    assert prompts.owners().tolist() == [0, 1, 1]
+    assert prompts.class_ids().tolist() == [0, 1, 1]
     assert prompts.num_templates == 2
 
 
@@ -122,6 +122,6 @@ def test_token_wise_classifier_and_score_equal_the_loop_of_the_original(tiny_tok
                     by_position.setdefault(place, []).append(F.normalize(tokens[0, place], dim=0))
         means = torch.stack([torch.stack(found).mean(dim=0) for found in by_position.values()])
         means = means / means.pow(2).sum().sqrt()
-        for picture in range(4):
-            per_patch = [max(float(F.normalize(p, dim=0) @ m) for m in means) for p in patches[picture]]
-            assert float(scores[picture, number]) == pytest.approx(sum(per_patch) / 4, abs=1e-5)
+        for image in range(4):
+            per_patch = [max(float(F.normalize(p, dim=0) @ m) for m in means) for p in patches[image]]
+            assert float(scores[image, number]) == pytest.approx(sum(per_patch) / 4, abs=1e-5)

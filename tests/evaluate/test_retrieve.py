@@ -1,8 +1,8 @@
-"""Retrieval reports: fields, several captions, unreadable pictures, folds, token-wise models."""
+"""Retrieval reports: fields, several captions, unreadable images, folds, token-wise models."""
 
 import torch
 
-from declip_cli.data.catalogue import open_dataset
+from declip_cli.data.catalog import open_dataset
 from declip_cli.data.files_dataset import Subset
 from declip_cli.evaluate.encoding import FeatureOptions
 from declip_cli.evaluate.features import image_features
@@ -15,16 +15,16 @@ FRESH = FeatureOptions(use_cache=False, threads=1, precision="fp32")
 WORDS = ["red", "green", "blue", "cat", "dog", "tree", "house", "car"]
 
 
-def make_set(make_picture, num: int, *, fold_size: int = 0, broken: tuple[int, ...] = ()) -> MemoryDataset:
+def make_set(make_image, num: int, *, fold_size: int = 0, broken: tuple[int, ...] = ()) -> MemoryDataset:
     return MemoryDataset(
-        [b"junk" if number in broken else make_picture(number) for number in range(num)],
+        [b"junk" if number in broken else make_image(number) for number in range(num)],
         captions=[tuple(f"a {WORDS[number % 8]} and {WORDS[c]} {number}" for c in (1, 2)) for number in range(num)],
         fold_size=fold_size,
     )
 
 
-def test_report_has_the_promised_fields(tiny_model, make_picture):
-    report = retrieve(tiny_model, make_set(make_picture, 12), options=FRESH).to_json()
+def test_report_has_the_promised_fields(tiny_model, make_image):
+    report = retrieve(tiny_model, make_set(make_image, 12), options=FRESH).to_json()
     assert {"dataset", "model", "num_images", "num_texts", "rsum", "seconds"} <= report.keys()
     assert (report["num_images"], report["num_texts"]) == (12, 24)
     for direction in ("image_to_text", "text_to_image"):
@@ -35,8 +35,8 @@ def test_report_has_the_promised_fields(tiny_model, make_picture):
     assert report["rsum"] == sum(six)
 
 
-def test_scores_are_those_of_the_features(tiny_model, make_picture):
-    made = make_set(make_picture, 15)
+def test_scores_are_those_of_the_features(tiny_model, make_image):
+    made = make_set(make_image, 15)
     report = retrieve(tiny_model, made, options=FRESH)
     images = image_features(tiny_model, made, options=FRESH).features
     texts = text_features(tiny_model, [text for captions in made.texts for text in captions], options=FRESH)
@@ -45,18 +45,18 @@ def test_scores_are_those_of_the_features(tiny_model, make_picture):
     assert report.scores["image_to_text"]["recall_at_5"] == float((ranks.image_to_text <= 5).double().mean())
 
 
-def test_captions_of_unreadable_pictures_are_left_out(tiny_model, make_picture):
-    report = retrieve(tiny_model, make_set(make_picture, 12, broken=(3, 7)), options=FRESH).to_json()
+def test_captions_of_unreadable_images_are_left_out(tiny_model, make_image):
+    report = retrieve(tiny_model, make_set(make_image, 12, broken=(3, 7)), options=FRESH).to_json()
     assert (report["num_images"], report["num_texts"]) == (10, 20)
     assert report["num_skipped"] == 2
     assert next(iter(report["skipped"].values()))["first"] == "3.jpg"
 
 
-def test_folds_are_scored_among_themselves_and_averaged(tiny_model, make_picture):
-    whole = retrieve(tiny_model, make_set(make_picture, 12, fold_size=4), options=FRESH).to_json()
+def test_folds_are_scored_among_themselves_and_averaged(tiny_model, make_image):
+    whole = retrieve(tiny_model, make_set(make_image, 12, fold_size=4), options=FRESH).to_json()
     folds = whole["mean_of_3_folds"]
     assert folds["num_images"] == 4
-    made = make_set(make_picture, 12)
+    made = make_set(make_image, 12)
     ranks = []
     for fold in range(3):
         part = Subset(made, range(4 * fold, 4 * fold + 4))
@@ -64,8 +64,8 @@ def test_folds_are_scored_among_themselves_and_averaged(tiny_model, make_picture
     assert abs(folds["text_to_image"]["mean_rank"] - sum(ranks) / 3) < 1e-9
 
 
-def test_token_wise_models_are_scored_token_by_token(tiny_token_model, make_picture):
-    report = retrieve(tiny_token_model, make_set(make_picture, 9, broken=(2,)), options=FRESH).to_json()
+def test_token_wise_models_are_scored_token_by_token(tiny_token_model, make_image):
+    report = retrieve(tiny_token_model, make_set(make_image, 9, broken=(2,)), options=FRESH).to_json()
     assert (report["num_images"], report["num_texts"]) == (8, 16)
     assert 1 <= report["text_to_image"]["mean_rank"] <= 8
 

@@ -6,7 +6,7 @@ import torch
 from declip_cli.errors import DataError, EvaluateError
 from declip_cli.evaluate.report import Predictions
 from declip_cli.evaluate.score_page import render_score_page, write_score_page
-from tests.evaluate.test_gallery import COLOURS, EVIL, Page, browse, browser, one_colour  # noqa: F401  (a fixture)
+from tests.evaluate.test_gallery import COLORS, EVIL, Page, browse, browser, one_color  # noqa: F401  (a fixture)
 
 NAMES = ("cat", "dog", "fox")
 
@@ -19,7 +19,7 @@ def make_predictions(labels, predicted, confidence, *, names=NAMES, read=None):
         scores=torch.tensor(confidence)[:, None],
         confidence=torch.tensor(confidence),
         class_names=names,
-        read=read or (lambda row: one_colour(COLOURS[row % 3])),
+        read=read or (lambda row: one_color(COLORS[row % 3])),
     )
 
 

@@ -1,11 +1,11 @@
-"""Search finds what the features say, by text and by picture, with and without a saved index."""
+"""Search finds what the features say, by text and by image, with and without a saved index."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from declip_cli.data.catalogue import open_dataset
+from declip_cli.data.catalog import open_dataset
 from declip_cli.errors import EvaluateError
 from declip_cli.evaluate.encoding import FeatureOptions
 from declip_cli.evaluate.features import image_features
@@ -16,15 +16,15 @@ FRESH = FeatureOptions(use_cache=False, threads=1, precision="fp32")
 
 
 @pytest.fixture
-def photos(tmp_path: Path, make_picture) -> Path:
+def photos(tmp_path: Path, make_image) -> Path:
     folder = tmp_path / "photos"
     folder.mkdir()
     for number in range(12):
-        (folder / f"{number:02}.jpg").write_bytes(make_picture(number))
+        (folder / f"{number:02}.jpg").write_bytes(make_image(number))
     return folder
 
 
-def test_hits_are_the_nearest_pictures_by_cosine(photos, tiny_model):
+def test_hits_are_the_nearest_images_by_cosine(photos, tiny_model):
     listed = open_dataset(str(photos))
     report = search(tiny_model, listed, Query(texts=("a red bus",)), k=5, options=FRESH)
     images = image_features(tiny_model, listed, options=FRESH).features
@@ -37,7 +37,7 @@ def test_hits_are_the_nearest_pictures_by_cosine(photos, tiny_model):
 
 
 @pytest.mark.parametrize("kind", ["tiny_model", "tiny_token_model"])
-def test_picture_finds_itself_first(photos, kind, request):
+def test_image_finds_itself_first(photos, kind, request):
     model = request.getfixturevalue(kind)
     report = search(model, open_dataset(str(photos)), Query(image=photos / "07.jpg"), k=3, options=FRESH)
     assert report.hits[0].path.endswith("07.jpg")
@@ -88,10 +88,10 @@ def test_parts_that_cancel_each_other_are_an_error(photos, tiny_model):
     ],
 )
 @pytest.mark.parametrize("kind", ["tiny_model", "tiny_token_model"])
-def test_a_search_is_confined_to_a_folder_or_a_pattern(tmp_path, kind, make_picture, within, names, request):
+def test_a_search_is_confined_to_a_folder_or_a_pattern(tmp_path, kind, make_image, within, names, request):
     for number, name in enumerate(["holiday/00.jpg", "holiday/sea/01.jpg", "day/02.png", "03.jpg"]):
         (tmp_path / "all" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "all" / name).write_bytes(make_picture(number))
+        (tmp_path / "all" / name).write_bytes(make_image(number))
     model = request.getfixturevalue(kind)
     dataset = open_dataset(str(tmp_path / "all"))
     report = search(model, dataset, Query(texts=("x",)), within=within, options=FRESH)
@@ -121,7 +121,7 @@ def test_token_wise_model_takes_no_index(photos, tiny_token_model, tmp_path):
         search(tiny_token_model, listed, Query(texts=("x",)), folder=tmp_path / "index", options=FRESH)
 
 
-def test_saved_index_gives_the_same_hits_and_tells_what_changed(photos, tiny_model, tmp_path, make_picture):
+def test_saved_index_gives_the_same_hits_and_tells_what_changed(photos, tiny_model, tmp_path, make_image):
     listed = open_dataset(str(photos))
     plain = search(tiny_model, listed, Query(texts=("a red bus",)), k=4, options=FRESH)
     folder = tmp_path / "index"
@@ -129,7 +129,7 @@ def test_saved_index_gives_the_same_hits_and_tells_what_changed(photos, tiny_mod
     assert [hit.path for hit in saved.hits] == [hit.path for hit in plain.hits]
     assert [hit.score for hit in saved.hits] == pytest.approx([hit.score for hit in plain.hits], abs=1e-5)
     assert saved.to_json()["num_added"] == 12
-    (photos / "12.jpg").write_bytes(make_picture(12))
+    (photos / "12.jpg").write_bytes(make_image(12))
     again = search(
         tiny_model, open_dataset(str(photos)), Query(image=photos / "12.jpg"), folder=folder, k=1, options=FRESH
     )
@@ -137,7 +137,7 @@ def test_saved_index_gives_the_same_hits_and_tells_what_changed(photos, tiny_mod
     assert (again.changes["num_added"], again.changes["num_encoded"]) == (1, 1)
 
 
-def test_saved_index_is_searched_without_its_pictures(photos, tiny_model, tmp_path):
+def test_saved_index_is_searched_without_its_images(photos, tiny_model, tmp_path):
     listed = open_dataset(str(photos))
     first = search(tiny_model, listed, Query(texts=("x",)), folder=tmp_path / "index", options=FRESH)
     alone = search(tiny_model, None, Query(texts=("x",)), folder=tmp_path / "index", options=FRESH)
@@ -146,14 +146,14 @@ def test_saved_index_is_searched_without_its_pictures(photos, tiny_model, tmp_pa
     assert alone.hits[0].read() == Path(alone.hits[0].path).read_bytes()
 
 
-def test_unreadable_pictures_are_counted(photos, tiny_model):
+def test_unreadable_images_are_counted(photos, tiny_model):
     (photos / "03.jpg").write_bytes(b"junk")
     report = search(tiny_model, open_dataset(str(photos)), Query(texts=("x",)), k=20, options=FRESH).to_json()
     assert len(report["hits"]) == report["num_indexed"] == 11
     assert report["num_skipped"] == 1
 
 
-def test_unreadable_query_picture_is_an_error(photos, tiny_model, tmp_path):
+def test_unreadable_query_image_is_an_error(photos, tiny_model, tmp_path):
     (tmp_path / "query.jpg").write_bytes(b"junk")
     with pytest.raises(EvaluateError, match="query.jpg"):
         search(tiny_model, open_dataset(str(photos)), Query(image=tmp_path / "query.jpg"), options=FRESH)

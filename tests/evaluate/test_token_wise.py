@@ -23,7 +23,7 @@ def make_tokens(seed: int = 0):
 
 
 def plain_scores(images, texts):
-    """Return how pictures score texts, and how texts score pictures, both (N, M)."""
+    """Return how images score texts, and how texts score images, both (N, M)."""
     rows = texts.tokens.split(texts.lengths.tolist())
     by_image = [[sum(max(float(p @ t) for t in row) for p in image) / len(image) for row in rows] for image in images]
     by_text = [[sum(max(float(p @ t) for p in image) for t in row) / len(row) for row in rows] for image in images]
@@ -33,11 +33,11 @@ def plain_scores(images, texts):
 @pytest.mark.parametrize("chunk", [2**24, 60])
 def test_ranks_are_those_of_plain_loops(monkeypatch, chunk):
     monkeypatch.setattr(token_wise, "_CHUNK_SIMILARITIES", chunk)
-    images, texts, owners = make_tokens()
+    images, texts, image_ids = make_tokens()
     by_image, by_text = plain_scores(images, texts)
-    ranks = token_wise_ranks(images, texts, owners)
-    assert torch.equal(ranks.image_to_text, ranks_in_rows(by_image, torch.arange(4), owners))
-    assert torch.equal(ranks.text_to_image, ranks_in_rows(by_text.T, owners, torch.arange(4)))
+    ranks = token_wise_ranks(images, texts, image_ids)
+    assert torch.equal(ranks.image_to_text, ranks_in_rows(by_image, torch.arange(4), image_ids))
+    assert torch.equal(ranks.text_to_image, ranks_in_rows(by_text.T, image_ids, torch.arange(4)))
 
 
 def test_selected_texts_keep_their_tokens():
@@ -54,9 +54,9 @@ def test_padding_is_marked():
     assert is_padding.sum(1).tolist() == [3, 0, 2]
 
 
-def test_features_are_unit_length_per_patch_and_token(tiny_token_model, make_picture):
-    pictures = MemoryDataset([make_picture(seed) for seed in range(3)])
-    found = encode_image_tokens(tiny_token_model, pictures, options=FRESH)
+def test_features_are_unit_length_per_patch_and_token(tiny_token_model, make_image):
+    images = MemoryDataset([make_image(seed) for seed in range(3)])
+    found = encode_image_tokens(tiny_token_model, images, options=FRESH)
     assert found.features.shape == (3, 4, 6)  # (N, P, Q)
     assert torch.allclose(found.features.norm(dim=-1), torch.ones(3, 4), atol=1e-5)
     captions = ["a cat", "three dogs in a row", "x"]
@@ -65,10 +65,10 @@ def test_features_are_unit_length_per_patch_and_token(tiny_token_model, make_pic
     assert torch.allclose(texts.tokens.norm(dim=-1), torch.ones(len(texts.tokens)), atol=1e-5)
 
 
-def test_cached_patches_are_the_same(tiny_token_model, make_picture):
-    pictures = MemoryDataset([make_picture(seed) for seed in range(3)])
+def test_cached_patches_are_the_same(tiny_token_model, make_image):
+    images = MemoryDataset([make_image(seed) for seed in range(3)])
     cached = FeatureOptions(threads=1, precision="fp32")
-    first = encode_image_tokens(tiny_token_model, pictures, options=cached)
-    again = encode_image_tokens(tiny_token_model, pictures, options=cached)
+    first = encode_image_tokens(tiny_token_model, images, options=cached)
+    again = encode_image_tokens(tiny_token_model, images, options=cached)
     assert torch.equal(first.features, again.features)
     assert first.features.shape == again.features.shape

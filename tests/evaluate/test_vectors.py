@@ -40,9 +40,9 @@ class Collection(MemoryDataset):
 
 
 @pytest.fixture
-def many(make_picture):
+def many(make_image):
     def make(count, start=0):
-        return {f"{number:03}.jpg": make_picture(number) for number in range(start, start + count)}
+        return {f"{number:03}.jpg": make_image(number) for number in range(start, start + count)}
 
     return make
 
@@ -99,12 +99,10 @@ def test_touched_and_renamed_images_are_read_but_not_encoded(update, many):
     assert found.rows.tolist() == [0, 1, 2, 3, 4]
 
 
-def test_only_new_contents_are_encoded(update, many, make_picture):
+def test_only_new_contents_are_encoded(update, many, make_image):
     contents = many(5)
     update(Collection(contents))
-    changed = Collection(
-        contents | {"001.jpg": make_picture(70), "new.jpg": make_picture(71), "copy.jpg": make_picture(3)}
-    )
+    changed = Collection(contents | {"001.jpg": make_image(70), "new.jpg": make_image(71), "copy.jpg": make_image(3)})
     found, num_encoded = update(changed)
     assert (num_encoded, changed.num_read, found.num_changed) == (2, 3, 1)
     assert found.rows.tolist() == [0, 5, 2, 3, 4, 6, 3]
@@ -119,7 +117,7 @@ def test_contents_that_are_no_images_are_not_read_again_but_failed_reads_are(upd
     again = Collection(contents)
     second, _ = update(again)
     assert found.rows.tolist() == second.rows.tolist() == [0, 1, 2, -1, -1]
-    assert found.skipped == second.skipped == {"not a picture": (1, "bad.jpg"), UNREAD: (1, "far.jpg")}
+    assert found.skipped == second.skipped == {"not an image": (1, "bad.jpg"), UNREAD: (1, "far.jpg")}
     assert again.num_read == 1
 
 
@@ -183,27 +181,27 @@ def change_facts(folder):
     "damage", [damage_database, damage_pages, damage_vectors, change_a_bit, lose_vectors, change_facts]
 )
 def test_a_damaged_store_is_made_anew_with_a_note(damage, many, tiny_model, tmp_path):
-    said = []
-    options = dataclasses.replace(OPTIONS, say=said.append)
+    given = []
+    options = dataclasses.replace(OPTIONS, log=given.append)
     dataset = Collection(many(6))
     first = image_features(tiny_model, dataset, options=options).features
     (database,) = tmp_path.rglob(DATABASE)
     damage(database.parent)
     assert torch.allclose(image_features(tiny_model, dataset, options=options).features, first, atol=1e-6)
-    assert len(said) == 1
-    assert "is damaged" in said[0]
+    assert len(given) == 1
+    assert "is damaged" in given[0]
     dataset.num_read = 0
     image_features(tiny_model, dataset, options=options)
     assert dataset.num_read == 0
 
 
 def test_a_store_that_cannot_be_used_is_done_without(many, tiny_model, tmp_path, monkeypatch):
-    said = []
+    given = []
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DECLIP_CACHE", str(tmp_path / "file"))
-    options = dataclasses.replace(OPTIONS, say=said.append)
+    options = dataclasses.replace(OPTIONS, log=given.append)
     assert len(image_features(tiny_model, Collection(many(3)), options=options).kept) == 3
-    assert "features are computed and not kept" in said[0]
+    assert "features are computed and not kept" in given[0]
 
 
 def test_writers_wait_for_each_other_but_not_for_ever(open_store, many, monkeypatch, update):
@@ -273,14 +271,14 @@ def paths_of(report):
     return sorted(hit.path for hit in report.hits)
 
 
-def test_a_saved_index_follows_the_images_and_says_what_changed(search, many, make_picture, tmp_path):
+def test_a_saved_index_follows_the_images_and_says_what_changed(search, many, make_image, tmp_path):
     assert search(Collection(many(10))).changes == {
         "num_added": 10, "num_changed": 0, "num_removed": 0, "num_encoded": 10
     }  # fmt: skip
     assert is_store(tmp_path / "index")
     contents = many(10)
     del contents["000.jpg"]
-    contents |= {"001.jpg": make_picture(50), "new.jpg": make_picture(51), "copy.jpg": make_picture(5)}
+    contents |= {"001.jpg": make_image(50), "new.jpg": make_image(51), "copy.jpg": make_image(5)}
     report = search(Collection(contents), k=20)
     assert report.changes == {"num_added": 2, "num_changed": 1, "num_removed": 1, "num_encoded": 2}
     assert paths_of(report) == sorted(contents)

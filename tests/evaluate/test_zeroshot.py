@@ -15,9 +15,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from declip_cli.config import ModelConfig
-from declip_cli.data.catalogue import open_dataset
+from declip_cli.data.catalog import open_dataset
 from declip_cli.data.dataset import Classes, Metric
-from declip_cli.data.image_views import evaluation_view
+from declip_cli.data.image_views import eval_transform
 from declip_cli.data.tokenizer import Tokenizer
 from declip_cli.errors import EvaluateError
 from declip_cli.evaluate.encoding import FeatureOptions
@@ -65,8 +65,8 @@ def test_predictions_of_a_trained_model_equal_those_of_open_clip(tmp_path: Path)
 
 
 def train_on(encoder: DualEncoder, dataset: MemoryDataset, *, num_steps: int) -> None:
-    """Fit pictures to their names with CLIP's loss."""
-    views = [evaluation_view(image, side_px=32, resize_px=32) for image in dataset.images]
+    """Fit images to their names with CLIP's loss."""
+    views = [eval_transform(image, side_px=32, resize_px=32) for image in dataset.images]
     images = torch.stack([torch.from_numpy(view) for view in views])
     names = [dataset.classes.names[label] for label in dataset.labels]
     tokens = Tokenizer(encoder.architecture.text.context_length).encode(names, pad_to_context=False)
@@ -84,16 +84,16 @@ def train_on(encoder: DualEncoder, dataset: MemoryDataset, *, num_steps: int) ->
 def assert_equal_to_open_clip(
     report: ZeroshotReport, folder: Path, dataset: MemoryDataset, templates: Sequence[str]
 ) -> None:
-    """Let OpenCLIP read weights, pictures and prompts by itself and compare predictions."""
+    """Let OpenCLIP read weights, images and prompts by itself and compare predictions."""
     name = f"local-dir:{folder}"
     peer, _, preprocess = open_clip.create_model_and_transforms(name)
     fills = [template.format for template in templates]
     classifier = open_clip.build_zero_shot_classifier(
         peer.eval(), open_clip.get_tokenizer(name), dataset.classes.names, fills
     )  # (D, C)
-    pictures = torch.stack([preprocess(open_on_white(image)) for image in dataset.images])
+    images = torch.stack([preprocess(open_on_white(image)) for image in dataset.images])
     with torch.no_grad():
-        scores, ranked = (peer.encode_image(pictures, normalize=True) @ classifier).topk(5)  # (N, 5)
+        scores, ranked = (peer.encode_image(images, normalize=True) @ classifier).topk(5)  # (N, 5)
     assert torch.equal(report.predictions.ranked, ranked)
     torch.testing.assert_close(report.predictions.scores, scores, atol=2e-6, rtol=1e-5)
     right = ranked[:, 0] == torch.tensor(dataset.labels)
@@ -121,9 +121,9 @@ def test_a_model_of_open_clip_predicts_here_what_it_predicts_there(tmp_path: Pat
 
 
 def open_on_white(data: bytes) -> Image.Image:
-    picture = Image.open(io.BytesIO(data)).convert("RGBA")
-    white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, picture).convert("RGB")
+    image = Image.open(io.BytesIO(data)).convert("RGBA")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image).convert("RGB")
 
 
 def test_report_has_the_fields_of_the_command(tiny_model: PretrainedModel):
@@ -151,9 +151,9 @@ def test_the_metric_of_the_set_decides_the_score(tiny_model: PretrainedModel):
 def test_prompts_that_are_too_long_are_counted(tiny_model: PretrainedModel):
     templates = ("{}", "a {} and one two three four five six seven eight nine ten eleven")
     report = zeroshot(tiny_model, demo_set(4, num_classes=6), templates=templates, options=FP32)
-    assert report.to_json()["num_prompts_cut"] == 6
+    assert report.to_json()["num_truncated_prompts"] == 6
     whole = zeroshot(tiny_model, demo_set(4, num_classes=6), templates=("{}",), options=FP32)
-    assert "num_prompts_cut" not in whole.to_json()
+    assert "num_truncated_prompts" not in whole.to_json()
 
 
 def test_top5_needs_five_classes(tiny_model: PretrainedModel):
@@ -170,7 +170,7 @@ def test_a_single_class_is_refused(tiny_model: PretrainedModel):
 
 def test_unreadable_images_are_omitted_and_reported(tiny_model: PretrainedModel):
     dataset = demo_set(3)
-    dataset.images.insert(1, b"no picture")
+    dataset.images.insert(1, b"no image")
     dataset.labels.insert(1, 3)
     dataset.keys = ["a", "broken", "b", "c"]
     report = zeroshot(tiny_model, dataset, options=FP32)
@@ -190,7 +190,7 @@ def test_token_wise_models_are_scored_token_by_token(tiny_token_model: Pretraine
         again = zeroshot(tiny_token_model, dataset, options=cached)
         assert torch.equal(first.predictions.ranked, again.predictions.ranked)
     classes = build_token_classifier(tiny_token_model, make_prompts(dataset.classes.names, "80"), options=FP32)
-    view = torch.from_numpy(evaluation_view(dataset.images[2], side_px=16, resize_px=18))
+    view = torch.from_numpy(eval_transform(dataset.images[2], side_px=16, resize_px=18))
     with torch.no_grad():
         scores = classes.score(tiny_token_model.encoder.encode_image_tokens(view[None]))
     torch.testing.assert_close(first.predictions.scores[2], scores[0].topk(5).values, atol=1e-6, rtol=1e-5)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from declip_cli.data.catalogue import open_dataset
+from declip_cli.data.catalog import open_dataset
 from declip_cli.data.dataset import Classes, Dataset
 from declip_cli.errors import DataError, EvaluateError
 from declip_cli.evaluate.during_training import make_evaluator
@@ -122,7 +122,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "pairs, one image": lambda: retrieved(PLAIN(), pairs(1)),
     "pairs, token-wise": lambda: retrieved(TOKEN_WISE(), pairs(9, junk=(2,))),
     "pairs, token-wise, one readable": lambda: retrieved(TOKEN_WISE(), pairs(3, junk=(0, 2))),
-    "images": lambda: image_features(PLAIN(), images(7, junk=(6,)), normalise=False, options=OPTIONS).features,
+    "images": lambda: image_features(PLAIN(), images(7, junk=(6,)), normalize=False, options=OPTIONS).features,
     "one text": lambda: text_features(PLAIN(), ["a cat"], options=OPTIONS),
     "none readable": lambda: message_of(
         lambda: image_features(PLAIN(), images(5, junk=(1, 3, 4), missing=(0, 2)), options=OPTIONS)

@@ -27,9 +27,9 @@ def fail_to_evaluate(self):
     return _SCORES(self)
 
 
-_SCORES = checkpoint.Keeper.scores
+_SCORES = checkpoint.Checkpointer.scores
 if os.environ.get("DECLIP_FAULT") == "evaluation":
-    checkpoint.Keeper.scores = fail_to_evaluate
+    checkpoint.Checkpointer.scores = fail_to_evaluate
 elif os.environ.get("DECLIP_FAULT"):
     loop.take_step = fail_at_step_3
 

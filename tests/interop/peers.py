@@ -1,4 +1,4 @@
-"""Small models of other projects with random weights, made by their own packages, and pictures for both sides."""
+"""Small models of other projects with random weights, made by their own packages, and images for both sides."""
 
 import io
 import json
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from declip_cli.data.image_views import evaluation_view
+from declip_cli.data.image_views import eval_transform
 from declip_cli.data.tokenizer import Tokenizer
 
 TEXTS = ["a red bus in the rain", "Two dogs.", "a"]
@@ -47,8 +47,8 @@ def open_clip_pixels(config, *, size, **fields):
     return open_clip.transform.image_transform_v2(cfg, is_train=False)
 
 
-def picture(seed=0, *, size=(57, 40)):
-    """Return a picture file that is not square, losslessly compressed."""
+def image_file(seed=0, *, size=(57, 40)):
+    """Return an image file that is not square, losslessly compressed."""
     few = torch.randint(0, 256, (5, 7, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     file = io.BytesIO()
     Image.fromarray(few.numpy()).resize(size, Image.Resampling.BICUBIC).save(file, "PNG")
@@ -69,10 +69,10 @@ def ids(length):
 
 
 def ours(model):
-    """Return the unit features of the picture and the texts, each prepared here from the file or the words."""
+    """Return the unit features of the image and the texts, each prepared here from the file or the words."""
     how = model.preprocessing
-    view = evaluation_view(
-        picture(),
+    view = eval_transform(
+        image_file(),
         side_px=how.image_side_px,
         resize_px=how.resize_px,
         interpolation=how.interpolation,

@@ -1,4 +1,4 @@
-"""Small models with random weights, and pictures in files, for comparisons with other projects."""
+"""Small models with random weights, and images in files, for comparisons with other projects."""
 
 import io
 
@@ -39,8 +39,8 @@ def model_of(vision=VIT, text=TEXT, *, side=32, embed_dim=12, method="clip", see
     )
 
 
-def picture_file(seed=0, *, width=300, height=260):
-    """Draw a smooth random picture, as the bytes of a JPEG file."""
+def image_file(seed=0, *, width=300, height=260):
+    """Draw a smooth random image, as the bytes of a JPEG file."""
     few = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(few).resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG")

@@ -17,14 +17,14 @@ from declip_cli.interop import export_onnx, export_open_clip
 from declip_cli.interop.export import export
 from declip_cli.interop.export_hugging_face import embed as embed_by_transformers
 from declip_cli.interop.model_card import Card
-from declip_cli.interop.pictures import Sample, demo_sample, embed, views_of
 from declip_cli.interop.read import load_model
 from declip_cli.interop.run_facts import read_run_facts
-from declip_cli.model.clip import unit
-from tests.interop.small_models import RESNET, TEXT, VIT, model_of, picture_file
+from declip_cli.interop.sample import Sample, demo_sample, embed, views_of
+from declip_cli.model.clip import normalize
+from tests.interop.small_models import RESNET, TEXT, VIT, image_file, model_of
 from tests.train.small_runs import run, small_config
 
-PICTURE = picture_file()
+PICTURE = image_file()
 NAMES = ["red heart", "guitar", "car", "dog", "flag", "clock", "smiling face", "house"]
 
 
@@ -48,7 +48,7 @@ def everywhere(request, tmp_path_factory):
     facts = read_run_facts(path or folder)
     reports = {}
     for to in ("openclip", "huggingface", "onnx"):
-        card = Card(name=f"small-{to}", licence="mit" if path else "", facts=facts)
+        card = Card(name=f"small-{to}", license="mit" if path else "", facts=facts)
         reports[to] = export(model, to, folder / to, card=card)
     return model, {to: report.out for to, report in reports.items()}, reports
 
@@ -69,11 +69,11 @@ def test_every_export_agrees_in_float32(everywhere):
 
 def test_zero_shot_predictions_are_identical_everywhere(everywhere):
     model, folders, _ = everywhere
-    sample = Sample(pictures=demo_sample().pictures, texts=[f"a picture of a {name}" for name in NAMES])
+    sample = Sample(images=demo_sample().images, texts=[f"an image of a {name}" for name in NAMES])
 
     def predictions(found):
         scores = found.images @ found.texts.T  # (N, C)
-        # Random weights give most pictures one class; what sets a picture apart from the others differs.
+        # Random weights give most images one class; what sets an image apart from the others differs.
         return scores.argmax(1).tolist(), (scores - scores.mean(0)).argmax(1).tolist()
 
     expected = predictions(embed(model, sample))
@@ -84,7 +84,7 @@ def test_zero_shot_predictions_are_identical_everywhere(everywhere):
     assert predictions(export_onnx.embed(folders["onnx"], sample)) == expected
 
 
-def test_graphs_take_any_number_of_pictures_and_any_length_of_texts(everywhere):
+def test_graphs_take_any_number_of_images_and_any_length_of_texts(everywhere):
     model, folders, _ = everywhere
     session = onnxruntime.InferenceSession(folders["onnx"] / "image_encoder.onnx")
     (pixels,), (embeds,) = session.get_inputs(), session.get_outputs()
@@ -101,14 +101,14 @@ def test_graphs_take_any_number_of_pictures_and_any_length_of_texts(everywhere):
     for texts, is_padded in ((["a"], False), (["a dog", "a very small house", "x"], True), ([""], False)):
         tokens = tokenizer.encode(texts, pad_to_context=is_padded)
         with torch.no_grad():
-            expected = unit(model.encoder.encode_text(tokens))
+            expected = normalize(model.encoder.encode_text(tokens))
         (found,) = session.run(["text_embeds"], {"input_ids": tokens.numpy()})
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def run_snippet(folder, monkeypatch, capsys, picture=PICTURE):
-    """Run the code of a card as a reader would, beside a picture; return the numbers that it prints."""
-    (folder / "picture.jpg").write_bytes(picture)
+def run_snippet(folder, monkeypatch, capsys, image=PICTURE):
+    """Run the code of a card as a reader would, beside an image; return the numbers that it prints."""
+    (folder / "picture.jpg").write_bytes(image)
     monkeypatch.chdir(folder)
     code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)[1]
     capsys.readouterr()
@@ -119,7 +119,7 @@ def run_snippet(folder, monkeypatch, capsys, picture=PICTURE):
 
 def test_the_code_of_each_card_runs_and_gives_what_the_model_gives_here(everywhere, monkeypatch, capsys):
     model, folders, _ = everywhere
-    sample = Sample(pictures=[Image.open(io.BytesIO(picture_file()))], texts=["a photo of a cat", "a photo of a dog"])
+    sample = Sample(images=[Image.open(io.BytesIO(image_file()))], texts=["a photo of a cat", "a photo of a dog"])
     found = embed(model, sample)
     cosines = found.images @ found.texts.T
     probabilities = (model.encoder.logit_scale.exp() * cosines).softmax(-1)
@@ -163,13 +163,13 @@ def test_a_model_that_compares_token_by_token_is_two_graphs_of_tokens(of_tokens,
     assert report.differences["max_abs_difference"] <= 1e-5
     text = onnxruntime.InferenceSession(out / "text_encoder.onnx")
     assert [output.name for output in text.get_outputs()] == ["text_token_embeds", "text_token_mask"]
-    picture = picture_file(width=285)  # 35 px, of which 3 are cut off
-    views = views_of([Image.open(io.BytesIO(picture))], model.preprocessing)
+    image = image_file(width=285)  # 35 px, of which 3 are cut off
+    views = views_of([Image.open(io.BytesIO(image))], model.preprocessing)
     tokens = Tokenizer(model.context_length).encode(["a photo of a cat", "a photo of a dog"])
     with torch.no_grad():
-        patches = unit(model.encoder.encode_image_tokens(views))[0]
+        patches = normalize(model.encoder.encode_image_tokens(views))[0]
         words, mask = model.encoder.encode_text_tokens(tokens)
     expected = [
-        float((patches @ unit(one)[is_word].T).amax(1).mean()) for one, is_word in zip(words, mask, strict=True)
+        float((patches @ normalize(one)[is_word].T).amax(1).mean()) for one, is_word in zip(words, mask, strict=True)
     ]
-    assert run_snippet(out, monkeypatch, capsys, picture) == pytest.approx(expected, abs=1e-5)
+    assert run_snippet(out, monkeypatch, capsys, image) == pytest.approx(expected, abs=1e-5)

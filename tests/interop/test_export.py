@@ -15,13 +15,13 @@ from declip_cli.interop import export_hugging_face, export_open_clip
 from declip_cli.interop.export import export
 from declip_cli.interop.export_hugging_face import is_cut_alike
 from declip_cli.interop.model_card import Card
-from declip_cli.interop.pictures import demo_sample, embed, view_of
 from declip_cli.interop.read import load_model
-from declip_cli.model.clip import unit
-from tests.interop.small_models import RESNET, SHAPES, TEXT, VIT, model_of, picture_file
+from declip_cli.interop.sample import demo_sample, embed, view_of
+from declip_cli.model.clip import normalize
+from tests.interop.small_models import RESNET, SHAPES, TEXT, VIT, image_file, model_of
 
 CARD = Card(name="test")
-FILES = [picture_file(number, width=width, height=height) for number, (width, height) in enumerate(SHAPES)]
+FILES = [image_file(number, width=width, height=height) for number, (width, height) in enumerate(SHAPES)]
 CAPTIONS = ["a red bus", "two dogs — on a beach", "naïve café", "word " * 40]
 
 
@@ -30,7 +30,7 @@ def features_of(model, texts):
     views = torch.stack([torch.from_numpy(view_of(file, model.preprocessing)) for file in FILES])
     tokens = Tokenizer(model.context_length).encode(texts)
     with torch.no_grad():
-        return unit(model.encoder.encode_image(views)), unit(model.encoder.encode_text(tokens))
+        return normalize(model.encoder.encode_image(views)), normalize(model.encoder.encode_text(tokens))
 
 
 def largest(one, another):
@@ -55,11 +55,11 @@ def test_openclips_own_transform_gives_the_pixels_that_ours_gives(tmp_path, side
     export_open_clip.write(model, tmp_path)
     peer, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path}")
-    for file, picture in zip(FILES, opened(), strict=True):
-        ours = model.encoder.normalise(torch.from_numpy(view_of(file, model.preprocessing))[None])[0]
-        torch.testing.assert_close(transform(picture), ours, rtol=0, atol=1e-6)
+    for file, image in zip(FILES, opened(), strict=True):
+        ours = model.encoder.normalize_images(torch.from_numpy(view_of(file, model.preprocessing))[None])[0]
+        torch.testing.assert_close(transform(image), ours, rtol=0, atol=1e-6)
     with torch.no_grad():
-        theirs = peer.eval().encode_image(torch.stack([transform(picture) for picture in opened()]), normalize=True)
+        theirs = peer.eval().encode_image(torch.stack([transform(image) for image in opened()]), normalize=True)
         texts = peer.encode_text(tokenizer(CAPTIONS), normalize=True)
     assert largest(features_of(model, CAPTIONS), (theirs, texts)) <= 1e-5
 
@@ -89,14 +89,14 @@ def test_transformers_computes_the_same_from_the_same_files(tmp_path, towers):
         exact = peer(**{**inputs, "pixel_values": by_pillow})
     images, texts = features_of(model, CAPTIONS)
     assert largest([texts], [exact.text_embeds]) <= 1e-5
-    alike = [is_cut_alike(picture.size, model.preprocessing) for picture in opened()]
+    alike = [is_cut_alike(image.size, model.preprocessing) for image in opened()]
     assert sorted(alike) == [False, False, True, True, True]
     assert largest([images[alike]], [exact.image_embeds[alike]]) <= 1e-5
-    for picture, file, pixels, is_alike in zip(opened(), FILES, by_pillow, alike, strict=True):
+    for image, file, pixels, is_alike in zip(opened(), FILES, by_pillow, alike, strict=True):
         if not is_alike:  # transformers has cut one pixel further to the left, or higher
             view = torch.from_numpy(view_of(file, model.preprocessing))[None]
-            axis = 2 if picture.width > picture.height else 1
-            ours = model.encoder.normalise(view)[0].narrow(axis, 0, 63)
+            axis = 2 if image.width > image.height else 1
+            ours = model.encoder.normalize_images(view)[0].narrow(axis, 0, 63)
             torch.testing.assert_close(pixels.narrow(axis, 1, 63), ours, rtol=0, atol=1e-6)
     # The default processor resizes by torchvision, whose rounding differs: at most one level of 255.
     levels = (inputs.pixel_values - by_pillow).abs() * torch.tensor(model.preprocessing.std)[:, None, None] * 255

@@ -11,8 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import declip_cli
-from declip_cli.data.catalogue import open_dataset
-from declip_cli.data.image_views import evaluation_view
+from declip_cli.data.catalog import open_dataset
+from declip_cli.data.image_views import eval_transform
 from declip_cli.errors import ModelError
 from declip_cli.evaluate.encoding import FeatureOptions
 from declip_cli.evaluate.linear_probe import _encoder
@@ -44,9 +44,9 @@ def test_a_folder_gives_the_features_that_open_clip_computes_from_the_same_file(
     other_peers.write_folder(tmp_path, KINDS[kind]())
     model = load_model(tmp_path)
     peer, transform, tokenizer = opened_there(tmp_path)
-    view = torch.from_numpy(evaluation_view(peers.picture(), **model.preprocessing.view_options()))
+    view = torch.from_numpy(eval_transform(peers.image_file(), **model.preprocessing.transform_options()))
     with torch.no_grad():
-        expected_image = peer.encode_image(transform(peers.pillow(peers.picture()))[None], normalize=True)
+        expected_image = peer.encode_image(transform(peers.pillow(peers.image_file()))[None], normalize=True)
         expected_texts = peer.encode_text(tokenizer(peers.TEXTS), normalize=True)
         image = F.normalize(model.encoder.encode_image(view[None]), dim=-1)
     texts = text_features(model, peers.TEXTS, options=OPTIONS)
@@ -54,17 +54,17 @@ def test_a_folder_gives_the_features_that_open_clip_computes_from_the_same_file(
     assert float((texts - expected_texts).abs().max()) <= 1e-5
 
 
-def picture_folder(path, classes=("bus", "cat", "dog"), each=6):
+def image_folder(path, classes=("bus", "cat", "dog"), each=6):
     for number, name in enumerate(classes):
         (path / name).mkdir(parents=True)
         for one in range(each):
-            (path / name / f"{one}.png").write_bytes(peers.picture(100 * number + one, size=(50 + 7 * one, 44)))
+            (path / name / f"{one}.png").write_bytes(peers.image_file(100 * number + one, size=(50 + 7 * one, 44)))
     return path
 
 
 def test_zero_shot_predictions_are_those_of_open_clip(tmp_path):
     other_peers.write_folder(tmp_path / "model", other_peers.siglip_config())
-    folder = picture_folder(tmp_path / "pictures")
+    folder = image_folder(tmp_path / "pictures")
     template = "a photo of the {}"
     model = load_model(tmp_path / "model")
     found = zeroshot(model, open_dataset(str(folder)), templates=[template], options=OPTIONS).predictions
@@ -72,8 +72,8 @@ def test_zero_shot_predictions_are_those_of_open_clip(tmp_path):
     files = sorted(folder.rglob("*.png"))
     with torch.no_grad():
         texts = peer.encode_text(tokenizer([template.format(name) for name in ("bus", "cat", "dog")]), normalize=True)
-        pictures = torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
-        cosines = peer.encode_image(pictures, normalize=True) @ texts.T
+        views = torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
+        cosines = peer.encode_image(views, normalize=True) @ texts.T
     assert [str(key).rsplit("/", 2)[-2:] for key in found.keys] == [[f.parent.name, f.name] for f in files]
     assert found.ranked.tolist() == cosines.argsort(dim=1, descending=True).tolist()
     assert torch.allclose(found.scores, cosines.sort(dim=1, descending=True).values, atol=1e-5)
@@ -104,15 +104,15 @@ def test_texts_longer_than_the_context_are_counted(tmp_path):
     other_peers.write_folder(tmp_path, other_peers.siglip_config())
     model = load_model(tmp_path)
     texts = ["a red bus", " ".join(["dog"] * 15), " ".join(["dog"] * 16)]
-    assert model.tokenizer.count_cut(texts) == 1  # with the end, 15 words fill 16 places
+    assert model.tokenizer.count_truncated(texts) == 1  # with the end, 15 words fill 16 places
 
 
 def test_a_notebook_uses_such_a_model_as_any_other(tmp_path):
     other_peers.write_folder(tmp_path, other_peers.siglip_config())
     model, preprocess, tokenizer = declip_cli.load(tmp_path)
     peer, transform, their_tokenizer = opened_there(tmp_path)
-    picture = peers.pillow(peers.picture())
-    assert float((preprocess(picture) - transform(picture)).abs().max()) <= 1e-6
+    opened = peers.pillow(peers.image_file())
+    assert float((preprocess(opened) - transform(opened)).abs().max()) <= 1e-6
     assert torch.equal(tokenizer(peers.TEXTS), their_tokenizer(peers.TEXTS))
     assert torch.equal(tokenizer("A red bus."), their_tokenizer("A red bus."))
     assert model.logit_scale.item() == peer.logit_scale.item()
@@ -189,7 +189,7 @@ def test_no_code_beside_the_tokenizer_is_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_model_whose_tokenizer_is_missing_still_encodes_pictures(tmp_path):
+def test_a_model_whose_tokenizer_is_missing_still_encodes_images(tmp_path):
     other_peers.write_folder(tmp_path, other_peers.siglip_config())
     for path in tmp_path.glob("tokenizer*"):
         path.unlink()
@@ -210,15 +210,15 @@ def test_another_tokenizer_is_another_model(tmp_path):
 def test_a_folder_of_hugging_face_s_siglip_gives_its_features(tmp_path):
     peer, processor = other_peers.write_siglip(tmp_path)
     model = load_model(tmp_path)
-    picture = peers.pillow(peers.picture())
+    opened = peers.pillow(peers.image_file())
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     options = {"padding": "max_length", "max_length": 16, "truncation": True, "return_tensors": "pt"}
     with torch.no_grad():
         out = peer(
-            pixel_values=processor(picture, return_tensors="pt").pixel_values,
+            pixel_values=processor(opened, return_tensors="pt").pixel_values,
             input_ids=tokenizer(peers.TEXTS, **options).input_ids,
         )
-        view = torch.from_numpy(evaluation_view(peers.picture(), **model.preprocessing.view_options()))
+        view = torch.from_numpy(eval_transform(peers.image_file(), **model.preprocessing.transform_options()))
         image = F.normalize(model.encoder.encode_image(view[None]), dim=-1)
     texts = text_features(model, peers.TEXTS, options=OPTIONS)
     assert float((image - out.image_embeds).abs().max()) <= 1e-5

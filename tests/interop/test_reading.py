@@ -1,4 +1,4 @@
-"""Checkpoints of other projects give here the features that they give there, from the same picture file."""
+"""Checkpoints of other projects give here the features that they give there, from the same image file."""
 
 import argparse
 import json
@@ -27,7 +27,7 @@ TOLERANCE = 1e-5
 
 def open_clip_features(peer, transform, length=20):
     with torch.no_grad():
-        image = peer.encode_image(transform(peers.pillow(peers.picture()))[None])
+        image = peer.encode_image(transform(peers.pillow(peers.image_file()))[None])
         return image, peer.encode_text(peers.ids(length))
 
 
@@ -53,7 +53,7 @@ def test_a_folder_of_open_clip_gives_its_features(tmp_path, kind, quick_gelu, ho
     config = peers.open_clip_config(kind, quick_gelu=quick_gelu)
     peer, side = peers.open_clip_model(config), config["vision_cfg"]["image_size"]
     path, notes = write_open_clip(peer, config, tmp_path, how=how, **pixels), []
-    model = load_model(path, say=notes.append)
+    model = load_model(path, log=notes.append)
     transform = peers.open_clip_pixels(config, size=side, **pixels)
     assert peers.largest_difference(model, *open_clip_features(peer, transform)) <= TOLERANCE
     assert (model.arch, model.method, notes) == ("open_clip", "clip", [])
@@ -91,16 +91,16 @@ def test_what_a_file_of_open_clip_s_trainer_does_not_say_is_assumed_aloud_or_tol
         "std=0.25,0.5,1",
         "interpolation=bilinear",
     ]
-    model = load_model(path, said=parse_assumptions(words), say=notes.append)
+    model = load_model(path, given=parse_assumptions(words), log=notes.append)
     assert notes == []
     pixels = {"mean": (0.5,) * 3, "std": (0.25, 0.5, 1.0), "interpolation": "bilinear", "resize_mode": "shortest"}
     transform = peers.open_clip_pixels(config, size=32, **pixels)
     assert peers.largest_difference(model, *open_clip_features(peer, transform)) <= TOLERANCE
-    load_model(path, say=notes.append)
-    said = [
+    load_model(path, log=notes.append)
+    given = [
         next(key for key in ("activation", "heads", "mean", "interpolation") if f"--assume {key}=" in n) for n in notes
     ]
-    assert said == ["mean", "interpolation", "activation", "heads"]
+    assert given == ["mean", "interpolation", "activation", "heads"]
     other = load_model(path)
     assert other.fingerprint != model.fingerprint
 
@@ -111,7 +111,7 @@ def test_a_run_of_open_clip_s_trainer_is_read_as_the_model_that_it_is_named_afte
     name = "2026_01_02-10_20_30-model_ViT-B-32-quickgelu-lr_0.001-b_64-j_4-p_amp"
     torch.save({"name": name, "state_dict": peer.state_dict()}, tmp_path / "epoch_1.pt")
     notes = []
-    model = load_model(tmp_path / "epoch_1.pt", said={"heads": 3, "text_heads": 2}, say=notes.append)
+    model = load_model(tmp_path / "epoch_1.pt", given={"heads": 3, "text_heads": 2}, log=notes.append)
     assert model.encoder.architecture.text.quick_gelu
     assert not [note for note in notes if "activation" in note]
 
@@ -129,7 +129,7 @@ def test_an_archive_of_openai_gives_the_features_of_its_weights(tmp_path):
         traced.save(tmp_path / "ViT.pt")
     peer.float()
     notes = []
-    model = load_model(tmp_path / "ViT.pt", say=notes.append)
+    model = load_model(tmp_path / "ViT.pt", log=notes.append)
     pixels = {"mean": OPENAI_MEAN, "std": OPENAI_STD, "interpolation": "bicubic", "resize_mode": "shortest"}
     transform = peers.open_clip_pixels(config, size=32, **pixels)
     assert peers.largest_difference(model, *open_clip_features(peer, transform)) <= TOLERANCE
@@ -170,13 +170,13 @@ def hugging_face_features(peer, pixel_values):
 
 
 def hugging_face_folder(peer, path, **options):
-    """Write the model and an exact (Pillow) processor; return what the processor makes of the picture."""
+    """Write the model and an exact (Pillow) processor; return what the processor makes of the image."""
     processor = transformers.CLIPImageProcessorPil(**options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         peer.save_pretrained(path)
     processor.save_pretrained(path)
-    return processor(peers.pillow(peers.picture()), return_tensors="pt")["pixel_values"]
+    return processor(peers.pillow(peers.image_file()), return_tensors="pt")["pixel_values"]
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
@@ -197,7 +197,7 @@ def hugging_face_folder(peer, path, **options):
 def test_a_folder_of_hugging_face_gives_its_features(tmp_path, activation, pixels):
     peer = hugging_face_model(text={"hidden_act": activation, "layer_norm_eps": 1e-4}, vision={"hidden_act": "gelu"})
     pixel_values, notes = hugging_face_folder(peer, tmp_path, **pixels), []
-    model = load_model(tmp_path, say=notes.append)
+    model = load_model(tmp_path, log=notes.append)
     assert peers.largest_difference(model, *hugging_face_features(peer, pixel_values)) <= TOLERANCE
     assert (model.arch, notes) == ("huggingface", [])
 
@@ -281,7 +281,7 @@ def test_another_kind_of_model_is_refused_with_the_reason(tmp_path):
 def slip_checkpoint(path, *, width, heads, method="SLIP", has_text=True):
     """Write a checkpoint in SLIP's layout: an image tower of timm's, the text tower of OpenAI's CLIP.
 
-    Returns the functions that its model is: pictures (B, 3, S, S) and tokens (B, L) → features.
+    Returns the functions that its model is: images (B, 3, S, S) and tokens (B, L) → features.
     """
     torch.manual_seed(0)
     visual = peers.shake(
@@ -305,15 +305,15 @@ def slip_checkpoint(path, *, width, heads, method="SLIP", has_text=True):
     return lambda pixels: visual(pixels) @ projection, peer.encode_text
 
 
-@pytest.mark.parametrize(("width", "heads", "said"), [(384, 12, {}), (48, 3, {"heads": 3})])
+@pytest.mark.parametrize(("width", "heads", "given"), [(384, 12, {}), (48, 3, {"heads": 3})])
 @pytest.mark.parametrize("method", ["SLIP", "CLIP"])
-def test_a_checkpoint_of_slip_gives_its_features(tmp_path, width, heads, said, method):
+def test_a_checkpoint_of_slip_gives_its_features(tmp_path, width, heads, given, method):
     encode_image, encode_text = slip_checkpoint(tmp_path / "slip.pt", width=width, heads=heads, method=method)
-    model = load_model(tmp_path / "slip.pt", said=said)
+    model = load_model(tmp_path / "slip.pt", given=given)
     steps = [transforms.Resize(32), transforms.CenterCrop(32), transforms.ToTensor()]
     transform = transforms.Compose([*steps, transforms.Normalize(IMAGE_MEAN, IMAGE_STD)])
     with torch.no_grad():
-        features = encode_image(transform(peers.pillow(peers.picture()))[None]), encode_text(peers.ids(20))
+        features = encode_image(transform(peers.pillow(peers.image_file()))[None]), encode_text(peers.ids(20))
     assert peers.largest_difference(model, *features) <= TOLERANCE
     assert (model.arch, model.method) == ("slip", method.lower())
 
@@ -376,7 +376,7 @@ def write_slip(path):
 )
 def test_what_is_read_can_be_kept_in_a_folder_of_ours_and_is_the_same_there(tmp_path, write, is_open_clip):
     path = write(tmp_path) or tmp_path
-    first = load_model(path, said={"interpolation": "bicubic"})
+    first = load_model(path, given={"interpolation": "bicubic"})
     config = ModelConfig(arch="kept")
     ours = tmp_path / "ours"
     save_model(first.encoder, ours, config=config, method=first.method, preprocessing=first.preprocessing)

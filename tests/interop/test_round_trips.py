@@ -7,8 +7,8 @@ import torch
 
 from declip_cli.interop.export import export
 from declip_cli.interop.model_card import Card
-from declip_cli.interop.pictures import demo_sample, embed
 from declip_cli.interop.read import load_model
+from declip_cli.interop.sample import demo_sample, embed
 from tests.interop.small_models import RESNET, TEXT, VIT, model_of
 
 GELU = {"vision": dataclasses.replace(VIT, quick_gelu=False), "text": dataclasses.replace(TEXT, quick_gelu=False)}
@@ -29,9 +29,9 @@ def test_a_model_survives_the_journey(name, tmp_path):
     model, sample = model_of(**words), demo_sample()
     expected, found = embed(model, sample), model
     for number, to in enumerate(journey):
-        said = {"crop": "round"} if to == "openclip" and found.preprocessing.crop_at == "floor" else {}
-        if said:  # transformers' cut, which OpenCLIP has not
-            found = load_model(tmp_path / str(number - 1), said=said)
+        given = {"crop": "round"} if to == "openclip" and found.preprocessing.crop_at == "floor" else {}
+        if given:  # transformers' cut, which OpenCLIP has not
+            found = load_model(tmp_path / str(number - 1), given=given)
         export(found, to, tmp_path / str(number), card=Card(name="there"))
         found = load_model(tmp_path / str(number))
     assert found.encoder.architecture == model.encoder.architecture

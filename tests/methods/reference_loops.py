@@ -66,9 +66,9 @@ def linear(vector, weights, name):
 
 def batch_norm(vectors, weights, name):
     """Mean 0 and variance 1 over the batch, then weight and bias."""
-    centre = mean(vectors)
-    variance = mean([(vector - centre) ** 2 for vector in vectors])
-    normed = [(vector - centre) / (variance + 1e-5).sqrt() for vector in vectors]
+    center = mean(vectors)
+    variance = mean([(vector - center) ** 2 for vector in vectors])
+    normed = [(vector - center) / (variance + 1e-5).sqrt() for vector in vectors]
     return [vector * weights[f"{name}.weight"] + weights[f"{name}.bias"] for vector in normed]
 
 
@@ -118,8 +118,8 @@ def words(features, captions, earlier, head):
                 shares[word] = shares.get(word, 0.0) + 1 / size
     losses = []
     for feature, caption in zip(features, captions, strict=True):
-        centred = feature - feature.mean()
-        normed = centred / (centred.square().mean() + 1e-5).sqrt() * head["norm.weight"] + head["norm.bias"]
+        centered = feature - feature.mean()
+        normed = centered / (centered.square().mean() + 1e-5).sqrt() * head["norm.weight"] + head["norm.bias"]
         logits = {word: head["linear.weight"][word] @ normed + head["linear.bias"][word] for word in shares}
         log_total = torch.logsumexp(torch.stack(list(logits.values())), 0)
         rarity = {w: math.log((len(earlier) + 1 / size) / (shares[w] + 1 / size)) for w in caption if w in shares}
@@ -158,21 +158,21 @@ def mlm(sums, counts):
     return sum(sums) / max(1, sum(int(count) for count in counts))
 
 
-def nearest(query, rows, number=None, row_numbers=None):
+def nearest(query, rows, number=None, row_pairs=None):
     """The row of the largest cosine; rows of the query's own pair do not take part if there is another."""
-    allowed = [k for k in range(len(rows)) if number is None or row_numbers[k] != number]
+    allowed = [k for k in range(len(rows)) if number is None or row_pairs[k] != number]
     allowed = allowed or [0]
     return rows[max(allowed, key=lambda k: float(query @ rows[k]))]
 
 
-def nn(images, texts, rows, scale, *, is_symmetric, numbers=None, row_numbers=None, captions=None):
+def nn(images, texts, rows, scale, *, is_symmetric, pair_indices=None, row_pairs=None, captions=None):
     """(B, V, D), (B, T, D), (R, D): each image with the nearest earlier text of each of its texts."""
     losses = []
     for t in range(texts.shape[1]):
         found = []
         for i in range(len(texts)):
-            number = None if numbers is None else int(numbers[i])
-            found.append(nearest(unit(texts[i, t]).detach(), rows, number, row_numbers))
+            number = None if pair_indices is None else int(pair_indices[i])
+            found.append(nearest(unit(texts[i, t]).detach(), rows, number, row_pairs))
         for v in range(images.shape[1]):
             there = one_way(images[:, v], found, scale, captions=captions)
             back = one_way(found, images[:, v], scale, captions=captions)

@@ -93,9 +93,9 @@ def draw(num=4, *, seed=0):
         "image_tokens": torch.randn(num, 3, 6, generator=generator),
         "text_tokens": torch.randn(num, 7, 6, generator=generator),
         "text_token_mask": torch.arange(7) < lengths[:, None],
-        "mask_losses": counts * (5 + torch.rand(num, generator=generator)),
-        "mask_counts": counts.float(),
-        "numbers": torch.arange(num) * 3 + 100,
+        "mlm_losses": counts * (5 + torch.rand(num, generator=generator)),
+        "mlm_counts": counts.float(),
+        "pair_indices": torch.arange(num) * 3 + 100,
         "text_features": torch.randn(num, 2, 10, generator=generator),
         "word_losses": 4 + torch.rand(num, generator=generator),
         "words": torch.arange(num * 7).view(num, 7) % 11,
@@ -116,8 +116,8 @@ def batch_of(method, num=5):
     for pair in range(num - 1):
         labels[pair, 1 : 2 + pair % 3] = torch.arange(1 + pair % 3) + 17 * pair
     images = torch.randint(0, 256, (num, num_images, 16, 16, 3), dtype=torch.uint8, generator=generator)
-    numbers, ids = torch.arange(num) * 3 + 100, caption_ids(num)
-    return Batch(images=images, tokens=tokens, mask_labels=labels, numbers=numbers, caption_ids=ids)
+    pair_indices, ids = torch.arange(num) * 3 + 100, caption_ids(num)
+    return Batch(images=images, tokens=tokens, mlm_labels=labels, pair_indices=pair_indices, caption_ids=ids)
 
 
 def caption_ids(num):
@@ -130,7 +130,7 @@ def earlier_texts(fields, *, seed=9):
     texts = F.normalize(fields["texts"].flatten(0, 1), dim=1)
     noise = 0.1 * torch.randn(2, *texts.shape, generator=torch.Generator().manual_seed(seed))
     rows = F.normalize(torch.cat([texts + noise[0], texts + 2 * noise[1]]), dim=1)
-    own = fields["numbers"].repeat_interleave(2)
+    own = fields["pair_indices"].repeat_interleave(2)
     return rows[:QUEUE_SIZE], torch.cat([own, own + 1])[:QUEUE_SIZE]
 
 
@@ -160,7 +160,7 @@ def rank_job(name, options, fields):
     found |= {f"gradient/{key}": gradients[key] for key in fields if key in gradients}
     if hasattr(method, "queue"):
         method.update_queue(Embeddings(**fields), GOOD)
-        found |= {"rows": method.queue.rows, "numbers": method.queue.numbers}
+        found |= {"rows": method.queue.rows, "pair_indices": method.queue.pair_indices}
     return found
 
 

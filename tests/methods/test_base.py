@@ -32,7 +32,7 @@ def batch(method, *, num=5):
     labels = torch.full((num, length), -100)
     labels[:, 3] = tokens[:, 0, 3]
     images = torch.randint(0, 256, (num, len(views.images), 32, 32, 3), dtype=torch.uint8, generator=generator)
-    return Batch(images=images, tokens=tokens, mask_labels=labels, numbers=torch.arange(num) + 40)
+    return Batch(images=images, tokens=tokens, mlm_labels=labels, pair_indices=torch.arange(num) + 40)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -102,12 +102,12 @@ def test_shapes_of_the_embeddings(name):
     assert embeddings.texts.shape == (5, 1 if is_rocket else texts, width)
     assert embeddings.image_features.shape == ((5, 2, feature_dims[0]) if has_strong_views else (5, 0))
     assert embeddings.text_features.shape == ((5, 2, feature_dims[1]) if is_rocket else (5, 0))
-    assert embeddings.mask_losses.shape == embeddings.mask_counts.shape == ((5,) if is_declip else (5, 0))
+    assert embeddings.mlm_losses.shape == embeddings.mlm_counts.shape == ((5,) if is_declip else (5, 0))
     num_patches = (32 // method.encoder.visual.patch_side_px) ** 2
     assert embeddings.image_tokens.shape == ((5, num_patches, 256) if is_token_wise else (5, 0))
     assert embeddings.text_tokens.shape == ((5, 9, 256) if is_token_wise else (5, 0))
     assert embeddings.text_token_mask.shape == ((5, 9) if is_token_wise else (5, 0))
-    assert embeddings.numbers.tolist() == [40, 41, 42, 43, 44]
+    assert embeddings.pair_indices.tolist() == [40, 41, 42, 43, 44]
 
 
 def test_a_text_counts_up_to_its_first_end_though_0_is_also_an_exclamation_mark():
@@ -135,4 +135,4 @@ def test_the_queue_holds_augmented_texts_first_with_the_numbers_of_their_pairs()
     method.update_queue(embeddings, GOOD)
     texts = torch.nn.functional.normalize(embeddings.texts.detach(), dim=2)
     torch.testing.assert_close(method.queue.rows[:10], torch.cat([texts[:, 1], texts[:, 0]]))
-    assert method.queue.numbers.tolist() == [40, 41, 42, 43, 44] * 2 + [-1] * 6
+    assert method.queue.pair_indices.tolist() == [40, 41, 42, 43, 44] * 2 + [-1] * 6

@@ -44,10 +44,10 @@ def test_every_method_contrasts_by_the_sigmoid_of_siglip(name, views):
     assert gradients["encoder.logit_scale"].item() == pytest.approx((scale * scale.grad).item(), rel=1e-4)
 
 
-def test_neighbours_are_contrasted_by_the_sigmoid_too():
+def test_neighbors_are_contrasted_by_the_sigmoid_too():
     method, fields = build("declip", weights=only("declip", nn=1.0), nn_exclude_own=False, **SIGMOID), draw()
-    rows, numbers = earlier_texts(fields)
-    method.queue.push(rows, numbers, GOOD)
+    rows, pair_indices = earlier_texts(fields)
+    method.queue.push(rows, pair_indices, GOOD)
     terms, _, _ = score(method, fields)
     images, texts = fields["images"].double(), fields["texts"].double()
     found = [[nearest(unit(text), list(rows.double())) for text in views] for views in texts]

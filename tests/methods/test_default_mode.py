@@ -37,7 +37,7 @@ WEIGHTS = {
     "defilip": {"clip": 0.4, "simsiam": 0.2, "mlm": 0.2, "nn": 0.2, "filip": 0.2},
     "rocket": {"clip": 1 / 3, "strong": 2 / 3},
 }
-NEIGHBOURS_ONLY = only("declip", nn=1.0)
+NEIGHBORS_ONLY = only("declip", nn=1.0)
 CASES = [
     ("clip", {}),
     ("clip", {"label_smoothing": 0.1}),
@@ -59,12 +59,12 @@ CASES = [
     ("declip", {"weights": only("declip", clip=1.0)}),
     ("declip", {"weights": only("declip", simsiam=1.0)}),
     ("declip", {"weights": only("declip", mlm=1.0)}),
-    ("declip", {"weights": NEIGHBOURS_ONLY, "nn_symmetric": False, "nn_exclude_own": False}),
-    ("declip", {"weights": NEIGHBOURS_ONLY, "nn_symmetric": False, "nn_exclude_own": True}),
-    ("declip", {"weights": NEIGHBOURS_ONLY, "nn_symmetric": True, "nn_exclude_own": False}),
-    ("declip", {"weights": NEIGHBOURS_ONLY, "nn_symmetric": True, "nn_exclude_own": True}),
-    ("declip", {"weights": NEIGHBOURS_ONLY, "queue_start": "random", "nn_exclude_own": False}),
-    ("declip", {"weights": NEIGHBOURS_ONLY, "queue_start": "random", "nn_exclude_own": True}),
+    ("declip", {"weights": NEIGHBORS_ONLY, "nn_symmetric": False, "nn_exclude_own": False}),
+    ("declip", {"weights": NEIGHBORS_ONLY, "nn_symmetric": False, "nn_exclude_own": True}),
+    ("declip", {"weights": NEIGHBORS_ONLY, "nn_symmetric": True, "nn_exclude_own": False}),
+    ("declip", {"weights": NEIGHBORS_ONLY, "nn_symmetric": True, "nn_exclude_own": True}),
+    ("declip", {"weights": NEIGHBORS_ONLY, "queue_start": "random", "nn_exclude_own": False}),
+    ("declip", {"weights": NEIGHBORS_ONLY, "queue_start": "random", "nn_exclude_own": True}),
     ("defilip", {}),
     ("defilip", {"pairs": 1, "token_wise_top_k": 2, "label_smoothing": 0.1}),
     ("defilip", {"nn_symmetric": False, "nn_exclude_own": True}),
@@ -111,14 +111,14 @@ def expected_terms(name, fields, parameters, *, queue, **options):
     if active.get("simsiam"):
         terms["simsiam"] = loops.simsiam(images, head["projector"], head["predictor"])
     if active.get("mlm"):
-        terms["mlm"] = loops.mlm(list(fields["mask_losses"]), fields["mask_counts"].tolist())
+        terms["mlm"] = loops.mlm(list(fields["mlm_losses"]), fields["mlm_counts"].tolist())
     if active.get("nn"):
         terms["nn"] = torch.zeros((), dtype=torch.float64)
         if queue is not None:
-            rows, row_numbers = list(queue[0].double()), queue[1].tolist()
-            numbers = fields["numbers"].tolist() if options.get("nn_exclude_own") else None
+            rows, row_pairs = list(queue[0].double()), queue[1].tolist()
+            pair_indices = fields["pair_indices"].tolist() if options.get("nn_exclude_own") else None
             symmetric = options.get("nn_symmetric", True)
-            options_of_nn = {"is_symmetric": symmetric, "numbers": numbers, "row_numbers": row_numbers}
+            options_of_nn = {"is_symmetric": symmetric, "pair_indices": pair_indices, "row_pairs": row_pairs}
             terms["nn"] = loops.nn(images, texts, rows, scale, **options_of_nn, captions=captions)
     if active.get("filip"):
         parts = fields["image_tokens"], fields["text_tokens"], fields["text_token_mask"]
@@ -166,10 +166,10 @@ def queue_of(method, fields, state="filled"):
     if not hasattr(method, "queue"):
         return None
     if state == "filled":
-        rows, numbers = earlier_texts(fields)
-        method.queue.push(rows[:13], numbers[:13], GOOD)
+        rows, pair_indices = earlier_texts(fields)
+        method.queue.push(rows[:13], pair_indices[:13], GOOD)
     num_filled = int(method.queue.num_filled)
-    return (method.queue.rows[:num_filled], method.queue.numbers[:num_filled]) if num_filled else None
+    return (method.queue.rows[:num_filled], method.queue.pair_indices[:num_filled]) if num_filled else None
 
 
 def check(name, fields, *, state="filled", **options):
@@ -202,10 +202,10 @@ def test_terms_and_gradients_equal_the_loops(name, options):
 
 
 @pytest.mark.parametrize("name", ["declip", "defilip"])
-def test_an_empty_queue_makes_the_neighbours_term_zero(name):
-    neighbours = {"weights": only(name, nn=1.0)}
-    assert check(name, draw(), state="empty", **neighbours)["nn"] == 0.0
-    assert check(name, draw(), state="empty", queue_start="random", **neighbours)["nn"] > 0.0
+def test_an_empty_queue_makes_the_neighbors_term_zero(name):
+    neighbors = {"weights": only(name, nn=1.0)}
+    assert check(name, draw(), state="empty", **neighbors)["nn"] == 0.0
+    assert check(name, draw(), state="empty", queue_start="random", **neighbors)["nn"] > 0.0
 
 
 def test_a_queue_that_starts_at_random_is_full_of_directions():
@@ -215,10 +215,10 @@ def test_a_queue_that_starts_at_random_is_full_of_directions():
     assert build("declip", queue_start="empty").queue.count() == 0
 
 
-def test_leaving_out_the_own_pair_changes_the_neighbours():
+def test_leaving_out_the_own_pair_changes_the_neighbors():
     fields = draw()
     values = [
-        check("declip", fields, weights=NEIGHBOURS_ONLY, nn_exclude_own=is_excluded)["nn"]
+        check("declip", fields, weights=NEIGHBORS_ONLY, nn_exclude_own=is_excluded)["nn"]
         for is_excluded in (False, True)
     ]
     assert abs(values[0] - values[1]) > 0.01
@@ -226,7 +226,7 @@ def test_leaving_out_the_own_pair_changes_the_neighbours():
 
 def test_a_batch_without_masked_tokens_has_a_masked_language_loss_of_zero():
     fields = draw()
-    fields["mask_losses"], fields["mask_counts"] = torch.zeros(4), torch.zeros(4)
+    fields["mlm_losses"], fields["mlm_counts"] = torch.zeros(4), torch.zeros(4)
     assert check("declip", fields)["mlm"] == 0.0
 
 
@@ -269,19 +269,19 @@ def encoded(method, batch, *, score_padding):
     if getattr(method, "simclr_head", None) is not None and method.config.name == "declip":
         features = [encoder.encode_image(batch.images[:, view], projected=False) for view in views]
         fields["image_features"] = torch.stack(features, 1)
-    if method.mask_head is not None:
-        weight, bias = method.mask_head.weight.double(), method.mask_head.bias.double()
+    if method.mlm_head is not None:
+        weight, bias = method.mlm_head.weight.double(), method.mlm_head.bias.double()
         states = encoder.text(first).double()
-        sums = [loops.masked_sum(*text, weight, bias) for text in zip(states, batch.mask_labels, strict=True)]
-        fields["mask_losses"] = torch.stack([total for total, _ in sums])
-        fields["mask_counts"] = torch.tensor([float(count) for _, count in sums])
+        sums = [loops.masked_sum(*text, weight, bias) for text in zip(states, batch.mlm_labels, strict=True)]
+        fields["mlm_losses"] = torch.stack([total for total, _ in sums])
+        fields["mlm_counts"] = torch.tensor([float(count) for _, count in sums])
     if encoder.token_wise is not None:
         fields["image_tokens"] = encoder.encode_image_tokens(batch.images[:, 0])
         fields["text_tokens"] = encoder.encode_text_tokens(first)[0]
         lengths = [9 if score_padding else tokens.index(END_ID) + 1 for tokens in first.tolist()]
         fields["text_token_mask"] = torch.arange(9) < torch.tensor(lengths)[:, None]
     fields = {key: value.double() if value.is_floating_point() else value for key, value in fields.items()}
-    return fields | {"numbers": batch.numbers, "caption_ids": batch.caption_ids}
+    return fields | {"pair_indices": batch.pair_indices, "caption_ids": batch.caption_ids}
 
 
 TOWER_CASES = [
@@ -322,7 +322,7 @@ def test_micro_batches_leave_out_own_captions_too():
         with torch.no_grad():
             method.update_queue(method.embed(batch), GOOD)
         result = forward_backward(method, batch, micro_batch_size=size, autocast=nullcontext)
-        assert result.embeddings.numbers.tolist() == batch.numbers.tolist()
+        assert result.embeddings.pair_indices.tolist() == batch.pair_indices.tolist()
         values[is_excluded, size] = result.terms.terms["nn"].item()
         gradients[is_excluded, size] = {key: p.grad for key, p in method.named_parameters() if p.grad is not None}
     assert values[True, 2] == pytest.approx(values[True, 0], rel=1e-5)
@@ -382,7 +382,10 @@ def test_without_padding_scored_the_padding_has_no_influence():
         batch = batch_of(method)
         other = F.pad(batch.tokens, (0, 2))
         padded = Batch(
-            images=batch.images, tokens=other, mask_labels=F.pad(batch.mask_labels, (0, 2)), numbers=batch.numbers
+            images=batch.images,
+            tokens=other,
+            mlm_labels=F.pad(batch.mlm_labels, (0, 2)),
+            pair_indices=batch.pair_indices,
         )
         totals = [method.objective(method.embed(each)).total.item() for each in (batch, padded)]
         assert (totals[0] == pytest.approx(totals[1], rel=1e-5)) != score_padding
@@ -434,8 +437,8 @@ def test_a_queue_takes_the_texts_of_all_ranks_or_of_its_own(ranks, scope):
         part = fields if scope == "global" else halves(fields)[rank]
         rows = [loops.unit(text) for view in (1, 0) for text in part["texts"][:, view]]  # augmented texts first
         torch.testing.assert_close(ranks[rank][job]["rows"][: len(rows)], torch.stack(rows))
-        numbers = part["numbers"].tolist() * 2
-        assert ranks[rank][job]["numbers"].tolist() == numbers + [-1] * (QUEUE_SIZE - len(numbers))
+        pair_indices = part["pair_indices"].tolist() * 2
+        assert ranks[rank][job]["pair_indices"].tolist() == pair_indices + [-1] * (QUEUE_SIZE - len(pair_indices))
 
 
 def test_a_global_queue_leaves_out_own_captions_that_another_rank_pushed():
@@ -443,7 +446,7 @@ def test_a_global_queue_leaves_out_own_captions_that_another_rank_pushed():
     method = build("declip", nn_exclude_own=True)
     method.update_queue(Embeddings(**fields), GOOD)  # as after a gather over ranks
     terms, _, _ = score(method, halves(fields)[1])
-    queue = (method.queue.rows[:12], method.queue.numbers[:12])
+    queue = (method.queue.rows[:12], method.queue.pair_indices[:12])
     expected = expected_terms(
         "declip",
         doubles(halves(fields)[1]),

@@ -56,12 +56,12 @@ def test_the_queue_after_the_step_equals_the_recording(name):
 def test_each_of_the_four_pairs_equals_the_recording(name):
     from declip_cli.distributed import Gathered
     from declip_cli.methods.terms import Contrast, contrastive_loss, own_ids
-    from declip_cli.model.clip import unit
+    from declip_cli.model.clip import normalize
 
     golden = load_golden(name)
     method = golden_method(golden, faithful=True)
     embeddings = method.embed(golden_batch(golden))
-    images, texts = unit(embeddings.images), unit(embeddings.texts)
+    images, texts = normalize(embeddings.images), normalize(embeddings.texts)
     contrast = Contrast(ids=own_ids(len(images), images.device), scale=method.exp_logit_scale())
     losses = [
         contrastive_loss(Gathered(images[:, [view]]), Gathered(texts[:, [text]]), contrast).item()

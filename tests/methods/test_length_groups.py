@@ -30,7 +30,7 @@ def batch_of(method):
         labels[pair, 1 : length - 1 : 2] = 17 + pair
     tokens[1, 0, 5] = END_ID  # as masking leaves it where special ids may stand in for others
     images = torch.randint(0, 256, (num, num_images, 16, 16, 3), dtype=torch.uint8, generator=generator)
-    return Batch(images=images, tokens=tokens, mask_labels=labels, numbers=torch.arange(num))
+    return Batch(images=images, tokens=tokens, mlm_labels=labels, pair_indices=torch.arange(num))
 
 
 def step(name, *, count_lengths, micro_batch_size=0, **options):
@@ -121,7 +121,7 @@ def test_lengths_count_up_to_the_last_token_whatever_stands_before_it():
 def test_counted_labels_stand_where_they_are_in_each_part_of_a_batch(size):
     batch = batch_of(build("declip"))
     for part, plain in zip(batch.counted().split(size), batch.split(size), strict=True):
-        assert part.mask_positions.tolist() == [
-            number for number, label in enumerate(plain.mask_labels.flatten().tolist()) if label != -100
+        assert part.mlm_positions.tolist() == [
+            number for number, label in enumerate(plain.mlm_labels.flatten().tolist()) if label != -100
         ]
-        assert int(part.mask_counts.sum()) == len(part.mask_positions)
+        assert int(part.mlm_counts.sum()) == len(part.mlm_positions)

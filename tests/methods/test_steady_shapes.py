@@ -26,11 +26,11 @@ def batch_of(lengths, masked=(), *, num_images=1, num_texts=1, side=1):
     for pair, places in enumerate(masked):
         labels[pair, list(places)] = 100 + pair
     images = torch.randint(0, 256, (num, num_images, side, side, 3), dtype=torch.uint8, generator=generator)
-    return Batch(images=images, tokens=tokens, mask_labels=labels, numbers=torch.arange(num)).counted()
+    return Batch(images=images, tokens=tokens, mlm_labels=labels, pair_indices=torch.arange(num)).counted()
 
 
 def shapes_of(batch):
-    return tuple(batch.tokens.shape), tuple(batch.mask_positions.shape), batch.text_groups and batch.text_groups.shapes
+    return tuple(batch.tokens.shape), tuple(batch.mlm_positions.shape), batch.text_groups and batch.text_groups.shapes
 
 
 @pytest.fixture
@@ -73,8 +73,8 @@ def test_a_position_keeps_its_token_where_texts_get_longer_and_minus_one_fills_u
     batch = batch_of([5, 3], [(1, 3), (2,)])
     fitted = SteadyShapes(context_length=77, is_grouped=False).fit(batch)
     assert fitted.tokens.shape == (2, 1, 8)
-    assert fitted.mask_labels.shape == (2, 8)
-    assert fitted.mask_positions.tolist() == [1, 3, 8 + 2] + [-1] * 13
+    assert fitted.mlm_labels.shape == (2, 8)
+    assert fitted.mlm_positions.tolist() == [1, 3, 8 + 2] + [-1] * 13
 
 
 @pytest.mark.parametrize(

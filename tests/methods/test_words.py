@@ -25,7 +25,7 @@ def text(*ids, length=8):
 def captions_of(batch):
     """Ids of the first captions as sets, hidden ones put back; what follows the first end is padding."""
     found = []
-    for ids, labels in zip(batch.tokens[:, 0].tolist(), batch.mask_labels.tolist(), strict=True):
+    for ids, labels in zip(batch.tokens[:, 0].tolist(), batch.mlm_labels.tolist(), strict=True):
         whole = [word if label == -100 else label for word, label in zip(ids, labels, strict=True)]
         found.append(set(whole[: whole.index(END_ID) + 1]))
     return found
@@ -36,10 +36,13 @@ def earlier_batches(method):
     shared = batch_of(method)
     moved = shared.tokens.clone()
     moved[:, :, 1] = torch.arange(900, 905)[:, None]
-    others = Batch(images=shared.images, tokens=moved, mask_labels=shared.mask_labels, numbers=shared.numbers)
+    others = Batch(images=shared.images, tokens=moved, mlm_labels=shared.mlm_labels, pair_indices=shared.pair_indices)
     rare = moved.clone()
     rare[:, :, 2:4] = torch.tensor([5, 7])
-    return [others, Batch(images=shared.images, tokens=rare, mask_labels=shared.mask_labels, numbers=shared.numbers)]
+    return [
+        others,
+        Batch(images=shared.images, tokens=rare, mlm_labels=shared.mlm_labels, pair_indices=shared.pair_indices),
+    ]
 
 
 @DEVICES

@@ -9,7 +9,7 @@ import torch
 
 from declip_cli.config import ModelConfig
 from declip_cli.errors import ConfigError, DeclipError, ModelError
-from declip_cli.model.architectures import find_architecture, name_of, settle_model
+from declip_cli.model.architectures import find_architecture, name_of, resolve_model
 from declip_cli.model.clip import DualEncoder
 from declip_cli.model.dims import describe_architecture, read_architecture
 from declip_cli.model.open_clip_layout import open_clip_config
@@ -95,7 +95,7 @@ def test_the_activation_is_the_architecture_s_unless_it_is_set():
     ):
         config = ModelConfig(arch=arch, quick_gelu=quick_gelu)
         found = find_architecture(config)
-        assert (found.vision.quick_gelu, found.text.quick_gelu, settle_model(config).quick_gelu) == (expected,) * 3
+        assert (found.vision.quick_gelu, found.text.quick_gelu, resolve_model(config).quick_gelu) == (expected,) * 3
 
 
 @pytest.mark.parametrize("name", ["ViT-X-1", "../ViT-B-32", ""])
@@ -104,8 +104,8 @@ def test_an_unknown_name_of_open_clip_is_an_error(name):
         find_architecture(ModelConfig(arch=f"open_clip:{name}"))
 
 
-def test_pictures_cannot_be_resized_to_less_than_the_image():
+def test_images_cannot_be_resized_to_less_than_the_image():
     for resize_px, mode in ((200, None), (256, "squash")):
         with pytest.raises(ConfigError, match="model.resize_px must be at least the image's side"):
             find_architecture(ModelConfig(resize_px=resize_px, resize_mode=mode))
-    assert settle_model(ModelConfig()).resize_px == 224
+    assert resolve_model(ModelConfig()).resize_px == 224

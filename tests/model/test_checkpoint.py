@@ -17,7 +17,7 @@ from declip_cli.files import digest_of
 from declip_cli.interop.read import load_model
 from declip_cli.model.architectures import find_architecture
 from declip_cli.model.checkpoint import find_newest_run, save_model
-from declip_cli.model.clip import IMAGE_MEAN, DualEncoder, unit
+from declip_cli.model.clip import IMAGE_MEAN, DualEncoder, normalize
 from tests.damage import damaged
 from tests.golden_files import golden_batch, golden_cases, golden_state, load_golden
 
@@ -34,7 +34,7 @@ def new_encoder(config, *, token_wise_dim=0, seed=0):
     return encoder
 
 
-def pictures(side):
+def random_images(side):
     return torch.randint(0, 256, (2, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
@@ -95,7 +95,7 @@ def test_token_wise_heads_are_saved_and_a_filip_model_is_compared_token_by_token
         assert model.token_wise == (method == "filip")
 
 
-def test_pictures_are_resized_to_the_side_of_the_image_unless_the_configuration_says_otherwise(tmp_path):
+def test_images_are_resized_to_the_side_of_the_image_unless_the_configuration_says_otherwise(tmp_path):
     for resize_px, expected in ((None, 224), (256, 256)):
         config = ModelConfig(arch="vit-tiny32", image_side_px=224, resize_px=resize_px)
         save_model(new_encoder(config), tmp_path, config=config, method="clip")
@@ -125,9 +125,9 @@ def test_open_clip_reads_the_folder_and_computes_the_same(tmp_path, base, quick_
     save_model(encoder, tmp_path / "model", config=config, method="defilip")
     peer, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'model'}")
     peer.eval()
-    images = pictures(encoder.architecture.image_side_px)
+    images = random_images(encoder.architecture.image_side_px)
     with torch.no_grad():
-        expected = peer.encode_image(encoder.normalise(images))
+        expected = peer.encode_image(encoder.normalize_images(images))
         torch.testing.assert_close(encoder.encode_image(images), expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(encoder.encode_text(TOKENS), peer.encode_text(TOKENS), rtol=1e-4, atol=1e-4)
     assert peer.logit_scale.item() == encoder.logit_scale.item()
@@ -162,7 +162,7 @@ def test_a_folder_of_open_clip_is_read_with_its_heads_activation_and_preprocessi
     assert model.encoder.pixel_mean.tolist() == pytest.approx([0.1, 0.2, 0.3])
     assert model.encoder.pixel_std.tolist() == pytest.approx([0.4, 0.5, 0.6])
     assert (model.preprocessing.interpolation, model.arch, model.method) == ("bicubic", "open_clip", "clip")
-    images = encoder.normalise(pictures(encoder.architecture.image_side_px))
+    images = encoder.normalize_images(random_images(encoder.architecture.image_side_px))
     with torch.no_grad():
         torch.testing.assert_close(model.encoder.encode_image(images), encoder.encode_image(images))
         torch.testing.assert_close(model.encoder.encode_text(TOKENS), encoder.encode_text(TOKENS))
@@ -175,7 +175,7 @@ def test_a_checkpoint_file_of_open_clip_is_read_by_its_shapes(tmp_path):
     peer = open_clip.CLIP(embed_dim=10, vision_cfg=vision, text_cfg=text).eval()
     torch.save({"epoch": 3, "state_dict": {f"module.{k}": v for k, v in peer.state_dict().items()}}, tmp_path / "x.pt")
     model = load_model(tmp_path / "x.pt")
-    images = model.encoder.normalise(pictures(32))
+    images = model.encoder.normalize_images(random_images(32))
     with torch.no_grad():
         torch.testing.assert_close(model.encoder.encode_image(images), peer.encode_image(images), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(model.encoder.encode_text(TOKENS), peer.encode_text(TOKENS), rtol=1e-4, atol=1e-4)
@@ -187,19 +187,19 @@ def test_a_checkpoint_file_of_open_clip_is_read_by_its_shapes(tmp_path):
 def test_a_checkpoint_of_the_original_gives_the_recorded_features(tmp_path, name):
     golden, (method, arch, *_) = load_golden(name), name.split("_")
     # Published models have heads 64 wide, the recordings narrower ones.
-    said = {"heads": 2 if arch == "vit" else 4, "text_heads": 4}
+    given = {"heads": 2 if arch == "vit" else 4, "text_heads": 4}
     state = {f"module.{name}": value for name, value in golden_state(golden).items()}
     torch.save({"model": state, "last_iter": 7}, tmp_path / "ckpt.pth.tar")
-    model = load_model(tmp_path / "ckpt.pth.tar", said=said)
+    model = load_model(tmp_path / "ckpt.pth.tar", given=given)
     assert (model.token_wise, model.arch, model.method) == (method == "filip", "original", method)
     assert model.preprocessing.resize_px == (256 if arch == "rn" else 32)
     batch = golden_batch(golden)
-    captions = torch.where(batch.mask_labels == -100, batch.tokens[:, 0], batch.mask_labels)  # (B, L), unmasked
+    captions = torch.where(batch.mlm_labels == -100, batch.tokens[:, 0], batch.mlm_labels)  # (B, L), unmasked
     with torch.no_grad():
         found = model.encoder.encode_image(batch.images[:4, 0]), model.encoder.encode_text(captions[:4])
     for features, kind in zip(found, ("image", "text"), strict=True):
         expected = torch.from_numpy(golden.arrays[f"eval_{kind}_features"])
-        torch.testing.assert_close(unit(features), unit(expected), rtol=0, atol=1e-5)
+        torch.testing.assert_close(normalize(features), normalize(expected), rtol=0, atol=1e-5)
 
 
 def test_the_newest_run_is_the_one_whose_model_was_written_last(tmp_path, monkeypatch):
@@ -390,7 +390,7 @@ def test_configurations_that_contradict_each_other_or_the_weights_are_an_error_t
     assert caught.value.remedy == "copy the folder again"
 
 
-def test_pixels_are_normalised_as_the_saved_model_did(tmp_path):
+def test_pixels_are_normalized_as_the_saved_model_did(tmp_path):
     encoder = new_encoder(VIT)
     encoder.pixel_mean.copy_(torch.tensor([0.1, 0.2, 1 / 3]))
     encoder.pixel_std.copy_(torch.tensor([0.3, 0.4, 2 / 3]))

@@ -48,7 +48,7 @@ def texts(*, num=5, length=9, seed=0):
     return tokens
 
 
-def pictures(side, *, num=3, seed=0):
+def random_images(side, *, num=3, seed=0):
     return torch.randint(0, 256, (num, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
@@ -102,54 +102,54 @@ def test_a_causal_transformer_does_not_look_ahead():
 def test_both_towers_equal_those_of_open_clip(base, quick_gelu):
     encoder = shaken(DualEncoder(base.with_activation(quick_gelu))).eval()
     peer = peer_of(encoder)
-    images, tokens = pictures(base.image_side_px), texts(length=11)
+    images, tokens = random_images(base.image_side_px), texts(length=11)
     with torch.no_grad():
         found = encoder.encode_image(images)
         assert found.shape == (3, 10)
-        torch.testing.assert_close(found, peer.encode_image(encoder.normalise(images)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found, peer.encode_image(encoder.normalize_images(images)), rtol=1e-4, atol=1e-4)
         found = encoder.encode_text(tokens)
         assert found.shape == (5, 10)
         torch.testing.assert_close(found, peer.encode_text(tokens), rtol=1e-4, atol=1e-4)
 
 
-def test_pixels_are_normalised_with_the_statistics_of_imagenet():
+def test_pixels_are_normalized_with_the_statistics_of_imagenet():
     encoder = DualEncoder(VIT)
-    images = pictures(24)
-    found = encoder.normalise(images)
+    images = random_images(24)
+    found = encoder.normalize_images(images)
     assert found.shape == (3, 3, 24, 24)
     expected = (images[1, 5, 7].double() / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
         [0.229, 0.224, 0.225]
     )
     torch.testing.assert_close(found[1, :, 5, 7].double(), expected.double(), rtol=1e-5, atol=1e-6)
-    assert encoder.normalise(found) is found
+    assert encoder.normalize_images(found) is found
 
 
-def normalised(images):
+def normalized(images):
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     return ((images.double() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
-def test_patches_of_bytes_are_embedded_as_a_convolution_embeds_normalised_pixels():
-    encoder, images = shaken(DualEncoder(VIT)), pictures(24)
+def test_patches_of_bytes_are_embedded_as_a_convolution_embeds_normalized_pixels():
+    encoder, images = shaken(DualEncoder(VIT)), random_images(24)
     tower = encoder.visual
     weight = tower.conv1.weight.detach().double().requires_grad_()
-    expected = F.conv2d(normalised(images), weight, stride=8).flatten(2).transpose(1, 2)  # (B, P, E)
+    expected = F.conv2d(normalized(images), weight, stride=8).flatten(2).transpose(1, 2)  # (B, P, E)
     found = tower._embed_patches(images, encoder.pixel_mean, encoder.pixel_std)
     towards = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
     (found * towards).sum().backward()
     (expected * towards).sum().backward()
     torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(tower.conv1.weight.grad, weight.grad.float(), rtol=1e-5, atol=1e-4)
-    pixels = tower._embed_patches(normalised(images).float(), encoder.pixel_mean, encoder.pixel_std)
+    pixels = tower._embed_patches(normalized(images).float(), encoder.pixel_mean, encoder.pixel_std)
     torch.testing.assert_close(pixels, found, rtol=1e-5, atol=1e-5)
 
 
 def test_patches_of_bytes_lose_no_more_in_bfloat16_than_the_weights_do():
-    encoder, images = DualEncoder(VIT), pictures(24)
+    encoder, images = DualEncoder(VIT), random_images(24)
     tower = encoder.visual
     weight = tower.conv1.weight.detach()
-    exact = F.conv2d(normalised(images), weight.double(), stride=8).flatten(2).transpose(1, 2)
-    rounded = F.conv2d(normalised(images), weight.bfloat16().double(), stride=8).flatten(2).transpose(1, 2)
+    exact = F.conv2d(normalized(images), weight.double(), stride=8).flatten(2).transpose(1, 2)
+    rounded = F.conv2d(normalized(images), weight.bfloat16().double(), stride=8).flatten(2).transpose(1, 2)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         found = tower._embed_patches(images, encoder.pixel_mean, encoder.pixel_std)
     assert found.dtype == torch.bfloat16
@@ -162,7 +162,7 @@ def test_convolutions_see_channels_last():
     convolutions = [module for module in encoder.visual.modules() if isinstance(module, nn.Conv2d)]
     for module in convolutions:
         module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    encoder.encode_image(pictures(64))
+    encoder.encode_image(random_images(64))
     assert len(seen) == len(convolutions)
     assert all(maps.is_contiguous(memory_format=torch.channels_last) for maps in seen)
 
@@ -227,7 +227,7 @@ def test_a_text_is_read_off_at_its_first_end():
 @pytest.mark.parametrize(("base", "width", "patches"), [(VIT, 48, 9), (RESNET, 256, 4)], ids=["vit", "resnet"])
 def test_shapes_before_the_projection_and_token_by_token(base, width, patches):
     encoder = DualEncoder(base, token_wise_dim=6).eval()
-    images, tokens = pictures(base.image_side_px), texts(length=9)
+    images, tokens = random_images(base.image_side_px), texts(length=9)
     with torch.no_grad():
         assert encoder.encode_image(images, projected=False).shape == (3, width)
         assert encoder.image_states(images).patches.shape == (3, patches, width)
@@ -238,8 +238,8 @@ def test_shapes_before_the_projection_and_token_by_token(base, width, patches):
 
 
 def test_a_model_without_token_wise_heads_says_so():
-    with pytest.raises(ValueError, match="compares whole pictures and texts"):
-        DualEncoder(VIT).encode_image_tokens(pictures(24))
+    with pytest.raises(ValueError, match="compares whole images and texts"):
+        DualEncoder(VIT).encode_image_tokens(random_images(24))
 
 
 @pytest.mark.parametrize("base", [VIT, RESNET], ids=["vit", "resnet"])
@@ -252,7 +252,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(base, monkeypatch):
         torch.manual_seed(0)
         encoder = shaken(DualEncoder(base)).train()
         encoder.set_gradient_checkpointing(is_on)
-        product = encoder.encode_image(pictures(base.image_side_px)) @ encoder.encode_text(texts()).T
+        product = encoder.encode_image(random_images(base.image_side_px)) @ encoder.encode_text(texts()).T
         product.pow(2).sum().backward()
         gradients.append({name: p.grad for name, p in encoder.named_parameters() if p.grad is not None})
         buffers.append(dict(encoder.named_buffers()))
@@ -266,7 +266,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(base, monkeypatch):
 def test_a_model_computes_in_bfloat16_under_autocast():
     for base in (VIT, RESNET):
         encoder = DualEncoder(base, token_wise_dim=6).eval()
-        images, tokens = pictures(base.image_side_px), texts()
+        images, tokens = random_images(base.image_side_px), texts()
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
             found, text = encoder.encode_image(images), encoder.encode_text(tokens)
         with torch.no_grad():

@@ -90,7 +90,7 @@ def test_the_pointer_is_told_the_values_of_all_curves():
     assert "<title>step 20\na 2.5\nb 4</title>" in chart
 
 
-def test_the_seventh_curve_has_the_first_colour_and_dashes():
+def test_the_seventh_curve_has_the_first_color_and_dashes():
     chart = line_chart("t", [Series(str(n), [0, 1], [0.0, n]) for n in range(7)])
     looks = re.findall(r'<path style="([^"]*)"', chart)
     assert looks[6].startswith(looks[0])

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from declip_cli.data.catalogue import open_dataset
+from declip_cli.data.catalog import open_dataset
 from declip_cli.data.files_dataset import FilesDataset
 from declip_cli.evaluate import nearest
 from declip_cli.evaluate.collection import Collection, open_collection
@@ -21,12 +21,12 @@ FRESH = FeatureOptions(use_cache=False, threads=1, precision="fp32")
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory, make_picture):
+def photos(tmp_path_factory, make_image):
     folder = tmp_path_factory.mktemp("photos")
     for number in range(12):
         place = folder / ("day" if number < 5 else "night")
         place.mkdir(exist_ok=True)
-        (place / f"{number:02}.jpg").write_bytes(make_picture(number))
+        (place / f"{number:02}.jpg").write_bytes(make_image(number))
     return folder
 
 
@@ -104,7 +104,7 @@ def test_requests_that_mean_nothing_are_refused(words, told):
         (Request(like=12), "there is no image 12"),
         (Request(texts=("x",), within="elsewhere"), "has a path like 'elsewhere'"),
         (Request(texts=("x",), minus=("x",)), "are the same"),
-        (Request(image=b"<svg onload=alert(1)>"), "not a picture"),
+        (Request(image=b"<svg onload=alert(1)>"), "not an image"),
     ],
 )
 def test_requests_that_find_nothing_say_why(searcher, request_, told):
@@ -151,17 +151,17 @@ def test_a_large_collection_has_its_codes_compared_first(tiny_model, monkeypatch
     monkeypatch.setattr(nearest, "QUICK_ROWS", 700)
     vectors = np.random.default_rng(0).standard_normal((700, 10), dtype=np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    dataset, said = FilesDataset([f"{number}.jpg" for number in range(700)]), []
+    dataset, given = FilesDataset([f"{number}.jpg" for number in range(700)]), []
     collection = Collection(dataset, range(700), vectors, np.arange(700))
-    searcher = Searcher(tiny_model, collection, replace(FRESH, say=said.append), quick=True)
+    searcher = Searcher(tiny_model, collection, replace(FRESH, log=given.append), quick=True)
     assert searcher.info()["index"] == "PQ5x4fs"
-    assert said == ["making an index PQ5x4fs of 700 images, for speed; --index Flat compares all of them instead"]
+    assert given == ["making an index PQ5x4fs of 700 images, for speed; --index Flat compares all of them instead"]
     wanted = np.argsort(-(vectors @ vectors[4]), kind="stable")[:5].tolist()
     assert ids(searcher.search(Request(like=4, k=5))) == wanted
 
 
-def test_an_image_that_is_gone_is_told_and_not_remembered(tiny_model, tmp_path, make_picture):
-    (tmp_path / "0.png").write_bytes(make_picture(0, format="PNG"))
+def test_an_image_that_is_gone_is_told_and_not_remembered(tiny_model, tmp_path, make_image):
+    (tmp_path / "0.png").write_bytes(make_image(0, format="PNG"))
     searcher = make_searcher(tiny_model, tmp_path)
     (tmp_path / "0.png").rename(tmp_path / "gone")
     with pytest.raises(RequestError, match="cannot be read"):

@@ -12,7 +12,7 @@ from urllib.parse import urlencode
 
 import pytest
 
-from declip_cli.data.catalogue import open_dataset
+from declip_cli.data.catalog import open_dataset
 from declip_cli.errors import EvaluateError
 from declip_cli.evaluate.collection import open_collection
 from declip_cli.evaluate.encoding import FeatureOptions
@@ -26,20 +26,20 @@ NUM_IMAGES = 130
 
 
 @pytest.fixture(scope="module")
-def said():
+def given():
     return []
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory, make_picture, tiny_model, said):
+def server(tmp_path_factory, make_image, tiny_model, given):
     folder = tmp_path_factory.mktemp("photos")
     names = [f"{number:03}.png" for number in range(NUM_IMAGES - 1)] + ["a<b onload=x>'&\".png"]
     for number, name in enumerate(names):
-        (folder / name).write_bytes(make_picture(number, format="PNG"))
+        (folder / name).write_bytes(make_image(number, format="PNG"))
     rows = [json.dumps({"file": name, "caption": f"{EVIL} {name}"}) for name in names]
     (folder / "captions.jsonl").write_text("\n".join(rows))
     collection = open_collection(tiny_model, open_dataset(str(folder)), options=FRESH)
-    with SearchServer(Searcher(tiny_model, collection, FRESH), say=said.append) as server:
+    with SearchServer(Searcher(tiny_model, collection, FRESH), log=given.append) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         yield server
@@ -73,8 +73,8 @@ def test_a_shell_gets_hits_as_json(server):
     assert EVIL in answer["hits"][0]["caption"]
 
 
-def test_an_image_in_the_body_finds_itself(server, make_picture):
-    response, answer = ask(server, "search?k=1", method="POST", body=make_picture(7, format="PNG"))
+def test_an_image_in_the_body_finds_itself(server, make_image):
+    response, answer = ask(server, "search?k=1", method="POST", body=make_image(7, format="PNG"))
     assert response.status == 200
     assert answer["hits"][0]["path"].endswith("/007.png")
     assert answer["hits"][0]["score"] == pytest.approx(1, abs=1e-5)
@@ -175,14 +175,14 @@ def test_words_that_cannot_be_read_are_the_clients_fault(server):
     assert ask(server, "search?k=1", method="POST", body=b"junk")[0].status == 400
 
 
-def test_random_requests_never_end_the_server(server, said):
+def test_random_requests_never_end_the_server(server, given):
     draw = random.Random(0)
     pieces = [b"GET ", b"POST ", b"PUT ", b"/", server.token.encode(), b"search?text=", b"\x00\xff", b"%", b"../"]
     pieces += [b" HTTP/1.1\r\n", b"\r\n", f"Host: 127.0.0.1:{server.server_port}".encode(), b"Content-Length: 9\r\n"]
     for _ in range(150):
         send_bytes(server, b"".join(draw.choices(pieces, k=draw.randint(1, 14))))
     assert ask(server, "info")[0].status == 200
-    assert said == []
+    assert given == []
 
 
 def test_fifty_requests_at_once_are_all_answered_as_one_alone_is(server):
@@ -193,18 +193,18 @@ def test_fifty_requests_at_once_are_all_answered_as_one_alone_is(server):
     assert together == alone
 
 
-def test_a_fault_of_ours_is_told_and_the_server_goes_on(server, said, monkeypatch):
+def test_a_fault_of_ours_is_told_and_the_server_goes_on(server, given, monkeypatch):
     def fail(_):
         raise RuntimeError("broken")
 
     monkeypatch.setattr(server.searcher, "search", fail)
     assert ask(server, "search?text=x")[0].status == 500
-    assert "broken" in said.pop()
+    assert "broken" in given.pop()
 
 
 def test_a_port_in_use_is_an_error_with_a_fix(server):
     with pytest.raises(EvaluateError, match="cannot listen on port") as caught:
-        SearchServer(server.searcher, port=server.server_port, say=print)
+        SearchServer(server.searcher, port=server.server_port, log=print)
     assert "--port 0" in caught.value.remedy
 
 

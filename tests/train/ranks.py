@@ -49,7 +49,7 @@ def step(name, *, rank, num_ranks, micro_batch_size=0, **options):
     if method.word_head is not None:
         found["num_with"] = method.word_head.num_with.clone()
     if hasattr(method, "queue"):
-        found["queue"], found["queue_numbers"] = method.queue.rows.clone(), method.queue.numbers.clone()
+        found["queue"], found["queue_pairs"] = method.queue.rows.clone(), method.queue.pair_indices.clone()
     return found
 
 
@@ -65,7 +65,7 @@ def run(jobs, folder):
 
 
 def batch_norm_step(norm, rows):
-    """Normalise some rows of a fixed batch, (6, 3, 4, 5), and pull the sum of cubes back."""
+    """Normalize some rows of a fixed batch, (6, 3, 4, 5), and pull the sum of cubes back."""
     inputs = torch.randn(6, 3, 4, 5, generator=torch.Generator().manual_seed(0))[rows].requires_grad_()
     out = norm(inputs)
     out.pow(3).sum().backward()
@@ -83,7 +83,7 @@ def fail_on_rank_one(log):
         with open(log, "a") as file:
             file.write(f"{message}\n")
 
-    with joined(has_gpu=False, tell=tell):
+    with joined(has_gpu=False, log=tell):
         if os.environ["RANK"] == "1":
             raise TrainError("the second process cannot go on", remedy="mend it")
         dist.barrier()

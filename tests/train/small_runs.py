@@ -42,10 +42,10 @@ def resolved(config=None, *, num_pairs=100_000, world_size=1):
 
 def run(config, path, *, is_resumed=False, evaluate=None, notes=None):
     """Train to the end in a folder and return the reports."""
-    say = (lambda message: None) if notes is None else notes.append
+    log = (lambda message: None) if notes is None else notes.append
     request = Request(asked=config, path=path, is_resumed=is_resumed)
-    with narrow_heads(), joined(has_gpu=False, tell=say):
-        return list(pretrain(request, evaluate=evaluate, say=say))
+    with narrow_heads(), joined(has_gpu=False, log=log):
+        return list(pretrain(request, evaluate=evaluate, log=log))
 
 
 def metrics(path):

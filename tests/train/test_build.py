@@ -105,7 +105,7 @@ def test_float32_products_may_be_rounded_to_tf32_unless_told_otherwise(tf32, exp
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
 def test_memory_that_runs_out_is_an_error_that_names_the_remedy(error, tmp_path, monkeypatch):
-    def full(training, rate):
+    def full(training, learning_rate):
         raise error
 
     monkeypatch.setattr(loop, "take_step", full)
@@ -115,7 +115,7 @@ def test_memory_that_runs_out_is_an_error_that_names_the_remedy(error, tmp_path,
 
 
 def test_other_errors_are_not_taken_for_memory(tmp_path, monkeypatch):
-    def wrong(training, rate):
+    def wrong(training, learning_rate):
         raise RuntimeError("shapes do not match")
 
     monkeypatch.setattr(loop, "take_step", wrong)
@@ -145,7 +145,7 @@ def test_the_sigmoid_loss_learns_a_bias_that_is_reported_and_saved_with_the_mode
     assert encoder.logit_bias.item() == pytest.approx(records[-1]["logit_bias"])
 
 
-def test_pixels_are_normalised_as_the_model_to_start_from_did_after_resuming_too(tmp_path):
+def test_pixels_are_normalized_as_the_model_to_start_from_did_after_resuming_too(tmp_path):
     encoder = DualEncoder(find_architecture(ModelConfig(arch="test")))
     encoder.pixel_mean.fill_(1 / 3)
     save_model(encoder, tmp_path / "model", config=ModelConfig(arch="test"), method="clip")

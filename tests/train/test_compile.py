@@ -27,8 +27,8 @@ USED = {
     "clip": {"images", "texts"},
     "slip": {"images", "texts", "image_features"},
     "filip": {"image_tokens", "text_tokens"},
-    "declip": {"images", "texts", "mask_losses"},
-    "defilip": {"images", "texts", "mask_losses", "image_tokens", "text_tokens"},
+    "declip": {"images", "texts", "mlm_losses"},
+    "defilip": {"images", "texts", "mlm_losses", "image_tokens", "text_tokens"},
     "rocket": {"images", "texts", "image_features", "text_features"},
 }
 """What the losses of each method read, by their papers."""
@@ -151,11 +151,11 @@ def compilations(monkeypatch):
 
 def decide(compilation, report, *, step_s, steps=(10, 20, 30)):
     """Give reports of steps of 8 pairs, the first ten of which took a minute; return what was said."""
-    said = []
+    given = []
     for step in steps:
         times = {"step_seconds": 60 + step_s * (step - 10), "seconds": 600 + step_s * step}
-        said += compilation.decide(replace(report, step=step, samples_seen=8 * step, **times)).advice
-    return said
+        given += compilation.decide(replace(report, step=step, samples_seen=8 * step, **times)).advice
+    return given
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ WELL = {
 }
 
 
-def told(*, workers=8, context_length=32, smoothing=0.0, num_skipped=0, cut_share=0.005, **changes):
+def told(*, workers=8, context_length=32, smoothing=0.0, num_skipped=0, truncated_share=0.005, **changes):
     config = small_config(
         model={"context_length": context_length, "image_side_px": 224},
         method={"label_smoothing": smoothing},
@@ -29,7 +29,7 @@ def told(*, workers=8, context_length=32, smoothing=0.0, num_skipped=0, cut_shar
     )
     run = resolved(config)
     run = dataclasses.replace(run, machine=dataclasses.replace(run.machine, workers=workers, cores=8))
-    return dict(advice(StepReport(**(WELL | changes)), run, num_skipped=num_skipped, cut_share=cut_share))
+    return dict(advice(StepReport(**(WELL | changes)), run, num_skipped=num_skipped, truncated_share=truncated_share))
 
 
 def test_a_run_that_does_well_is_told_nothing():
@@ -41,8 +41,8 @@ def test_a_run_that_does_well_is_told_nothing():
     [
         ({"wait_share": 0.4, "workers": 2}, "starved", ["40%", "2 loader threads", "--set data.workers=8"]),
         ({"wait_share": 0.4}, "starved", ["8 loader threads", "prepare with --image-side-px 256"]),
-        ({"cut_share": 0.3}, "cut", ["30% of the captions", "the 32 tokens", "--set model.context_length=77"]),
-        ({"cut_share": 0.3, "context_length": 77}, "cut", ["the 77 tokens", "put what matters first"]),
+        ({"truncated_share": 0.3}, "cut", ["30% of the captions", "the 32 tokens", "--set model.context_length=77"]),
+        ({"truncated_share": 0.3, "context_length": 77}, "cut", ["the 77 tokens", "put what matters first"]),
         ({"spread": {"image": 0.001, "text": 0.4}}, "collapsed image", ["spread 0.001", "--learning-rate"]),
         ({"spread": {"image": 0.4, "text": 0.0}}, "collapsed text", ["text features", "--batch-size"]),
         ({"losses": {"clip": 5.54}}, "chance", ["5.540", "5.545", "--learning-rate"]),

@@ -39,7 +39,7 @@ def training():
             encoder=SimpleNamespace(logit_bias=None),
             views=SimpleNamespace(texts=("plain",)),
         ),
-        stream=SimpleNamespace(wait_seconds=0.0, skipped={}, num_cut_captions=0),
+        stream=SimpleNamespace(wait_seconds=0.0, skipped={}, num_truncated_captions=0),
         schedule=Schedule(start=0.0, peak=1.0, end=0.0, first=16, warmup=32, total=160),
         logit_scale_bounds=(0.0, 4.6),
         step=0,
@@ -65,7 +65,7 @@ def take(training, meter, clock, *, seconds, loss=1.0, norm=1.0, backlog=0.0):
         StepOutcome(
             terms=LossTerms(total=value, terms={"clip": value}),
             embeddings=embeddings_of(
-                SimpleNamespace(numbers=torch.arange(4), caption_ids=None), images=embeds, texts=embeds
+                SimpleNamespace(pair_indices=torch.arange(4), caption_ids=None), images=embeds, texts=embeds
             ),
             gradient_norm=torch.tensor(norm),
             is_good=good,
@@ -75,7 +75,7 @@ def take(training, meter, clock, *, seconds, loss=1.0, norm=1.0, backlog=0.0):
 
 
 def report(meter):
-    return meter.report(rate=0.1, share=0.5, evaluations={})
+    return meter.report(learning_rate=0.1, share=0.5, evaluations={})
 
 
 def test_the_device_has_finished_before_the_clock_is_read(training, clock):

@@ -44,7 +44,7 @@ def steps_schedule(*, batch=1, **options):
     schedule = Schedule(
         start=start, peak=peak, end=end, first=batch, warmup=warmup * batch, total=total * batch, **options
     )
-    return lambda step, time_share=0.0: schedule.rate(step * batch, time_share)
+    return lambda step, time_share=0.0: schedule.learning_rate(step * batch, time_share)
 
 
 # Values of the original's Cosine scheduler in its YFCC15M recipe, as recorded.
@@ -57,9 +57,9 @@ def test_the_rate_is_that_of_the_original_while_warming_up(step, expected, batch
 @pytest.mark.parametrize("batch", [1, 4096])
 def test_the_rate_is_that_of_the_original_in_the_middle(batch):
     # Half a cosine from step 2,500 to 128,001; recorded as 5.157e-4.
-    rate = steps_schedule(batch=batch, **YFCC)(64_000)
-    assert rate == pytest.approx(5e-4 * (1 + math.cos(math.pi * 61_500 / 125_501)), rel=1e-9)
-    assert rate == pytest.approx(5.157e-4, abs=1e-7)
+    learning_rate = steps_schedule(batch=batch, **YFCC)(64_000)
+    assert learning_rate == pytest.approx(5e-4 * (1 + math.cos(math.pi * 61_500 / 125_501)), rel=1e-9)
+    assert learning_rate == pytest.approx(5.157e-4, abs=1e-7)
 
 
 def test_the_bias_of_the_sigmoid_loss_cannot_outweigh_every_cosine():
@@ -70,29 +70,29 @@ def test_the_bias_of_the_sigmoid_loss_cannot_outweigh_every_cosine():
 
 
 def test_the_rate_ends_where_it_is_told_to():
-    rate = steps_schedule(start=0.1, peak=1.0, end=0.25, warmup_steps=10, total_steps=40)
-    assert [rate(40), rate(25), rate(99)] == pytest.approx([0.25, 0.625, 0.25])
+    learning_rate = steps_schedule(start=0.1, peak=1.0, end=0.25, warmup_steps=10, total_steps=40)
+    assert [learning_rate(40), learning_rate(25), learning_rate(99)] == pytest.approx([0.25, 0.625, 0.25])
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 1])
 def test_a_run_without_warm_up_starts_at_the_peak(warmup_steps):
-    rate = steps_schedule(start=0.0, peak=1.0, end=0.0, warmup_steps=warmup_steps, total_steps=1000)
-    assert rate(1) == pytest.approx(1.0, abs=1e-5)
+    learning_rate = steps_schedule(start=0.0, peak=1.0, end=0.0, warmup_steps=warmup_steps, total_steps=1000)
+    assert learning_rate(1) == pytest.approx(1.0, abs=1e-5)
 
 
 def test_the_rate_is_a_function_of_the_pairs_seen_whatever_the_batch():
     schedule = Schedule(start=0.1, peak=1.0, end=0.0, first=16, warmup=160, total=1600)
     # Seen with steps of 16, of 32 and of 8: the same pairs, the same rate.
-    assert schedule.rate(96, 0.0) == pytest.approx(0.1 + 0.9 * 80 / 144)
-    assert schedule.rate(8, 0.0) == pytest.approx(0.1)  # a first step smaller than the one it was laid out for
-    assert schedule.rate(880, 0.0) == pytest.approx(0.5)
-    assert schedule.rate(1610, 0.0) == 0.0
+    assert schedule.learning_rate(96, 0.0) == pytest.approx(0.1 + 0.9 * 80 / 144)
+    assert schedule.learning_rate(8, 0.0) == pytest.approx(0.1)  # a first step smaller than the one it was laid out for
+    assert schedule.learning_rate(880, 0.0) == pytest.approx(0.5)
+    assert schedule.learning_rate(1610, 0.0) == 0.0
 
 
 def test_a_time_limit_ends_the_schedule_and_warm_up_takes_a_tenth_of_it():
     # 125,000 steps are planned and 5,400 fit: 1.5 a second for an hour.
-    rate = steps_schedule(start=0.0, peak=1.0, end=0.0, warmup_steps=2500, total_steps=125_000)
-    found = {step: rate(step, step / 5400) for step in (54, 270, 540, 2970, 5400)}
+    learning_rate = steps_schedule(start=0.0, peak=1.0, end=0.0, warmup_steps=2500, total_steps=125_000)
+    found = {step: learning_rate(step, step / 5400) for step in (54, 270, 540, 2970, 5400)}
     assert found[54] == pytest.approx(0.1, abs=0.01)  # a hundredth of the time is a tenth of the warm-up
     assert found[270] == pytest.approx(0.5, abs=0.01)
     assert found[540] == pytest.approx(1.0, abs=0.01)
@@ -102,17 +102,17 @@ def test_a_time_limit_ends_the_schedule_and_warm_up_takes_a_tenth_of_it():
 
 def test_a_warm_up_that_was_asked_for_is_run_in_full_whatever_the_time_limit():
     options = {"start": 0.0, "peak": 1.0, "end": 0.0, "warmup_steps": 2500, "total_steps": 125_000}
-    rate = steps_schedule(**options, is_warmup_asked=True)
-    assert rate(540, 540 / 5400) == pytest.approx(539 / 2499)
-    assert rate(2500, 2500 / 5400) == pytest.approx(1.0, abs=1e-3)  # no jump where it ends
-    assert rate(2600, 2600 / 5400) == pytest.approx(1.0, abs=0.01)
-    assert rate(5400, 1.0) == pytest.approx(0.0, abs=1e-6)
+    learning_rate = steps_schedule(**options, is_warmup_asked=True)
+    assert learning_rate(540, 540 / 5400) == pytest.approx(539 / 2499)
+    assert learning_rate(2500, 2500 / 5400) == pytest.approx(1.0, abs=1e-3)  # no jump where it ends
+    assert learning_rate(2600, 2600 / 5400) == pytest.approx(1.0, abs=0.01)
+    assert learning_rate(5400, 1.0) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_a_fast_run_follows_its_pairs_and_not_the_clock():
-    rate = steps_schedule(**YFCC)
+    learning_rate = steps_schedule(**YFCC)
     for step in (1, 1250, 2500, 64_000, 128_001):
-        assert rate(step, step / 1e6) == pytest.approx(rate(step), abs=1e-7)
+        assert learning_rate(step, step / 1e6) == pytest.approx(learning_rate(step), abs=1e-7)
 
 
 def settled_config(**sections):

@@ -13,7 +13,7 @@ from PIL import Image
 from declip_cli.config import DataConfig
 from declip_cli.data.shards.dataset import LazyShardDataset, ShardDataset
 from declip_cli.errors import ConfigError
-from declip_cli.presets import settle_data
+from declip_cli.presets import resolve_data
 from declip_cli.train import pairs
 from declip_cli.train.pairs import facts_of, open_pairs
 from declip_cli.train.run_dir import RunDir
@@ -102,9 +102,9 @@ def test_a_run_in_blocks_that_was_interrupted_ends_as_one_that_was_not(archives,
     ("num_blocks", "global_batch", "streams"), [(10_000, 1024, 64), (10_000, 96, 32), (100, 256, 8), (3, 256, 1)]
 )
 def test_streams_divide_the_batch_and_have_blocks_enough(num_blocks, global_batch, streams):
-    settled = settle_data(DataConfig(), num_blocks, global_batch, suits_blocks=True)
+    settled = resolve_data(DataConfig(), num_blocks, global_batch, suits_blocks=True)
     assert (settled.order, settled.streams) == ("blocks", streams)
-    assert settle_data(DataConfig(streams=5), num_blocks, global_batch, suits_blocks=False).streams == 5
+    assert resolve_data(DataConfig(streams=5), num_blocks, global_batch, suits_blocks=False).streams == 5
 
 
 def test_without_data_nothing_is_opened():

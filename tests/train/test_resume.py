@@ -33,8 +33,8 @@ def stop_after(monkeypatch, steps):
     """Ask the run to stop after some steps, as Ctrl-C does."""
     step = loop.take_step
 
-    def counted(training, rate):
-        outcome = step(training, rate)
+    def counted(training, learning_rate):
+        outcome = step(training, learning_rate)
         if training.step == steps:
             os.kill(os.getpid(), signal.SIGINT)
         return outcome
@@ -46,10 +46,10 @@ def killed_after(monkeypatch, steps, config, path):
     """Let a run end after some steps without any goodbye."""
     step = loop.take_step
 
-    def killed(training, rate):
+    def killed(training, learning_rate):
         if training.step == steps:
             raise OSError("as if the machine had gone down")
-        return step(training, rate)
+        return step(training, learning_rate)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "take_step", killed)
@@ -139,10 +139,10 @@ def test_the_model_of_a_run_in_progress_can_be_loaded(tmp_path, monkeypatch):
     path, loaded = tmp_path / "run", []
     step = loop.take_step
 
-    def looked_at(training, rate):
+    def looked_at(training, learning_rate):
         if training.step > 2:
             loaded.append(load_model(path).encoder.visual.proj.detach())
-        return step(training, rate)
+        return step(training, learning_rate)
 
     monkeypatch.setattr(loop, "take_step", looked_at)
     run(small_config(train={"checkpoint_every_steps": 2, "steps": 7}), path)
@@ -243,7 +243,7 @@ CHANGES = {
     ),
     "method.name=declip": (
         {"method": {"name": "declip"}},
-        r"mask_head, predictor, projector, queue of the method starts? anew",
+        r"mlm_head, predictor, projector, queue of the method starts? anew",
     ),
     "method.name=filip": (
         {"method": {"name": "filip"}},
@@ -299,7 +299,7 @@ def test_regrouped_parameters_keep_their_own_moments(change, stopped_run, tmp_pa
     saved = RunDir(path).load_state().tensors["optimizer"]
     found = {}
 
-    def look(training, rate):
+    def look(training, learning_rate):
         names = {id(parameter): name for name, parameter in training.method.named_parameters()}
         for optimizer in training.optimizers:
             for parameter, values in optimizer.state.items():
@@ -316,8 +316,8 @@ def broken_after(steps, monkeypatch, value, *, times=1):
     """Let the update of a step break the weights, as often as it is taken."""
     step, left = loop.take_step, [times]
 
-    def broken(training, rate):
-        outcome = step(training, rate)
+    def broken(training, learning_rate):
+        outcome = step(training, learning_rate)
         if training.step == steps and left[0] > 0:
             left[0] -= 1
             with torch.no_grad():
@@ -431,8 +431,8 @@ def test_a_time_limit_that_is_over_ends_a_resumed_run_at_once(tmp_path, monkeypa
 def test_a_time_limit_ends_the_run_with_its_schedule(tmp_path, monkeypatch):
     now, step = [1000.0], loop.take_step
 
-    def slow(training, rate):
-        outcome = step(training, rate)
+    def slow(training, learning_rate):
+        outcome = step(training, learning_rate)
         now[0] += 10.0 if training.step == 1 else 1.0  # the first step compiles
         return outcome
 

@@ -29,8 +29,8 @@ def create(run_dir, run, *, force=False):
 def run_dir(tmp_path):
     made = RunDir(tmp_path / "run")
     create(made, RUN)
-    made.said = []
-    made.say = made.said.append
+    made.given = []
+    made.log = made.given.append
     return made
 
 
@@ -133,9 +133,9 @@ def test_a_damaged_state_falls_back_to_the_one_before_and_says_so(run_dir, name,
         assert run_dir.load_state().step == 5  # not a state any more
         return
     assert run_dir.load_state().step == 5
-    (said,) = run_dir.said
-    assert said.startswith(f"note: the saved state {run_dir.path / 'state' / 'step-000000012'} is damaged (")
-    assert said.endswith("; going on from step-000000005 instead")
+    (given,) = run_dir.given
+    assert given.startswith(f"note: the saved state {run_dir.path / 'state' / 'step-000000012'} is damaged (")
+    assert given.endswith("; going on from step-000000005 instead")
 
 
 def test_a_list_of_digests_that_was_cut_at_a_line_vouches_for_nothing(run_dir):
@@ -143,7 +143,7 @@ def test_a_list_of_digests_that_was_cut_at_a_line_vouches_for_nothing(run_dir):
     sums = run_dir.path / "state" / "step-000000012" / "SHA256SUMS"
     sums.write_bytes(sums.read_bytes().split(b"\n")[0] + b"\n")
     assert run_dir.load_state().step == 5
-    assert "is not listed in SHA256SUMS" in run_dir.said[0]
+    assert "is not listed in SHA256SUMS" in run_dir.given[0]
 
 
 def test_if_all_states_are_damaged_the_error_names_them(run_dir):
@@ -162,8 +162,8 @@ def test_damaged_settings_are_taken_from_the_newest_state(run_dir, damage):
     text = path.read_text()
     path.write_text(text.replace('"batch_size": 8', '"batch_size": 9')) if damage is flip else damage(path)
     assert run_dir.read_run() == RUN
-    assert "config.json is damaged" in run_dir.said[0]
-    assert run_dir.said[0].endswith("taken from step-000000005 instead")
+    assert "config.json is damaged" in run_dir.given[0]
+    assert run_dir.given[0].endswith("taken from step-000000005 instead")
 
 
 def test_settings_that_were_edited_are_refused_and_the_error_says_what_to_do(run_dir):
@@ -278,4 +278,4 @@ def test_a_damaged_line_is_dropped_and_said(run_dir, line):
     path.write_bytes(b"\n".join([first, line, second, b""]))
     run_dir.forget_metrics_after(20)
     assert path.read_text() == '{"step": 10}\n{"step": 20}\n'
-    assert run_dir.said == [f"note: 1 damaged lines of {path} are dropped"]
+    assert run_dir.given == [f"note: 1 damaged lines of {path} are dropped"]

@@ -56,13 +56,13 @@ def test_towers_preprocessing_and_weights_are_taken_over_and_kept_when_the_run_g
 
 
 @pytest.mark.parametrize(("settings", "expected"), [({}, 40), ({"image_side_px": 64}, 80), ({"resize_px": 32}, 32)])
-def test_the_size_to_which_pictures_are_resized_is_taken_over_and_follows_the_side(tmp_path, settings, expected):
+def test_the_size_to_which_images_are_resized_is_taken_over_and_follows_the_side(tmp_path, settings, expected):
     write_slip(tmp_path / "slip.pt")
     train = {"init": str(tmp_path / "slip.pt"), "assume": ["resize=40"]} | ONE_STEP
-    said = []
-    config = take_over(small_config(model={"arch": "init"} | settings, train=train), said.append)
+    given = []
+    config = take_over(small_config(model={"arch": "init"} | settings, train=train), given.append)
     assert config.model.resize_px == expected
-    assert any("OpenCLIP cannot say that" in line for line in said) == ("resize_px" not in settings)
+    assert any("OpenCLIP cannot say that" in line for line in given) == ("resize_px" not in settings)
 
 
 def test_a_folder_of_open_clip_is_a_start_with_its_filter_and_its_mean(tmp_path):
@@ -78,7 +78,7 @@ def test_a_folder_of_open_clip_is_a_start_with_its_filter_and_its_mean(tmp_path)
     theirs, *_ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'run' / 'model'}")
     transform = peers.open_clip_pixels(config, size=32, **pixels)
     with torch.no_grad():
-        image = theirs.eval().encode_image(transform(peers.pillow(peers.picture()))[None])
+        image = theirs.eval().encode_image(transform(peers.pillow(peers.image_file()))[None])
         assert peers.largest_difference(found, image, theirs.encode_text(peers.ids(20))) <= 1e-5
 
 

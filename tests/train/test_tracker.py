@@ -62,10 +62,10 @@ def interrupted_and_resumed(config, path, monkeypatch):
     """Save after step 4, die in step 7, go on."""
     step = loop.take_step
 
-    def dies(training, rate):
+    def dies(training, learning_rate):
         if training.step == 6:
             raise KeyError("killed")
-        return step(training, rate)
+        return step(training, learning_rate)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "take_step", dies)

@@ -13,7 +13,7 @@ from declip_cli.data.files_dataset import FilesDataset, Subset
 from declip_cli.data.shards.store import open_shards
 from declip_cli.data.shards.tar_samples import clean_captions
 from declip_cli.data.sources.annotations import read_annotations
-from declip_cli.data.sources.records import Found, LeftOut, Record, file_record, locate_pictures
+from declip_cli.data.sources.records import Found, Record, Rejected, file_record, locate_images
 from declip_cli.errors import DataError
 
 MAX_CAPTIONS = 5
@@ -33,13 +33,13 @@ def read_captions(known: Known, root: Path, split: str) -> FilesDataset:
         raise DataError(f"{path} is damaged: {error!r}", remedy=known.how_to_get(root)) from error
     files, skipped = [record for record in records if isinstance(record, Record)], Skips()
     for record in records:
-        if isinstance(record, LeftOut):
+        if isinstance(record, Rejected):
             skipped.add(record.cause, record.key)
     if not files:
         raise DataError(f"{path} names no test image", remedy=known.how_to_get(root))
 
-    def captions_of(number: int) -> tuple[str, ...]:
-        record = files[number]
+    def captions_of(index: int) -> tuple[str, ...]:
+        record = files[index]
         return clean_captions(list(record.captions), record.key)[:MAX_CAPTIONS]
 
     found = FilesDataset([str(record.image) for record in files], captions=captions_of, skipped=skipped)
@@ -63,7 +63,7 @@ def _comma_lines(path: Path) -> Iterator[Found]:
     for line in read_lines(path)[1:]:
         name, _, caption = line.partition(".jpg,")
         captions.setdefault(f"{name}.jpg", []).append(caption)
-    folder = locate_pictures(str(path), list(captions))
+    folder = locate_images(str(path), list(captions))
     return (file_record(folder, name, texts) for name, texts in captions.items())
 
 
@@ -81,12 +81,12 @@ def read_packed(known: Known, root: Path, split: str) -> Dataset:
     rows = [row for tar in facts["tars"] for row in rows if row["key"].startswith(f"{tar}/")]
     values = [row[known.label] for row in rows]
     names = tuple(sorted(set(values)) if "dealt" in facts else dict.fromkeys(values))
-    numbers = {name: number for number, name in enumerate(names)}
+    indices = {name: index for index, name in enumerate(names)}
     found = open_shards([str(folder / f"{tar}.tar") for tar in facts["tars"]])
     found.classes = replace(known.classes, names=names)
-    found.labels = [numbers[value] for value in values]
+    found.labels = [indices[value] for value in values]
     if "dealt" not in facts:
         return found
     first, last = facts["dealt"]
     places = [int.from_bytes(hashlib.sha256(row["name"].encode()).digest()[:4]) / 2**32 for row in rows]
-    return Subset(found, [number for number, place in enumerate(places) if first <= place < last])
+    return Subset(found, [index for index, place in enumerate(places) if first <= place < last])

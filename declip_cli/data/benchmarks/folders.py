@@ -11,7 +11,7 @@ from declip_cli.data.dataset import Classes, Dataset, Skips
 from declip_cli.data.files_dataset import FilesDataset, is_image
 from declip_cli.data.shards.tar_samples import clean_captions
 from declip_cli.data.sources.folder import CAPTIONS_FILE, group_by_stem, read_lists
-from declip_cli.data.sources.records import LeftOut, captions_beside
+from declip_cli.data.sources.records import Rejected, captions_beside
 from declip_cli.errors import DataError
 
 _SPLIT_FOLDERS = {
@@ -68,11 +68,11 @@ def _with_captions(root: str, names: Sequence[str], images: Sequence[str]) -> Fi
     if lists:
         return _from_lists(root, lists, paths)
     texts = group_by_stem(names)
-    beside = {number: texts[stem] for number, name in enumerate(images) if (stem := name.rpartition(".")[0]) in texts}
+    beside = {index: texts[stem] for index, name in enumerate(images) if (stem := name.rpartition(".")[0]) in texts}
     if not beside:
         return FilesDataset(paths)
     return FilesDataset(
-        paths, captions=lambda number: captions_beside(paths[number], beside[number]) if number in beside else ()
+        paths, captions=lambda index: captions_beside(paths[index], beside[index]) if index in beside else ()
     )
 
 
@@ -82,7 +82,7 @@ def _from_lists(root: str, lists: list[str], paths: list[str]) -> FilesDataset:
     failed: dict[str, list[DataError]] = {}
     skipped = Skips()
     for record in read_lists(lists, root=root):
-        if isinstance(record, LeftOut):
+        if isinstance(record, Rejected):
             skipped.add(record.cause, record.key)
             continue
         path = os.path.normpath(str(record.image))
@@ -99,8 +99,8 @@ def _from_lists(root: str, lists: list[str], paths: list[str]) -> FilesDataset:
         for reason in errors[0 if captions.get(path, True) else 1 :]:  # the first of an image without others is raised
             skipped.add(reason.cause, path)
 
-    def captions_of(number: int) -> tuple[str, ...]:
-        path = os.path.normpath(paths[number])
+    def captions_of(index: int) -> tuple[str, ...]:
+        path = os.path.normpath(paths[index])
         if path in failed and not captions[path]:
             raise failed[path][0]
         return captions[path]

@@ -138,11 +138,11 @@ def read_sun397(known: Known, root: Path, split: str) -> FilesDataset:
             f"{base} lacks the official split {name}; without it the score cannot be compared",
             remedy=f"unpack Partitions.zip of the SUN397 page into {base / 'Partitions'}",
         )
-    numbers = {folder: number for number, folder in enumerate(folders)}
+    indices = {folder: index for index, folder in enumerate(folders)}
     files = read_lines(path)  # "/a/abbey/sun_aaalbzqrimafwbiv.jpg"
     names = tuple(folder[3:].replace("_", " ").replace("/", " ") for folder in folders)
     return FilesDataset(
         [base / file.lstrip("/") for file in files],
-        labels=[numbers[file.rpartition("/")[0]] for file in files],
+        labels=[indices[file.rpartition("/")[0]] for file in files],
         classes=replace(known.classes, names=names),
     )

@@ -1,4 +1,4 @@
-"""The known data sets as `assets/catalogue.toml` lists them: where each lies, who reads it, how papers score it."""
+"""The known data sets as `assets/catalog.toml` lists them: where each lies, who reads it, how papers score it."""
 
 import json
 import os
@@ -71,7 +71,7 @@ class Known:
 @cache
 def known_sets() -> Mapping[str, Known]:
     """Return the known data sets by name, in the order of the table."""
-    table = tomllib.loads(asset_path("catalogue.toml").read_text(encoding="utf-8"))
+    table = tomllib.loads(asset_path("catalog.toml").read_text(encoding="utf-8"))
     lists = ("markers", "templates", "try_next")
     known: dict[str, Known] = {}
     for name, row in table.items():
@@ -86,12 +86,12 @@ def resolve_data_root(given: Path | None) -> Path:
     Raises:
         DataError: a folder was named that does not exist.
     """
-    told = given or (Path(os.environ["DECLIP_DATA"]) if os.environ.get("DECLIP_DATA") else None)
-    if told is not None and not told.is_dir():
+    root = given or (Path(os.environ["DECLIP_DATA"]) if os.environ.get("DECLIP_DATA") else None)
+    if root is not None and not root.is_dir():
         raise DataError(
-            f"the data root {told} is not a folder", remedy="name the folder that holds the evaluation sets"
+            f"the data root {root} is not a folder", remedy="name the folder that holds the evaluation sets"
         )
-    return told or Path("data")
+    return root or Path("data")
 
 
 def list_known(data_root: Path | None = None) -> list[dict[str, Any]]:

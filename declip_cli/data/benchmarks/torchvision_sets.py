@@ -33,7 +33,7 @@ def read_torchvision(known: Known, root: Path, split: str) -> Dataset:
         return FilesDataset(listed[0], labels=listed[1], classes=classes)
     return PixelsDataset(
         f"{known.name}/{split}",
-        lambda number: np.asarray(data[number][0].convert("RGB")),
+        lambda index: np.asarray(data[index][0].convert("RGB")),
         labels,
         classes=classes,
         fingerprint=_fingerprint(root / known.markers[0], split),

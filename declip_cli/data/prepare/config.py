@@ -28,11 +28,11 @@ class CleanConfig:
     max_caption_repeats: int | None = None
     """Pairs that may share one caption, letter case and white space apart; None is no limit."""
     min_side_px: int = 0
-    """Pictures with a shorter side below this are left out."""
+    """Images with a shorter side below this are left out."""
     max_aspect: float | None = None
-    """Pictures with longer side / shorter side above this are left out; None is no limit."""
+    """Images with longer side / shorter side above this are left out; None is no limit."""
     duplicates: Duplicates = "keep"
-    """`exact`: a picture file seen before is left out; `near`: also one that looks the same."""
+    """`exact`: an image file seen before is left out; `near`: also one that looks the same."""
     exclude: tuple[str, ...] = ()
     """Folders, shards or known sets of evaluation images; whatever looks like one of them is left out."""
 
@@ -49,7 +49,7 @@ class CleanConfig:
 
     @property
     def needs_perceptual_hash(self) -> bool:
-        """Say whether pictures must be compared by their looks."""
+        """Say whether images must be compared by their looks."""
         return self.duplicates == "near" or bool(self.exclude)
 
 
@@ -68,9 +68,9 @@ class PrepareConfig:
     images: str = ""
     """Folder that the file names of a list start from; empty looks beside the list."""
     image_side_px: int = 256
-    """Larger pictures are made smaller so that their shorter side is this; smaller ones stay as they are."""
+    """Larger images are made smaller so that their shorter side is this; smaller ones stay as they are."""
     quality: int = 95
-    """JPEG quality of pictures that are encoded again; as img2dataset."""
+    """JPEG quality of images that are encoded again; as img2dataset."""
     shard_samples: int = 10_000
     """Pairs per shard; as img2dataset."""
     workers: int = 0
@@ -89,7 +89,7 @@ class PrepareConfig:
         _check_least("shard-samples", self.shard_samples, 1)
         _check_least("workers", self.workers, 0)
         require(1 <= self.quality <= 100, f"--quality is in [1, 100] (got {self.quality})", remedy="--quality 95")
-        shares = {"--max-bad ": self.max_bad} | {f"--split {part}=": share for part, share in self.split.items()}
+        shares = {"--max-bad ": self.max_bad} | {f"--split {split}=": share for split, share in self.split.items()}
         for option, share in shares.items():
             require(0 <= share <= 1, f"{option[:-1]} is a fraction in [0, 1] (got {share})", remedy=f"{option}0.05")
         require(
@@ -97,9 +97,9 @@ class PrepareConfig:
             f"--split leaves nothing for the training part (got {self.split})",
             remedy="--split val=0.01",
         )
-        for part in self.split:
+        for split in self.split:
             require(
-                part.isidentifier() and part != "train",
-                f"--split wants NAME=FRACTION with a plain name other than train (got {part!r})",
+                split.isidentifier() and split != "train",
+                f"--split wants NAME=FRACTION with a plain name other than train (got {split!r})",
                 remedy="--split val=0.01",
             )

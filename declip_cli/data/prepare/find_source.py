@@ -1,4 +1,4 @@
-"""Recognise what a source is by looking at it, and open it."""
+"""Recognize what a source is by looking at it, and open it."""
 
 import itertools
 import os
@@ -7,11 +7,11 @@ from functools import partial
 
 from declip_cli.data import storage
 from declip_cli.data.benchmarks.known import known_sets
-from declip_cli.data.catalogue import has_captions, open_dataset
+from declip_cli.data.catalog import has_captions, open_dataset
 from declip_cli.data.prepare import urls
 from declip_cli.data.prepare.config import PrepareConfig, SourceKind
 from declip_cli.data.sources import annotations, folder, table, yfcc15m
-from declip_cli.data.sources.records import Found, Record, Source, locate_pictures
+from declip_cli.data.sources.records import Found, Record, Source, locate_images
 from declip_cli.errors import DataError, require
 from declip_cli.files import parse_json
 
@@ -41,7 +41,7 @@ def open_source(config: PrepareConfig) -> Source:
     if missing or not paths:
         raise DataError(f"no such file or folder: {(missing or [path])[0]}", remedy=f"SOURCE is {_HELP}")
     skip = _below(path, config.out)
-    kind = config.kind or recognise(paths[0])
+    kind = config.kind or recognize(paths[0])
     if len(paths) > 1 and kind != "tars":
         raise DataError(f"{path} means {len(paths)} files; only tars may be several", remedy="give one file")
     _refuse_options(kind, config)
@@ -62,8 +62,8 @@ def _open(kind: SourceKind, path: str, paths: list[str], config: PrepareConfig, 
         case "declip":
             return Source(kind, _read_declip(path, images), _num_lines(path))
         case "coco" | "flickr30k":
-            parts = (annotations.read_annotations(found, images=images) for found in _files(kind, path))
-            return Source(kind, itertools.chain.from_iterable(parts))
+            splits = (annotations.read_annotations(found, images=images) for found in _files(kind, path))
+            return Source(kind, itertools.chain.from_iterable(splits))
         case "yfcc15m":
             return Source(kind, yfcc15m.read_yfcc15m(path, images=images))
         case "urls":
@@ -90,24 +90,24 @@ def _open_known(name: str) -> Source:
     """Read the training and the test split of a known set that has both, and captions."""
     if "train" not in known_sets()[name].splits:
         raise DataError(f"{name} has no training pairs to prepare", remedy="name the file with its captions")
-    parts = {"": open_dataset(name, "train"), "test": open_dataset(name, "test")}
-    if not has_captions(parts[""]):
+    splits = {"": open_dataset(name, "train"), "test": open_dataset(name, "test")}
+    if not has_captions(splits[""]):
         raise DataError(f"{name} has classes and no captions to prepare", remedy="declip zeroshot " + name)
 
     def records() -> Iterator[Found]:
-        for part, dataset in parts.items():
-            for number in range(len(dataset)):
-                found = dataset.read(number)
-                yield Record(found.key, found.encoded, found.captions, part)
+        for split, dataset in splits.items():
+            for index in range(len(dataset)):
+                found = dataset.read(index)
+                yield Record(found.key, found.encoded, found.captions, split)
 
-    return Source(name, records(), sum(map(len, parts.values())))
+    return Source(name, records(), sum(map(len, splits.values())))
 
 
 def _read_declip(path: str, images: str) -> Iterator[Found]:
     rows = (row for row in table.read_rows(path) if isinstance(row.get("filename"), str))
     names = [row["filename"] for row in itertools.islice(rows, 100)]
     try:
-        images = locate_pictures(path, names, images=images)
+        images = locate_images(path, names, images=images)
     except DataError as error:
         raise DataError(error.message, remedy="--images FOLDER, or --kind urls to download the images") from error
     return table.read_table(path, image_column="filename", caption_columns=["caption"], images=images)
@@ -139,7 +139,7 @@ def _num_lines(path: str) -> int:
         return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
 
 
-def recognise(path: str) -> SourceKind:
+def recognize(path: str) -> SourceKind:
     """Tell what kind of source a file or folder that exists is.
 
     Raises:

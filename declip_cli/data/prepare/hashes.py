@@ -61,7 +61,7 @@ class HashCounter:
         self._counts = array("I", bytes(4 * num_slots))
 
 
-class Looks:
+class PhashIndex:
     """Perceptual hashes, asked for the ones near another; about 200 bytes a hash.
 
     Two hashes of 64 bits that differ in at most 5 differ in at most one within one of three bands of 21.
@@ -74,18 +74,18 @@ class Looks:
     def __len__(self) -> int:
         return int(self._index.ntotal)
 
-    def add(self, looks_hash: int) -> None:
+    def add(self, phash: int) -> None:
         """Add a hash; 0, an image without structure, is left out."""
-        if looks_hash:
-            self._index.add(_as_row(looks_hash))
+        if phash:
+            self._index.add(_as_row(phash))
 
-    def has_near(self, looks_hash: int, distance_bits: int) -> bool:
+    def has_near(self, phash: int, distance_bits: int) -> bool:
         """Say whether a hash within a distance, at most 5 bits, has been added; never for 0."""
-        if not looks_hash or not len(self):
+        if not phash or not len(self):
             return False
-        limits, _, _ = self._index.range_search(_as_row(looks_hash), distance_bits + 1)
+        limits, _, _ = self._index.range_search(_as_row(phash), distance_bits + 1)
         return int(limits[-1]) > 0
 
 
-def _as_row(looks_hash: int) -> NDArray[np.uint8]:
-    return np.frombuffer(looks_hash.to_bytes(8, "big"), dtype=np.uint8)[None]
+def _as_row(phash: int) -> NDArray[np.uint8]:
+    return np.frombuffer(phash.to_bytes(8, "big"), dtype=np.uint8)[None]

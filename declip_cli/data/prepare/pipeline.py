@@ -13,14 +13,14 @@ import torch
 
 from declip_cli.data.dataset import Skips
 from declip_cli.data.prepare.config import PrepareConfig
-from declip_cli.data.prepare.engines import run_in_threads, run_on_ray
+from declip_cli.data.prepare.deduplicate import Deduplicator, hash_images
+from declip_cli.data.prepare.executors import run_in_threads, run_on_ray
 from declip_cli.data.prepare.find_source import open_source
 from declip_cli.data.prepare.hashes import hash64
-from declip_cli.data.prepare.seen import Seen, look_at
-from declip_cli.data.prepare.shard_writer import PartWriter
-from declip_cli.data.prepare.stages import Pair, finish_records
+from declip_cli.data.prepare.process import Pair, process_records
+from declip_cli.data.prepare.shard_writer import SplitWriter
 from declip_cli.data.prepare.state import OutFolder
-from declip_cli.data.sources.records import LeftOut, Source
+from declip_cli.data.sources.records import Rejected, Source
 from declip_cli.errors import DataError
 
 _REPORT_EVERY_S = 0.2
@@ -47,7 +47,7 @@ class PrepareReport:
     """Records that could not be read; those that were filtered out are not among them."""
     skipped: Skips = field(default_factory=Skips)
     """Everything that was read and is in no shard."""
-    parts: dict[str, int] = field(default_factory=dict)
+    splits: dict[str, int] = field(default_factory=dict)
     """Part → pairs; `train` is the training part."""
     seconds: float = 0.0
     total: int = 0
@@ -66,7 +66,7 @@ class PrepareReport:
             "num_shards": self.num_shards,
             "num_skipped": self.skipped.num,
             "skipped": self.skipped.to_json(),
-            "parts": self.parts,
+            "parts": self.splits,
             "was_there": self.was_there,
             "seconds": round(self.seconds, 3),
         }
@@ -105,8 +105,8 @@ def _from_manifest(report: PrepareReport, folder: OutFolder) -> PrepareReport:
     try:
         report.num_read, report.num_shards = manifest["num_read"], manifest["num_shards"]
         report.skipped.update({cause: (found["count"], found["first"]) for cause, found in manifest["skipped"].items()})
-        report.parts = {"train": manifest["num_pairs"]} | manifest["parts"]
-        report.num_pairs = sum(report.parts.values())
+        report.splits = {"train": manifest["num_pairs"]} | manifest["parts"]
+        report.num_pairs = sum(report.splits.values())
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"the manifest of {folder.path} is damaged: {error!r}", remedy="run the same command with --force"
@@ -120,9 +120,9 @@ class _Run:
     def __init__(self, config: PrepareConfig, source: Source, folder: OutFolder, report: PrepareReport) -> None:
         self._config, self._source, self._folder, self._report = config, source, folder, report
         self._started = time.monotonic()
-        looks, self._excluded = look_at(config.clean.exclude, workers=config.workers)
-        self._seen = Seen(config.clean, looks)
-        self._writers: dict[str, PartWriter] = {}
+        phashes, self._excluded = hash_images(config.clean.exclude, workers=config.workers)
+        self._deduplicator = Deduplicator(config.clean, phashes)
+        self._writers: dict[str, SplitWriter] = {}
         self._offenders: list[str] = []
         self._saved = 0.0
 
@@ -159,13 +159,13 @@ class _Run:
             report.was_resumed = True
             report.num_read, report.num_bad = progress["num_read"], progress["num_bad"]
             report.skipped.update({cause: (count, first) for cause, (count, first) in progress["skipped"].items()})
-            self._seen.restore(self._folder.load_memory())
-        for part, state in progress.get("parts", {"": {}}).items():
-            self._open_part(part, state)
+            self._deduplicator.restore(self._folder.load_memory())
+        for split, state in progress.get("parts", {"": {}}).items():
+            self._open_split(split, state)
 
-    def _open_part(self, part: str, state: dict[str, Any]) -> PartWriter:
-        writer = PartWriter(*self._folder.places(part), shard_samples=self._config.shard_samples, state=state)
-        self._writers[part] = writer
+    def _open_split(self, split: str, state: dict[str, Any]) -> SplitWriter:
+        writer = SplitWriter(*self._folder.places(split), shard_samples=self._config.shard_samples, state=state)
+        self._writers[split] = writer
         return writer
 
     def _outcomes(self) -> Iterator[bool]:
@@ -173,19 +173,19 @@ class _Run:
         config, report = self._config, self._report
         run = run_on_ray if config.engine == "ray" else run_in_threads
         records = islice(self._source.records, report.num_read, None)
-        with closing(run(partial(finish_records, config=config), records, workers=config.workers)) as outcomes:
+        with closing(run(partial(process_records, config=config), records, workers=config.workers)) as outcomes:
             for outcome in outcomes:
                 if not self._saved:
                     self._save()  # from here on a killed run can be taken up
                 report.num_read += 1
                 yield self._take(outcome)
 
-    def _take(self, outcome: Pair | LeftOut) -> bool:
+    def _take(self, outcome: Pair | Rejected) -> bool:
         if isinstance(outcome, Pair):
-            outcome = self._seen.check(outcome)
+            outcome = self._deduplicator.check(outcome)
         if isinstance(outcome, Pair):
-            part = self._part_of(outcome)
-            return (self._writers.get(part) or self._open_part(part, {})).add(outcome)
+            split = self._split_of(outcome)
+            return (self._writers.get(split) or self._open_split(split, {})).add(outcome)
         self._report.skipped.add(outcome.cause, outcome.key)
         if outcome.is_bad and not self._source.is_download:
             self._report.num_bad += 1
@@ -194,13 +194,13 @@ class _Run:
             self._stop_if_bad(least=_FEW_RECORDS)
         return False
 
-    def _part_of(self, pair: Pair) -> str:
-        if pair.part:
-            return pair.part
+    def _split_of(self, pair: Pair) -> str:
+        if pair.split:
+            return pair.split
         position = hash64(pair.key.encode()) / 2**64
-        for part, fraction in self._config.split.items():
+        for split, fraction in self._config.split.items():
             if position < fraction:
-                return part
+                return split
             position -= fraction
         return ""
 
@@ -230,15 +230,15 @@ class _Run:
             "num_read": report.num_read,
             "num_bad": report.num_bad,
             "skipped": report.skipped,
-            "parts": {part: writer.state() for part, writer in self._writers.items()},
+            "parts": {split: writer.state() for split, writer in self._writers.items()},
         }
-        self._folder.save_progress(facts, self._seen.new_bytes())
+        self._folder.save_progress(facts, self._deduplicator.new_bytes())
         self._saved = time.monotonic()
 
     def _update(self) -> PrepareReport:
         report = self._report
-        report.parts = {part or "train": writer.num_pairs for part, writer in self._writers.items()}
-        report.num_pairs = sum(report.parts.values())
+        report.splits = {split or "train": writer.num_pairs for split, writer in self._writers.items()}
+        report.num_pairs = sum(report.splits.values())
         report.num_shards = sum(len(writer.shards) for writer in self._writers.values())
         report.seconds = time.monotonic() - self._started
         return report
@@ -255,12 +255,12 @@ class _Run:
             "clean": asdict(config.clean),
         }
         manifests: dict[str, dict[str, Any]] = {}
-        for part, writer in self._writers.items():
+        for split, writer in self._writers.items():
             own = {"num_pairs": writer.num_pairs, "shards": writer.shards, "index_sha256": writer.join_indexes()}
-            manifests[part] = shared | own | ({"part": part} if part else {})
+            manifests[split] = shared | own | ({"part": split} if split else {})
         result = report.to_json()
         manifests[""] |= {name: result[name] for name in ("num_read", "num_shards", "num_skipped", "skipped")}
-        manifests[""]["parts"] = {part: manifest["num_pairs"] for part, manifest in manifests.items() if part}
+        manifests[""]["parts"] = {split: manifest["num_pairs"] for split, manifest in manifests.items() if split}
         if config.clean.exclude:
             manifests[""]["excluded"] = self._excluded
         self._folder.finish(manifests)

@@ -11,8 +11,8 @@ from functools import lru_cache
 from typing import Any, BinaryIO
 
 from declip_cli.data import storage
-from declip_cli.data.prepare.stages import Pair
-from declip_cli.data.prepare.state import START_ANEW, UNFINISHED
+from declip_cli.data.prepare.process import Pair
+from declip_cli.data.prepare.state import START_OVER, UNFINISHED
 from declip_cli.data.shards.index import IndexBuilder, ShardIndex, index_groups, parse_indexes, write_indexes
 from declip_cli.data.shards.indexing import index_path
 from declip_cli.data.shards.store import JOINED
@@ -54,19 +54,19 @@ def _header(name: str, num_bytes: int) -> bytes:
     return bytes(header)
 
 
-class PartWriter:
+class SplitWriter:
     """Write one part of the data, shard after shard.
 
     Args:
         folder: local path or URL for the finished shards.
-        spool: local folder for the unfinished one.
+        staging: local folder for the unfinished one.
         shard_samples: pairs per shard.
         state: what `state` returned when the run was interrupted; empty starts anew.
     """
 
-    def __init__(self, folder: str, spool: str, *, shard_samples: int, state: dict[str, Any]) -> None:
-        self._folder, self._spool, self._shard_samples = folder, spool, shard_samples
-        self._temporary = os.path.join(spool, UNFINISHED)
+    def __init__(self, folder: str, staging: str, *, shard_samples: int, state: dict[str, Any]) -> None:
+        self._folder, self._staging, self._shard_samples = folder, staging, shard_samples
+        self._temporary = os.path.join(staging, UNFINISHED)
         self.shards: list[dict[str, Any]] = list(state.get("shards", []))
         self._num_finished = sum(int(shard["num_pairs"]) for shard in self.shards)
         self._file: BinaryIO | None = None
@@ -88,7 +88,7 @@ class PartWriter:
         with storage.disk_errors(self._temporary):
             if self._file is None:
                 storage.make_folder(self._folder)
-                storage.make_folder(self._spool)
+                storage.make_folder(self._staging)
                 self._file = open(self._temporary, "wb")  # noqa: SIM115  (stays open)
             key = f"{self.num_pairs:09d}"
             text = pair.captions[0].encode()  # what loaders such as OpenCLIP's read
@@ -154,11 +154,11 @@ class PartWriter:
         try:
             if not os.path.exists(self._temporary) and storage.is_file(finished):
                 # The run was killed after finishing this shard, before it could say so.
-                storage.make_folder(self._spool)
+                storage.make_folder(self._staging)
                 storage.write_whole(self._temporary, storage.read_bytes(finished))
             file = open(self._temporary, "r+b")  # noqa: SIM115  (stays open)
         except OSError as error:
-            raise DataError(f"the unfinished shard {self._temporary} is missing", remedy=START_ANEW) from error
+            raise DataError(f"the unfinished shard {self._temporary} is missing", remedy=START_OVER) from error
         file.truncate(unfinished["num_bytes"])
         self._index = index_groups(file, self._temporary)
         self._index.skipped.clear()  # that it ends without a mark
@@ -167,7 +167,7 @@ class PartWriter:
         self._file, self._num_bytes = file, file.tell()
         if len(self._index) != unfinished["num_pairs"] or self._digest.hexdigest() != unfinished["sha256"]:
             self.close()
-            raise DataError(f"the unfinished shard {self._temporary} is damaged", remedy=START_ANEW)
+            raise DataError(f"the unfinished shard {self._temporary} is damaged", remedy=START_OVER)
 
 
 def _read_all(paths: list[str]) -> Iterator[ShardIndex]:

@@ -21,7 +21,7 @@ from declip_cli.files import parse_json
 
 UNFINISHED = "unfinished.tar.tmp"
 """The shard in the making of each part, in the spool."""
-START_ANEW = "run the command again with --force to start anew"
+START_OVER = "run the command again with --force to start anew"
 _PROGRESS, _MEMORY, _LOCK, _DOWNLOAD = "progress.json", "progress.memory", "progress.lock", "download"
 _OURS = re.compile(
     r"(\d+\.tar|(\d+|shards)\.index|manifest\.json|progress\.(json|memory)|unfinished\.tar)(\.([0-9a-f]+\.)?tmp)?"
@@ -33,10 +33,10 @@ _NOT_THE_COMMAND = ("out", "workers", "max_bad", "engine", "force")
 
 def download_folder(out: str) -> str:
     """Name the local folder for what is downloaded on the way to an output folder."""
-    return os.path.join(_spool_of(out), _DOWNLOAD)
+    return os.path.join(_staging_folder(out), _DOWNLOAD)
 
 
-def _spool_of(out: str) -> str:
+def _staging_folder(out: str) -> str:
     """Name the local folder for unfinished things: the output folder itself, or for a URL one in the cache."""
     if not storage.is_remote(out):
         return out.rstrip("/") or "/"
@@ -52,17 +52,17 @@ class OutFolder:
     """
 
     def __init__(self, config: PrepareConfig) -> None:
-        self.path, self._spool = config.out.rstrip("/") or "/", _spool_of(config.out)
+        self.path, self._staging = config.out.rstrip("/") or "/", _staging_folder(config.out)
         self._command = _command_id(config)
         self.progress: dict[str, Any] = {}
         """State of an interrupted run of the same command; empty for a new one."""
         self.manifest: dict[str, Any] = {}
         """Of a finished run of the same command; empty for any other."""
-        self._parts_to_clear: set[str] = set()
+        self._splits_to_clear: set[str] = set()
         self._memory_digest = hashlib.sha256()
         manifest, progress = _read(storage.join(self.path, MANIFEST)), _read(self._at(_PROGRESS))
         if config.force:
-            self._parts_to_clear = {"", *manifest.get("parts", {}), *progress.get("parts", {})}
+            self._splits_to_clear = {"", *manifest.get("parts", {}), *progress.get("parts", {})}
         elif manifest.get("command") == self._command:
             self.manifest = manifest
         elif progress.get("command") == self._command:
@@ -75,16 +75,16 @@ class OutFolder:
             )
 
     def _at(self, name: str) -> str:
-        return os.path.join(self._spool, name)
+        return os.path.join(self._staging, name)
 
     def _has_files(self) -> bool:
         if storage.is_file(self.path):
             raise DataError(f"the output {self.path} is a file", remedy="name a folder with --out")
         return storage.is_folder(self.path) and any(name != _LOCK for name in storage.walk(self.path))
 
-    def places(self, part: str) -> tuple[str, str]:
+    def places(self, split: str) -> tuple[str, str]:
         """Name the folder of one part (empty: the training part), and the local one of its unfinished shard."""
-        return (storage.join(self.path, part), self._at(part)) if part else (self.path, self._spool)
+        return (storage.join(self.path, split), self._at(split)) if split else (self.path, self._staging)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -98,7 +98,7 @@ class OutFolder:
             self._clear()
             yield
         except DataError as error:
-            left = sorted(map(str, Path(self._spool).rglob(UNFINISHED)))
+            left = sorted(map(str, Path(self._staging).rglob(UNFINISHED)))
             if error.cause != storage.DISK_FULL or not left:
                 raise
             size_mb = sum(map(os.path.getsize, left)) / 1e6
@@ -111,7 +111,7 @@ class OutFolder:
             storage.remove_file(self._at(_LOCK))
             os.close(lock)
             with contextlib.suppress(OSError):
-                os.rmdir(self._spool)
+                os.rmdir(self._staging)
 
     def _lock(self) -> int:
         path = self._at(_LOCK)
@@ -125,9 +125,9 @@ class OutFolder:
 
     def _clear(self) -> None:
         """Delete what `prepare` has written, and nothing else."""
-        if self._parts_to_clear:
+        if self._splits_to_clear:
             shutil.rmtree(self._at(_DOWNLOAD), ignore_errors=True)
-        for folder in {folder for part in self._parts_to_clear for folder in self.places(part)}:
+        for folder in {folder for split in self._splits_to_clear for folder in self.places(split)}:
             for name in filter(_OURS.fullmatch, storage.names_in(folder)):
                 storage.remove_file(storage.join(folder, name))
 
@@ -141,7 +141,7 @@ class OutFolder:
         Raises:
             DataError: the disk is full or cannot be written.
         """
-        storage.make_folder(self._spool)
+        storage.make_folder(self._staging)
         with storage.disk_errors(self._at(_MEMORY)), open(self._at(_MEMORY), "ab") as file:
             file.write(memory)
             memory_bytes = file.tell()
@@ -164,7 +164,7 @@ class OutFolder:
                 data = file.read()
         self._memory_digest.update(data)
         if self._memory_digest.hexdigest() != self.progress.get("memory_sha256"):
-            raise DataError(f"{path} is damaged", remedy=START_ANEW)
+            raise DataError(f"{path} is damaged", remedy=START_OVER)
         return data
 
     def finish(self, manifests: dict[str, dict[str, Any]]) -> None:
@@ -173,10 +173,10 @@ class OutFolder:
         Raises:
             DataError: the disk is full or cannot be written.
         """
-        for part in sorted(manifests, reverse=True):
-            folder, _ = self.places(part)
+        for split in sorted(manifests, reverse=True):
+            folder, _ = self.places(split)
             storage.make_folder(folder)
-            facts = {"declip_version": __version__, "command": self._command} | manifests[part]
+            facts = {"declip_version": __version__, "command": self._command} | manifests[split]
             text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)
             storage.write_whole(storage.join(folder, MANIFEST), text.encode())
         self.forget_progress()

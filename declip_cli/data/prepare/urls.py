@@ -21,7 +21,7 @@ from declip_cli.data.prepare.config import PrepareConfig
 from declip_cli.data.prepare.state import download_folder
 from declip_cli.data.shards.tar_samples import is_unicode
 from declip_cli.data.sources import table
-from declip_cli.data.sources.records import Found, LeftOut, Record
+from declip_cli.data.sources.records import Found, Record, Rejected
 from declip_cli.errors import DataError
 
 _URLS_PER_SHARD = 1_000
@@ -162,7 +162,7 @@ def _records(shard: Path) -> Iterator[Found]:
                 if row["status"] == "success" and member is not None:
                     yield Record(row["url"], cast(IO[bytes], tar.extractfile(member)).read(), tuple(row["captions"]))
                 else:
-                    yield LeftOut(row["url"], row["problem"] or name_failure(row["error_message"] or ""))
+                    yield Rejected(row["url"], row["problem"] or name_failure(row["error_message"] or ""))
     except tarfile.TarError as error:
         remedy = f"delete {shard}_stats.json to download it again, then run the same command again"
         raise DataError(f"{shard}.tar is damaged: {error}", remedy=remedy) from error

@@ -48,7 +48,7 @@ class Shards(BlockDataset):
         """Find the bytes of a block."""
 
     @abstractmethod
-    def _locate(self, number: int) -> tuple[int, ShardIndex, int]:
+    def _locate(self, index: int) -> tuple[int, ShardIndex, int]:
         """Find a sample: its block, the index of its shard, its row there."""
 
     def fetch(self, block: int) -> None:
@@ -63,31 +63,31 @@ class Shards(BlockDataset):
         """See `BlockDataset.release`; a block of the cache is the first to go where that is full."""
         self._files.release(self._piece(block))
 
-    def read(self, number: int) -> Example:
+    def read(self, index: int) -> Example:
         """Read one pair, in one request unless captions and image lie far apart; see `Dataset.read`."""
-        block, index, row = self._locate(number)
+        block, shard_index, row = self._locate(index)
         piece = self._piece(block)
-        first, last = index.image_span(row)
-        start, end, is_json = index.caption_span(row)
+        first, last = shard_index.image_span(row)
+        start, end, is_json = shard_index.caption_span(row)
         low, high = min(first, start), max(last, end)
         if high - low <= last - first + end - start + _MAX_GAP_BYTES:
             data = self._files.read(piece, low, high)
             image, text = data[first - low : last - low], data[start - low : end - low]
         else:
             image, text = self._files.read(piece, first, last), self._files.read(piece, start, end)
-        key = index.key(row)
+        key = shard_index.key(row)
         return Example(key, image, read_captions(text, key, is_json=is_json))
 
-    def key(self, number: int) -> str:
+    def key(self, index: int) -> str:
         """Return the key of a pair, which stands in the index."""
-        _, index, row = self._locate(number)
-        return index.key(row)
+        _, shard_index, row = self._locate(index)
+        return shard_index.key(row)
 
-    def captions(self, number: int) -> tuple[str, ...]:
+    def captions(self, index: int) -> tuple[str, ...]:
         """Read the captions of a pair; see `Dataset.captions`."""
-        block, index, row = self._locate(number)
-        start, end, is_json = index.caption_span(row)
-        return read_captions(self._files.read(self._piece(block), start, end), index.key(row), is_json=is_json)
+        block, shard_index, row = self._locate(index)
+        start, end, is_json = shard_index.caption_span(row)
+        return read_captions(self._files.read(self._piece(block), start, end), shard_index.key(row), is_json=is_json)
 
 
 class ShardDataset(Shards):
@@ -137,11 +137,11 @@ class ShardDataset(Shards):
         if piece.end - piece.start <= _MAX_BLOCK_FACTOR * BLOCK_BYTES:
             self._files.fetch(piece)
 
-    def _locate(self, number: int) -> tuple[int, ShardIndex, int]:
-        if not 0 <= number < len(self):
-            raise IndexError(number)
-        shard = bisect_right(self._firsts, number) - 1
-        return bisect_right(self.block_firsts, number) - 1, self._indexes[shard], number - self._firsts[shard]
+    def _locate(self, index: int) -> tuple[int, ShardIndex, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        shard = bisect_right(self._firsts, index) - 1
+        return bisect_right(self.block_firsts, index) - 1, self._indexes[shard], index - self._firsts[shard]
 
     def _find_piece(self, block: int) -> Piece:
         first, end = self.block_firsts[block : block + 2].tolist()
@@ -203,10 +203,10 @@ class LazyShardDataset(Shards):
         super().fetch(block)
         self.count(block)
 
-    def _locate(self, number: int) -> tuple[int, ShardIndex, int]:
-        block, row = number >> ROW_BITS, number & ((1 << ROW_BITS) - 1)
+    def _locate(self, index: int) -> tuple[int, ShardIndex, int]:
+        block, row = index >> ROW_BITS, index & ((1 << ROW_BITS) - 1)
         if not 0 <= block < self.num_blocks or row >= self.count(block):
-            raise IndexError(number)
+            raise IndexError(index)
         return block, self._index(block), row
 
     def _find_piece(self, block: int) -> Piece:

@@ -209,11 +209,11 @@ class _Handle:
     """A file descriptor that closes when its last reader lets go of it."""
 
     def __init__(self, path: str) -> None:
-        self.number = os.open(path, os.O_RDONLY)
+        self.descriptor = os.open(path, os.O_RDONLY)
 
     def __del__(self) -> None:
         if hasattr(self, "number"):
-            os.close(self.number)
+            os.close(self.descriptor)
 
 
 @contextmanager
@@ -272,13 +272,13 @@ class ShardFiles:
         path, start, end = piece.shard.path, piece.start, piece.end
         with _shard_errors(path):
             if piece.shard.is_remote:
-                self._let_go_of_deleted()
+                self._close_deleted()
                 cuts = range(start, end, _PART_BYTES)
                 download = (storage.read_range(path, cut, min(end, cut + _PART_BYTES)) for cut in cuts)
                 self._cache.fetch(piece.name, end - start, download)
             elif hasattr(os, "posix_fadvise"):  # not on macOS
                 handle = storage.attempt(path, lambda: self._handle(path))
-                os.posix_fadvise(handle.number, start, end - start, os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(handle.descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
 
     def release(self, piece: Piece) -> None:
         """Say that a piece is not needed soon."""
@@ -302,7 +302,7 @@ class ShardFiles:
     def _pread(self, path: str, start: int, end: int) -> bytes:
         handle = self._handle(path)  # held while reading: another thread may push it out of the list
         try:
-            return os.pread(handle.number, end - start, start)
+            return os.pread(handle.descriptor, end - start, start)
         except OSError:
             with self._lock:
                 self._open.pop(path, None)  # a server of files that comes back knows the old handle no more
@@ -319,9 +319,9 @@ class ShardFiles:
                 self._open.move_to_end(path)
             return handle
 
-    def _let_go_of_deleted(self) -> None:
+    def _close_deleted(self) -> None:
         """Close what the cache has deleted, so that the disk gets its room back."""
         with self._lock:
             for path, handle in list(self._open.items()):
-                if not os.fstat(handle.number).st_nlink:
+                if not os.fstat(handle.descriptor).st_nlink:
                     del self._open[path]

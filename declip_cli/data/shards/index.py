@@ -131,7 +131,7 @@ def index_groups(file: BinaryIO, shard: str) -> IndexBuilder:
             builder.skipped.add(group.problem, group.key)
         else:
             member = caption_member(group)
-            spans = group.spans[group.picture_extension], group.spans[member]
+            spans = group.spans[group.image_extension], group.spans[member]
             builder.add(group.key, *spans, is_json=member == "json")
     return builder
 

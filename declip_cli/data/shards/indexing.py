@@ -14,10 +14,10 @@ from declip_cli.data.shards.files import Piece, Shard, ShardFiles, locked
 from declip_cli.data.shards.index import index_groups, read_indexes, write_indexes
 from declip_cli.errors import DataError
 
-Say: TypeAlias = Callable[[str], None]
+Log: TypeAlias = Callable[[str], None]
 
 _THREADS = 8
-_SAY_EVERY_S = 5.0
+_LOG_EVERY_S = 5.0
 _MAX_MAPPED = 64
 
 
@@ -134,7 +134,7 @@ def _place_in_cache(shard: Shard, cache_dir: str) -> str:
 
 
 def load_indexes(
-    shards: Sequence[Shard], files: ShardFiles, *, say: Say | None, meet: Callable[[bool], bool]
+    shards: Sequence[Shard], files: ShardFiles, *, log: Log | None, all_done: Callable[[bool], bool]
 ) -> list[str]:
     """Find the indexes of shards; those that are missing, damaged or out of date are made first.
 
@@ -144,8 +144,8 @@ def load_indexes(
     Args:
         shards: in order.
         files: reads them.
-        say: told of damaged indexes, and of how far it is if that takes more than a few seconds.
-        meet: called every few seconds with False, as this is not done.
+        log: told of damaged indexes, and of how far it is if that takes more than a few seconds.
+        all_done: called every few seconds with False, as this is not done.
 
     Returns:
         Local files with one index per shard, in their order: one file each, or, where they are many, one for all.
@@ -156,7 +156,7 @@ def load_indexes(
     joined = cached_index("\n".join(f"{shard.path} {shard.stamp}" for shard in shards), files.cache_dir)
     if not index_damage(joined, shards):
         return [joined]
-    say = say or (lambda message: None)
+    log = log or (lambda message: None)
     numbers = random.sample(range(len(shards)), len(shards))
     found, damages, said = [""] * len(shards), list[str](), time.monotonic()
     with ThreadPoolExecutor(_THREADS, "declip-index") as pool:
@@ -164,12 +164,12 @@ def load_indexes(
         for num_done, (number, (path, damage)) in enumerate(zip(numbers, results, strict=True), 1):
             found[number] = path
             damages += [damage] if damage else []
-            if (now := time.monotonic()) - said > _SAY_EVERY_S:
+            if (now := time.monotonic()) - said > _LOG_EVERY_S:
                 said = now
-                say(f"{num_done:,} of {len(found):,} shards indexed, once for all")
-                meet(False)
+                log(f"{num_done:,} of {len(found):,} shards indexed, once for all")
+                all_done(False)
     if damages:
-        say(f"the index of {len(damages)} shards was made again ({min(damages)})")
+        log(f"the index of {len(damages)} shards was made again ({min(damages)})")
     if len(found) <= _MAX_MAPPED:
         return found
     with locked(f"{joined}.lock"):

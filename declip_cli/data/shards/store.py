@@ -8,7 +8,7 @@ from typing import Any
 from declip_cli.data import storage
 from declip_cli.data.shards.dataset import LazyShardDataset, ShardDataset, Shards
 from declip_cli.data.shards.files import Shard, ShardFiles
-from declip_cli.data.shards.indexing import Say, cached_index, copy_index, index_damage, index_path, load_indexes
+from declip_cli.data.shards.indexing import Log, cached_index, copy_index, index_damage, index_path, load_indexes
 from declip_cli.errors import DataError
 from declip_cli.files import parse_json
 
@@ -36,8 +36,8 @@ def open_shards(
     *,
     split: str | None = None,
     cache_dir: str | None = None,
-    say: Say | None = None,
-    shall_count: Callable[[Sequence[Shard]], bool] | None = None,
+    log: Log | None = None,
+    should_count: Callable[[Sequence[Shard]], bool] | None = None,
     cache_gb: float = CACHE_GB,
 ) -> Shards:
     """Open shards by folder, file or pattern.
@@ -47,8 +47,8 @@ def open_shards(
             these.
         split: named split of the data; None or `train` is what lies in the folder itself.
         cache_dir: local folder for indexes and for what is fetched; None uses `$DECLIP_CACHE`, else `~/.cache/declip`.
-        say: told of damaged indexes, and of the progress where shards of others are indexed for the first time.
-        shall_count: given all shards, decides whether to go first through those that have no index; if not, they are
+        log: told of damaged indexes, and of the progress where shards of others are indexed for the first time.
+        should_count: given all shards, decides whether to go first through those that have no index; if not, they are
             indexed when their turn comes. Every rank of a process group opens the same shards now. None goes through
             them, on this rank alone.
         cache_gb: how many gigabytes of remote shards may be in the cache.
@@ -63,25 +63,25 @@ def open_shards(
     files = ShardFiles(cache_dir or default_cache_dir(), int(cache_gb * 1e9))
     found = [find_shards(path, split or "") for path in paths]
     shards = [shard for some, _ in found for shard in some]
-    meet = _meet if shall_count is not None else bool
+    all_done = _all_done if should_count is not None else bool
     data: Shards
-    if shall_count is not None and not shall_count(shards):
+    if should_count is not None and not should_count(shards):
         data = LazyShardDataset(shards, files)
     else:
         index_files: list[str] = []
         for some, digest in found:
-            joined = _joined_index(some, digest, files.cache_dir, say) if digest and some else ""
-            index_files += [joined] if joined else load_indexes(some, files, say=say, meet=meet)
+            joined = _joined_index(some, digest, files.cache_dir, log) if digest and some else ""
+            index_files += [joined] if joined else load_indexes(some, files, log=log, all_done=all_done)
         data = ShardDataset(shards, files, index_files)
         if not len(data):
             raise DataError(f"no image-text pair in {', '.join(paths)} ({data.skipped or 'empty'})", remedy=PREPARE)
-        while not meet(True):
+        while not all_done(True):
             pass
     data.name, data.split = " ".join(paths), split or ""
     return data
 
 
-def _meet(is_done: bool) -> bool:
+def _all_done(is_done: bool) -> bool:
     """Say whether all ranks are done: they meet so often that who waits for the others runs into no time limit."""
     from declip_cli.process_group import from_all  # `prepare` does without torch
 
@@ -174,12 +174,12 @@ def _prepared(folder: str, listed: Sequence[dict[str, Any]]) -> list[Shard]:
     return found
 
 
-def _joined_index(shards: Sequence[Shard], digest: str, cache_dir: str, say: Say | None) -> str:
+def _joined_index(shards: Sequence[Shard], digest: str, cache_dir: str, log: Log | None) -> str:
     """Find the joined index of a prepared folder; a remote one is copied to the cache of the machine."""
     path = storage.join(storage.parent(shards[0].path), JOINED)
     is_remote = storage.is_remote(path)
     local = cached_index(digest, cache_dir) if is_remote else path
     damage = copy_index(path, local, shards) if is_remote else index_damage(local, shards)
-    if damage and say is not None:
-        say(f"{path} is {damage}; the indexes of the shards are used")
+    if damage and log is not None:
+        log(f"{path} is {damage}; the indexes of the shards are used")
     return "" if damage else local

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, TypeAlias, cast
 from declip_cli.errors import DataError
 from declip_cli.files import parse_json
 
-PICTURE_EXTENSIONS = (
+IMAGE_EXTENSIONS = (
     "jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "jp2", "ppm", "pgm", "jfif", "avif"
 )  # fmt: skip
 CAPTION_EXTENSIONS = ("json", "txt", "caption")
@@ -34,9 +34,9 @@ class Group:
     """Why this is no sample, in the words it is counted under; empty if all is well."""
 
     @property
-    def picture_extension(self) -> str:
+    def image_extension(self) -> str:
         """Extension of the image, empty if there is none."""
-        return next((extension for extension in PICTURE_EXTENSIONS if extension in self.parts), "")
+        return next((extension for extension in IMAGE_EXTENSIONS if extension in self.parts), "")
 
     @property
     def has_captions(self) -> bool:
@@ -108,7 +108,7 @@ def read_groups(file: BinaryIO, archive: str, *, with_images: bool) -> Iterator[
     """
     seen: set[int] = set()
     group = Group("")
-    extensions = CAPTION_EXTENSIONS + (PICTURE_EXTENSIONS if with_images else ())
+    extensions = CAPTION_EXTENSIONS + (IMAGE_EXTENSIONS if with_images else ())
 
     def wants(info: tarfile.TarInfo) -> bool:
         return info.size <= MAX_MEMBER_BYTES and split_name(info.name)[1] in extensions
@@ -124,10 +124,10 @@ def read_groups(file: BinaryIO, archive: str, *, with_images: bool) -> Iterator[
                     yield _judged(group, seen)
                 group = Group(key)
             group.parts[extension], group.spans[extension] = data, (info.offset_data, info.size)
-            if info.size > MAX_MEMBER_BYTES and extension in PICTURE_EXTENSIONS + CAPTION_EXTENSIONS:
+            if info.size > MAX_MEMBER_BYTES and extension in IMAGE_EXTENSIONS + CAPTION_EXTENSIONS:
                 group.problem = "too big"
     except DataError as error:
-        if group.picture_extension and group.has_captions:
+        if group.image_extension and group.has_captions:
             yield _judged(group, seen)
         yield Group(archive, problem=error.cause)
         return
@@ -143,7 +143,7 @@ def _judged(group: Group, seen: set[int]) -> Group:
     """Note what keeps a group from being a sample; `seen` holds the hashes of the keys before it."""
     if hash(group.key) in seen:
         group.problem = "duplicate key"
-    elif not group.picture_extension:
+    elif not group.image_extension:
         group.problem = "missing image"
     elif not group.has_captions:
         group.problem = "missing caption"

@@ -6,7 +6,7 @@ from itertools import groupby, islice
 from typing import Any
 
 from declip_cli.data import storage
-from declip_cli.data.sources.records import PART_OF_SPLIT, Found, LeftOut, file_record, locate_pictures
+from declip_cli.data.sources.records import SPLIT_NAMES, Found, Rejected, file_record, locate_images
 from declip_cli.errors import DataError
 from declip_cli.files import parse_json
 
@@ -60,7 +60,7 @@ def read_annotations(path: str, *, images: str = "", split: str | None = None) -
     """
     if is_token_file(path):
         first = list(islice((name for name, _, _ in _token_lines(path)), _NUM_NAMES))
-        return _token_records(path, locate_pictures(path, first, images=images))
+        return _token_records(path, locate_images(path, first, images=images))
     content = _read_json(path)
     if "annotations" in content:
         return _coco_records(content, path, images)
@@ -89,20 +89,20 @@ def _coco_records(content: dict[str, Any], path: str, images: str) -> Iterator[F
         if "caption" in annotation:
             captions.setdefault(str(annotation.get("image_id")), []).append(annotation["caption"])
     rows = content["images"]
-    folder = locate_pictures(path, [str(row.get("file_name")) for row in rows[:_NUM_NAMES]], images=images)
+    folder = locate_images(path, [str(row.get("file_name")) for row in rows[:_NUM_NAMES]], images=images)
     return (file_record(folder, row.get("file_name"), captions.get(str(row.get("id")), [])) for row in rows)
 
 
 def _karpathy_records(rows: list[dict[str, Any]], path: str, images: str) -> Iterator[Found]:
-    folder = locate_pictures(path, [_karpathy_name(row) for row in rows[:_NUM_NAMES]], images=images)
+    folder = locate_images(path, [_karpathy_name(row) for row in rows[:_NUM_NAMES]], images=images)
     for row in rows:
         sentences, name, split = row.get("sentences"), _karpathy_name(row), str(row.get("split", ""))
-        if split not in PART_OF_SPLIT:
-            yield LeftOut(name, "unknown split")
+        if split not in SPLIT_NAMES:
+            yield Rejected(name, "unknown split")
             continue
         found = sentences if isinstance(sentences, list) else []
         captions = [sentence.get("raw") if isinstance(sentence, dict) else sentence for sentence in found]
-        yield file_record(folder, name, captions, part=PART_OF_SPLIT[split])
+        yield file_record(folder, name, captions, split=SPLIT_NAMES[split])
 
 
 def _karpathy_name(row: dict[str, Any]) -> str:
@@ -115,12 +115,12 @@ def _token_records(path: str, folder: str) -> Iterator[Found]:
     for name, group in groupby(_token_lines(path), key=lambda line: line[0] or f"line {line[2]}"):
         lines = list(group)
         if not lines[0][0]:
-            yield LeftOut(name, "damaged line")
+            yield Rejected(name, "damaged line")
             continue
         try:
             yield file_record(folder, name, [caption.decode("utf-8") for _, caption, _ in lines])
         except UnicodeDecodeError:
-            yield LeftOut(name, "caption not UTF-8")
+            yield Rejected(name, "caption not UTF-8")
 
 
 def _token_lines(path: str) -> Iterator[tuple[str, bytes, int]]:

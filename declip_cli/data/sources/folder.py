@@ -7,8 +7,8 @@ from itertools import groupby
 from typing import BinaryIO, cast
 
 from declip_cli.data import storage
-from declip_cli.data.shards.tar_samples import PICTURE_EXTENSIONS, captions_of, captions_of_row, read_groups
-from declip_cli.data.sources.records import Found, LeftOut, Record, file_record
+from declip_cli.data.shards.tar_samples import IMAGE_EXTENSIONS, captions_of, captions_of_row, read_groups
+from declip_cli.data.sources.records import Found, Record, Rejected, file_record
 from declip_cli.data.sources.table import PROBLEM, json_row
 from declip_cli.errors import DataError
 
@@ -41,10 +41,10 @@ def read_lists(lists: list[str], *, root: str) -> Iterator[Found]:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
-                row, place = json_row(line), f"{prefix}{CAPTIONS_FILE}:{number}"
+                row, where = json_row(line), f"{prefix}{CAPTIONS_FILE}:{number}"
                 name = next((row[word] for word in ("file", "file_name", "filename", "image") if word in row), None)
                 if PROBLEM in row or name is None:
-                    yield LeftOut(place, row.get(PROBLEM, "missing file name"))
+                    yield Rejected(where, row.get(PROBLEM, "missing file name"))
                 else:
                     yield file_record(folder, name, captions_of_row(row), prefix=prefix)
 
@@ -76,15 +76,15 @@ def read_folder(folder: str, *, skip: str = "") -> Iterator[Found]:
         for name in names:
             stem, _, extension = name.rpartition(".")
             found = images.setdefault(stem, [])
-            if extension.lower() in PICTURE_EXTENSIONS:
+            if extension.lower() in IMAGE_EXTENSIONS:
                 found.append(name)
         for stem, found in images.items():
             beside = texts.get(stem, ())
             for name in found:
                 record = Record(name, storage.join(folder, name), beside=beside)
-                yield record if beside else LeftOut(name, "missing caption")
+                yield record if beside else Rejected(name, "missing caption")
             if beside and not found:
-                yield LeftOut(f"{stem}.{beside[0]}", "text without picture", is_bad=False)
+                yield Rejected(f"{stem}.{beside[0]}", "text without image", is_bad=False)
 
 
 def tars_in(path: str) -> list[str]:
@@ -108,10 +108,10 @@ def read_tars(shards: list[str]) -> Iterator[Found]:
                 for group in read_groups(file, name, with_images=True):
                     key = f"{name}/{group.key}" if group.key != name else name
                     try:
-                        image = group.parts.get(group.picture_extension, b"")
+                        image = group.parts.get(group.image_extension, b"")
                         problem, captions = group.problem, () if group.problem else captions_of(group)
                     except DataError as error:
                         problem = error.cause
-                    yield LeftOut(key, problem) if problem else Record(key, image, captions)
+                    yield Rejected(key, problem) if problem else Record(key, image, captions)
             except (EOFError, gzip.BadGzipFile):
-                yield LeftOut(name, "truncated tar")
+                yield Rejected(name, "truncated tar")

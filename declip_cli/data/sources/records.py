@@ -11,7 +11,7 @@ from declip_cli.data.dataset import Example
 from declip_cli.data.shards.tar_samples import MAX_MEMBER_BYTES, Group, captions_of, clean_captions
 from declip_cli.errors import DataError
 
-PART_OF_SPLIT = {"": "", "train": "", "restval": "", "val": "val", "validation": "val", "test": "test"}
+SPLIT_NAMES = {"": "", "train": "", "restval": "", "val": "val", "validation": "val", "test": "test"}
 """Names of splits in lists and tables, and the parts of shards that they become; empty is the training part."""
 _NUM_TRIED = 20
 
@@ -26,7 +26,7 @@ class Record:
     """Path or URL of the image, or the encoded image."""
     captions: tuple[object, ...] = ()
     """What stands where captions should; `load` checks it."""
-    part: str = ""
+    split: str = ""
     """Part of the data it belongs to by the source's own word; empty is the training part."""
     beside: tuple[str, ...] = ()
     """Extensions, as written, of the files of the same name that hold the captions; none where they are known."""
@@ -37,14 +37,14 @@ class Record:
         Raises:
             DataError: this pair cannot be used; `.cause` says why.
         """
-        image = self.image if isinstance(self.image, bytes) else read_picture(self.image)
+        image = self.image if isinstance(self.image, bytes) else read_image(self.image)
         if self.beside and isinstance(self.image, str):
             return Example(self.key, image, captions_beside(self.image, self.beside))
         return Example(self.key, image, clean_captions(list(self.captions), self.key))
 
 
 @dataclass(frozen=True, slots=True)
-class LeftOut:
+class Rejected:
     """Something that stands in the source and makes no pair; it is counted, never dropped in silence."""
 
     key: str
@@ -53,12 +53,12 @@ class LeftOut:
     """False for what was filtered out, or may well lie there as a note among images: no reason to stop."""
 
 
-Found: TypeAlias = Record | LeftOut
+Found: TypeAlias = Record | Rejected
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A source that has been recognised."""
+    """A source that has been recognized."""
 
     kind: str
     records: Iterator[Found]
@@ -69,7 +69,7 @@ class Source:
     """True if records come from the network, where failures are usual and no reason to stop."""
 
 
-def read_picture(path: str) -> bytes:
+def read_image(path: str) -> bytes:
     """Read an image's file, local or remote.
 
     Raises:
@@ -101,22 +101,22 @@ def captions_beside(path: str, extensions: Iterable[str]) -> tuple[str, ...]:
         DataError: there is none, or none that can be read; `.cause` says why.
     """
     stem = path.rpartition(".")[0]
-    return captions_of(Group(path, {suffix.lower(): read_picture(f"{stem}.{suffix}") for suffix in extensions}))
+    return captions_of(Group(path, {suffix.lower(): read_image(f"{stem}.{suffix}") for suffix in extensions}))
 
 
-def file_record(folder: str, name: object, captions: Sequence[object], *, part: str = "", prefix: str = "") -> Found:
+def file_record(folder: str, name: object, captions: Sequence[object], *, split: str = "", prefix: str = "") -> Found:
     """Make the record of an image that a list names, unless the name is no text or leads out of the folder.
 
-    The key is the name behind `prefix`; `part` is as of `Record.part`.
+    The key is the name behind `prefix`; `split` is as of `Record.split`.
     """
     if not isinstance(name, str) or not name:
-        return LeftOut(f"{folder} (no file name)", "missing file name")
+        return Rejected(f"{folder} (no file name)", "missing file name")
     if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/") or storage.is_remote(name):
-        return LeftOut(name, "path traversal")
-    return Record(prefix + name, storage.join(folder, name), tuple(captions), part)
+        return Rejected(name, "path traversal")
+    return Record(prefix + name, storage.join(folder, name), tuple(captions), split)
 
 
-def locate_pictures(path: str, names: Sequence[str], *, images: str = "") -> str:
+def locate_images(path: str, names: Sequence[str], *, images: str = "") -> str:
     """Find the folder that the names of a list start from.
 
     Args:
@@ -137,10 +137,8 @@ def locate_pictures(path: str, names: Sequence[str], *, images: str = "") -> str
     for folder in itertools.chain([beside], _folders_in(beside, 2), _folders_in(above, 2)):
         if any(storage.is_file(storage.join(folder, name)) for name in names[:_NUM_TRIED]):
             return folder
-    first = names[0] if names else "any picture"
-    raise DataError(
-        f"cannot find the pictures of {path}: no {first} in the folders around it", remedy="--images FOLDER"
-    )
+    first = names[0] if names else "any image"
+    raise DataError(f"cannot find the images of {path}: no {first} in the folders around it", remedy="--images FOLDER")
 
 
 def _folders_in(folder: str, depth: int) -> Iterator[str]:

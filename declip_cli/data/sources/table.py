@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from declip_cli.data import storage
-from declip_cli.data.shards.tar_samples import PICTURE_EXTENSIONS, is_unicode
-from declip_cli.data.sources.records import PART_OF_SPLIT, Found, LeftOut, Record
+from declip_cli.data.shards.tar_samples import IMAGE_EXTENSIONS, is_unicode
+from declip_cli.data.sources.records import SPLIT_NAMES, Found, Record, Rejected
 from declip_cli.errors import DataError
 from declip_cli.files import parse_json
 
@@ -22,7 +22,7 @@ Row: TypeAlias = dict[str, Any]
 PROBLEM = "\0"
 """The only column of a row that cannot be read; its value says why."""
 _MAX_FIELD_CHARS = 1 << 24
-_PICTURES = tuple(f".{extension}" for extension in PICTURE_EXTENSIONS)
+_IMAGE_SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 
 
 def read_rows(path: str) -> Iterator[Row]:
@@ -45,10 +45,10 @@ def find_tables(folder: str) -> list[str]:
     Parquet beside images or other folders, as img2dataset writes it, is about these and not a table of its own.
     """
     names = storage.names_in(folder)
-    if set(storage.folders_in(folder)) - {"data"} or any(name.lower().endswith(_PICTURES) for name in names):
+    if set(storage.folders_in(folder)) - {"data"} or any(name.lower().endswith(_IMAGE_SUFFIXES) for name in names):
         return []
     places = (folder, storage.join(folder, "data"))
-    found = [[storage.join(place, n) for n in storage.names_in(place) if n.endswith(".parquet")] for place in places]
+    found = [[storage.join(where, n) for n in storage.names_in(where) if n.endswith(".parquet")] for where in places]
     return found[0] or found[1]
 
 
@@ -196,28 +196,28 @@ def _records(path: str, image: str, captions: Sequence[str], folder: str) -> Ite
     for _, group in itertools.groupby(numbered, key=lambda pair: _sameness(pair, image)):
         rows = list(group)
         number, first = rows[0]
-        place, picture, problem = f"row {number}", first.get(image), first.get(PROBLEM, "")
-        part = PART_OF_SPLIT.get(str(first.get("split", "")).lower(), "")
+        where, value, problem = f"row {number}", first.get(image), first.get(PROBLEM, "")
+        split = SPLIT_NAMES.get(str(first.get("split", "")).lower(), "")
         texts = tuple(text for _, row in rows for column in captions for text in as_list(row.get(column)))
-        if isinstance(picture, dict) and picture.get("bytes"):  # as Hugging Face writes images
-            place, picture = str(picture.get("path") or place), picture["bytes"]
+        if isinstance(value, dict) and value.get("bytes"):  # as Hugging Face writes images
+            where, value = str(value.get("path") or where), value["bytes"]
         if not problem and not all(map(is_unicode, texts)):
             problem = "caption not UTF-8"
         if problem:
-            yield LeftOut(f"row {number}", problem)
-        elif isinstance(picture, bytes):
-            yield Record(place, picture, texts, part)
-        elif isinstance(picture, str) and picture:
-            address = picture if storage.is_remote(picture) else storage.join(folder, picture)
-            yield Record(picture, address, texts, part)
+            yield Rejected(f"row {number}", problem)
+        elif isinstance(value, bytes):
+            yield Record(where, value, texts, split)
+        elif isinstance(value, str) and value:
+            address = value if storage.is_remote(value) else storage.join(folder, value)
+            yield Record(value, address, texts, split)
         else:
-            yield LeftOut(place, "missing file name")
+            yield Rejected(where, "missing file name")
 
 
 def _sameness(pair: tuple[int, Row], image: str) -> object:
     number, row = pair
-    picture = row.get(image)
-    return picture if isinstance(picture, str) and picture and PROBLEM not in row else number
+    value = row.get(image)
+    return value if isinstance(value, str) and value and PROBLEM not in row else number
 
 
 def as_list(value: object) -> list[object]:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from declip_cli.data import storage
-from declip_cli.data.sources.records import Found, LeftOut, Record, locate_pictures
+from declip_cli.data.sources.records import Found, Record, Rejected, locate_images
 from declip_cli.errors import DataError
 
 _METADATA = "yfcc100m_dataset"
@@ -57,7 +57,7 @@ def read_yfcc15m(path: str, *, images: str = "") -> Iterator[Found]:
         first = [_name(line.split(b"\t")[2].strip().decode()) for line in islice(file, 100)]
         file.seek(0)
         ids = np.fromiter((int(line.split(b"\t")[1]) for line in file if line.strip()), dtype=np.int64)
-    return _records(storage.join(beside, names[0]), np.sort(ids), locate_pictures(path, first, images=images))
+    return _records(storage.join(beside, names[0]), np.sort(ids), locate_images(path, first, images=images))
 
 
 def _name(hashed: str) -> str:
@@ -70,7 +70,7 @@ def _records(metadata: str, ids: NDArray[np.int64], folder: str) -> Iterator[Fou
         for number, line in enumerate(file, start=1):
             fields = line.rstrip(b"\r\n").split(b"\t")
             if len(fields) != _NUM_COLUMNS or not fields[_ID].isdigit():
-                yield LeftOut(f"{metadata}:{number}", "damaged line")
+                yield Rejected(f"{metadata}:{number}", "damaged line")
                 continue
             at = int(np.searchsorted(ids, int(fields[_ID])))
             if at == len(ids) or ids[at] != int(fields[_ID]):
@@ -78,7 +78,7 @@ def _records(metadata: str, ids: NDArray[np.int64], folder: str) -> Iterator[Fou
             key, texts = fields[_ID].decode(), [_clean(fields[column]) for column in (_TITLE, _DESCRIPTION)]
             image = storage.join(folder, _name(fields[_HASH].decode()))
             is_video = fields[_MARKER] == b"1"
-            yield LeftOut(key, "video") if is_video else Record(key, image, tuple(filter(None, texts)))
+            yield Rejected(key, "video") if is_video else Record(key, image, tuple(filter(None, texts)))
 
 
 def _clean(field: bytes) -> str:

@@ -16,7 +16,7 @@ from torchvision import datasets
 
 from declip_cli.data.benchmarks.imagenet import wordnet_ids
 from declip_cli.data.benchmarks.known import asset_lists, known_sets
-from declip_cli.data.catalogue import open_dataset, splits_of
+from declip_cli.data.catalog import open_dataset, splits_of
 from declip_cli.data.dataset import Dataset
 from declip_cli.errors import DataError
 from tests import set_layouts
@@ -88,8 +88,8 @@ def test_pixels_are_handed_on_as_they_are(tmp_path: Path):
     assert list(opened.labels) == [1, 0]
     np.testing.assert_array_equal(opened.read(1).image, expected[1])
     raw = np.fromfile(tmp_path / "MNIST" / "raw" / "t10k-images-idx3-ubyte", np.uint8)[16:].reshape(-1, 28, 28)
-    grey = open_dataset("mnist", "test", data_root=tmp_path).read(2).image
-    np.testing.assert_array_equal(grey, np.stack([raw[2]] * 3, axis=2))
+    gray = open_dataset("mnist", "test", data_root=tmp_path).read(2).image
+    np.testing.assert_array_equal(gray, np.stack([raw[2]] * 3, axis=2))
 
 
 def test_pixels_have_a_stamp_that_follows_their_file(tmp_path: Path):
@@ -135,7 +135,7 @@ def test_relatives_of_imagenet_tell_apart_only_their_own_classes(name: str, tmp_
     assert len(labels) == 200
     for label in labels:
         (tmp_path / name / wordnet_ids()[label]).mkdir(parents=True)
-    set_layouts.put_picture(tmp_path / name / wordnet_ids()[labels[7]] / "0.1_x.jpg")
+    set_layouts.put_image(tmp_path / name / wordnet_ids()[labels[7]] / "0.1_x.jpg")
     (tmp_path / name / "README.txt").write_text("as distributed")
     opened = open_dataset(name, data_root=tmp_path)
     assert opened.labels == [7]
@@ -158,7 +158,7 @@ def test_subsets_of_imagenet_are_those_that_timm_lists():
 def test_imagenet_validation_as_packed_takes_its_labels_from_the_development_kit(tmp_path: Path):
     base = tmp_path / "imagenet"
     for number in (1, 2, 3):
-        set_layouts.put_picture(base / "val" / f"ILSVRC2012_val_{number:08d}.JPEG")
+        set_layouts.put_image(base / "val" / f"ILSVRC2012_val_{number:08d}.JPEG")
     kit = base / "ILSVRC2012_devkit_t12" / "data"
     set_layouts.put_lines(kit / "ILSVRC2012_validation_ground_truth.txt", ["490", "1", "3"])
     rows = np.zeros((1000, 1), dtype=[("ILSVRC2012_ID", "O"), ("WNID", "O"), ("num_train_images", "O")])
@@ -171,7 +171,7 @@ def test_imagenet_validation_as_packed_takes_its_labels_from_the_development_kit
 def test_imagenet_as_kaggle_packs_it_takes_its_labels_from_the_table(tmp_path: Path):
     folder = tmp_path / "ILSVRC" / "Data" / "CLS-LOC" / "val"
     for number in (7, 5):
-        set_layouts.put_picture(folder / f"ILSVRC2012_val_{number:08d}.JPEG")
+        set_layouts.put_image(folder / f"ILSVRC2012_val_{number:08d}.JPEG")
     set_layouts.put_lines(
         tmp_path / "LOC_val_solution.csv",
         [
@@ -184,7 +184,7 @@ def test_imagenet_as_kaggle_packs_it_takes_its_labels_from_the_table(tmp_path: P
 
 
 def test_flat_imagenet_without_labels_says_what_is_missing(tmp_path: Path):
-    set_layouts.put_picture(tmp_path / "imagenet" / "val" / "ILSVRC2012_val_00000001.JPEG")
+    set_layouts.put_image(tmp_path / "imagenet" / "val" / "ILSVRC2012_val_00000001.JPEG")
     with pytest.raises(DataError, match="labels are missing") as error:
         open_dataset("imagenet", data_root=tmp_path)
     assert "ILSVRC2012_devkit_t12" in error.value.remedy
@@ -222,7 +222,7 @@ def test_a_missing_package_is_named(name: str, package: str, tmp_path: Path, mon
     assert error.value.remedy == "pip install 'declip[eval]'"
 
 
-def test_grey_and_transparent_files_stay_files(tmp_path: Path):
+def test_gray_and_transparent_files_stay_files(tmp_path: Path):
     set_layouts.sst2(tmp_path)
     path = tmp_path / "rendered-sst2" / "test" / "negative" / "negative_0.png"
     Image.new("LA", (4, 5), (10, 100)).save(path)

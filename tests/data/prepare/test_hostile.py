@@ -6,7 +6,7 @@ import tarfile
 
 import pytest
 
-from declip_cli.data.catalogue import open_dataset
+from declip_cli.data.catalog import open_dataset
 from declip_cli.data.prepare.config import PrepareConfig
 from declip_cli.data.prepare.pipeline import prepare
 from declip_cli.errors import DataError, EvaluateError
@@ -36,11 +36,11 @@ def test_what_is_no_json_is_one_kind_of_error(text):
 
 
 @pytest.mark.parametrize("kind", ["captions", "table"])
-def test_hostile_lines_of_a_list_are_counted_and_the_rest_is_prepared(tmp_path, make_picture, kind):
+def test_hostile_lines_of_a_list_are_counted_and_the_rest_is_prepared(tmp_path, make_image, kind):
     photos = tmp_path / "photos"
     photos.mkdir()
     for number in range(4):
-        (photos / f"{number}.jpg").write_bytes(make_picture(number))
+        (photos / f"{number}.jpg").write_bytes(make_image(number))
     (photos / "captions.jsonl").write_text("\n".join((GOOD, *NOT_JSON, *NOT_TEXT, *NO_FILE)))
     report = run(photos if kind == "captions" else photos / "captions.jsonl", tmp_path / "out", kind)
     assert report.num_pairs == 1
@@ -48,18 +48,18 @@ def test_hostile_lines_of_a_list_are_counted_and_the_rest_is_prepared(tmp_path, 
     assert counts == {"damaged line": 4, "caption not text": 3, "missing file": 2}
 
 
-def test_a_search_and_a_score_read_past_hostile_lines(tmp_path, make_picture):
-    (tmp_path / "0.jpg").write_bytes(make_picture(0))
+def test_a_search_and_a_score_read_past_hostile_lines(tmp_path, make_image):
+    (tmp_path / "0.jpg").write_bytes(make_image(0))
     (tmp_path / "captions.jsonl").write_text("\n".join((*NOT_JSON, *NOT_TEXT, GOOD)))
     opened = open_dataset(str(tmp_path))
     assert [opened.captions(number) for number in range(len(opened))] == [("good",)]
     assert {cause: count for cause, (count, _) in opened.skipped.items()} == {"damaged line": 4, "caption not text": 3}
 
 
-def test_hostile_metadata_in_a_tar_are_counted_and_the_rest_is_read(tmp_path, make_picture):
+def test_hostile_metadata_in_a_tar_are_counted_and_the_rest_is_read(tmp_path, make_image):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for number, line in enumerate((GOOD, *NOT_JSON, *NOT_TEXT)):
-            for name, data in ((f"{number}.jpg", make_picture(number)), (f"{number}.json", line.encode())):
+            for name, data in ((f"{number}.jpg", make_image(number)), (f"{number}.json", line.encode())):
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
@@ -85,8 +85,8 @@ def test_hostile_metadata_in_a_tar_are_counted_and_the_rest_is_read(tmp_path, ma
         '{"images": [{"filename": "0.jpg", "split": "test", "sentences": [3]}]}',
     ],
 )
-def test_a_hostile_list_of_coco_is_an_error_with_a_remedy(tmp_path, make_picture, content):
-    (tmp_path / "0.jpg").write_bytes(make_picture(0))
+def test_a_hostile_list_of_coco_is_an_error_with_a_remedy(tmp_path, make_image, content):
+    (tmp_path / "0.jpg").write_bytes(make_image(0))
     (tmp_path / "dataset_coco.json").write_text(content)
     with pytest.raises(DataError) as caught:
         run(tmp_path / "dataset_coco.json", tmp_path / "out", "coco")
@@ -96,9 +96,9 @@ def test_a_hostile_list_of_coco_is_an_error_with_a_remedy(tmp_path, make_picture
     assert scored.value.remedy
 
 
-def test_a_damaged_progress_file_does_not_pass_for_one_of_this_command(tmp_path, make_picture):
+def test_a_damaged_progress_file_does_not_pass_for_one_of_this_command(tmp_path, make_image):
     (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "0.jpg").write_bytes(make_picture(0))
+    (tmp_path / "photos" / "0.jpg").write_bytes(make_image(0))
     (tmp_path / "photos" / "0.txt").write_text("good")
     (tmp_path / "out").mkdir()
     for content in (DEEP, json.dumps([1]), "{"):

@@ -1,10 +1,10 @@
 import tracemalloc
 
 from declip_cli.data.prepare.config import CleanConfig, PrepareConfig
+from declip_cli.data.prepare.deduplicate import Deduplicator
 from declip_cli.data.prepare.find_source import open_source
-from declip_cli.data.prepare.hashes import HashCounter, Looks, hash64
-from declip_cli.data.prepare.seen import Seen
-from declip_cli.data.prepare.stages import Pair
+from declip_cli.data.prepare.hashes import HashCounter, PhashIndex, hash64
+from declip_cli.data.prepare.process import Pair
 
 MIB = 1 << 20
 
@@ -13,7 +13,7 @@ def test_a_table_is_read_in_constant_memory(tmp_path):
     table = tmp_path / "t.csv"
     with table.open("w") as file:
         file.write("image,caption\n")
-        file.writelines(f"{n:09d}.jpg,a caption of some length about picture number {n}\n" for n in range(6_000))
+        file.writelines(f"{n:09d}.jpg,a caption of some length about image number {n}\n" for n in range(6_000))
     tracemalloc.start()
     source = open_source(PrepareConfig(source=str(table), out=str(tmp_path / "out")))
     num = sum(1 for _ in source.records)
@@ -24,11 +24,11 @@ def test_a_table_is_read_in_constant_memory(tmp_path):
 
 
 def test_a_pair_that_was_seen_takes_a_few_bytes(tmp_path):
-    seen = Seen(CleanConfig(duplicates="exact", max_caption_repeats=5), Looks())
+    seen = Deduplicator(CleanConfig(duplicates="exact", max_caption_repeats=5), PhashIndex())
     tracemalloc.start()
     for number in range(3_000):
         key = f"a/rather/long/key/of/picture/{number}.jpg"
-        seen.check(Pair(key, (f"caption {number}",), b"", (1, 1), (1, 1), picture_hash=hash64(key.encode())))
+        seen.check(Pair(key, (f"caption {number}",), b"", (1, 1), (1, 1), image_hash=hash64(key.encode())))
         if number % 1000 == 0:
             seen.new_bytes()
     used, _ = tracemalloc.get_traced_memory()

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from declip_cli.data.catalogue import open_dataset
+from declip_cli.data.catalog import open_dataset
 from declip_cli.data.prepare import urls
 from declip_cli.data.prepare.config import PrepareConfig
 from declip_cli.data.prepare.pipeline import prepare
@@ -14,8 +14,8 @@ from declip_cli.errors import DataError
 
 
 @pytest.fixture
-def server(make_picture):
-    """A web server on this machine with good, slow, broken and missing pictures; yields its address."""
+def server(make_image):
+    """A web server on this machine with good, slow, broken and missing images; yields its address."""
     over = threading.Event()
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -29,9 +29,9 @@ def server(make_picture):
             self.send_response(200 if good or name.startswith("broken") else 404)
             self.end_headers()
             if good:
-                self.wfile.write(make_picture(int(name[4:].partition(".")[0]), width=80, height=64))
+                self.wfile.write(make_image(int(name[4:].partition(".")[0]), width=80, height=64))
             elif name.startswith("broken"):
-                self.wfile.write(b"<html>this picture has moved</html>")
+                self.wfile.write(b"<html>this image has moved</html>")
 
         def log_message(self, *args):
             pass
@@ -54,7 +54,7 @@ def address(server, name):
 @pytest.mark.skipif(
     sys.version_info >= (3, 13), reason="img2dataset, which the extra `download` brings, needs Python before 3.13"
 )
-def test_a_list_of_urls_is_downloaded_and_failures_are_counted_by_cause(tmp_path, server, make_picture, monkeypatch):
+def test_a_list_of_urls_is_downloaded_and_failures_are_counted_by_cause(tmp_path, server, make_image, monkeypatch):
     monkeypatch.setitem(urls._SETTINGS, "timeout", 1)
     monkeypatch.setitem(urls._SETTINGS, "retries", 0)
     names = ["good0.jpg", "slow.jpg", "good1.jpg", "broken.jpg", "missing.jpg", "good2.jpg"]
@@ -73,7 +73,7 @@ def test_a_list_of_urls_is_downloaded_and_failures_are_counted_by_cause(tmp_path
     assert (report.num_read, report.num_pairs) == (8, 3)
     assert report.skipped == {
         "download: timed out": (1, address(server, "slow.jpg")),
-        "not a picture": (1, address(server, "broken.jpg")),
+        "not an image": (1, address(server, "broken.jpg")),
         "download: HTTP 404": (1, address(server, "missing.jpg")),
         "download: not a URL": (1, "ftp:nonsense"),
         "missing URL": (1, "row 8"),
@@ -120,15 +120,15 @@ for number in range(len(rows) // 2):
 
 
 @pytest.mark.parametrize("fault", ["hang", "end"])
-def test_an_interrupted_download_goes_on_at_its_shard(tmp_path, make_picture, monkeypatch, fault):
+def test_an_interrupted_download_goes_on_at_its_shard(tmp_path, make_image, monkeypatch, fault):
     (tmp_path / "fake.py").write_text(_DOWNLOADER_WITHOUT_NETWORK)
-    (tmp_path / "picture.jpg").write_bytes(make_picture(0))
+    (tmp_path / "picture.jpg").write_bytes(make_image(0))
     (tmp_path / "fault").write_text(fault)
     monkeypatch.setattr(urls, "_DOWNLOADER", (str(tmp_path / "fake.py"),))
     monkeypatch.setattr(urls, "_URLS_PER_SHARD", 2)
     monkeypatch.setattr(urls, "_POLL_S", 0.01)
     monkeypatch.setattr("declip_cli.data.prepare.pipeline._REPORT_EVERY_S", -1.0)
-    monkeypatch.setattr("declip_cli.data.prepare.engines._RECORDS_PER_TASK", 1)
+    monkeypatch.setattr("declip_cli.data.prepare.executors._RECORDS_PER_TASK", 1)
     text = "".join(f"http://x/{n}\tpicture {n}\n" for n in range(14))
     (tmp_path / "Train_GCC-training.tsv").write_text(text)  # without a header, as published
     options = {"source": str(tmp_path / "Train_GCC-training.tsv"), "out": str(tmp_path / "out"), "workers": 1}
@@ -148,15 +148,15 @@ def test_an_interrupted_download_goes_on_at_its_shard(tmp_path, make_picture, mo
     assert (report.num_read, report.num_pairs) == (14, 14)
     assert (tmp_path / "asked").read_text().split() == [f"http://x/{n}" for n in range(6, 14)]
     store = open_dataset(str(tmp_path / "out"))
-    assert [store.read(n).captions for n in range(14)] == [(f"picture {n}",) for n in range(14)]
+    assert [store.read(n).captions for n in range(14)] == [(f"image {n}",) for n in range(14)]
     assert not (tmp_path / "out" / "download").exists()
 
 
-def test_a_downloaded_shard_that_is_cut_off_is_an_error(tmp_path, make_picture, monkeypatch):
+def test_a_downloaded_shard_that_is_cut_off_is_an_error(tmp_path, make_image, monkeypatch):
     damage = '(out / f"{number:05d}.tar").write_bytes((out / f"{number:05d}.tar").read_bytes()[:700])'
     touch = '    (out / f"{number:05d}_stats.json").touch()'
     (tmp_path / "fake.py").write_text(_DOWNLOADER_WITHOUT_NETWORK.replace(touch, f"    {damage}\n{touch}"))
-    (tmp_path / "picture.jpg").write_bytes(make_picture(0))
+    (tmp_path / "picture.jpg").write_bytes(make_image(0))
     monkeypatch.setattr(urls, "_DOWNLOADER", (str(tmp_path / "fake.py"),))
     monkeypatch.setattr(urls, "_URLS_PER_SHARD", 2)
     (tmp_path / "list.csv").write_text("url,caption\nhttp://x/0,zero\nhttp://x/1,one\n")

@@ -99,7 +99,7 @@ def test_a_rank_that_is_done_meets_those_that_are_not_until_all_are(tmp_path, mo
 
     def work(rank):
         here.rank = rank
-        return len(open_shards([folder], cache_dir=str(tmp_path / f"{rank}"), shall_count=lambda shards: True))
+        return len(open_shards([folder], cache_dir=str(tmp_path / f"{rank}"), should_count=lambda shards: True))
 
     folder = str(tmp_path / "shards")
     monkeypatch.setattr(os, "access", lambda *args: False)
@@ -107,24 +107,24 @@ def test_a_rank_that_is_done_meets_those_that_are_not_until_all_are(tmp_path, mo
     monkeypatch.setattr("declip_cli.process_group.from_all", from_all)
     monkeypatch.setattr(indexing, "_make_index", make_slowly)
     monkeypatch.setattr(indexing, "_THREADS", 1)
-    monkeypatch.setattr(indexing, "_SAY_EVERY_S", 0.0)
+    monkeypatch.setattr(indexing, "_LOG_EVERY_S", 0.0)
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(work, range(2))) == [16, 16]
 
 
 def test_progress_is_told_where_indexing_takes_long(tmp_path, monkeypatch):
-    make, said = indexing._make_index, []
+    make, given = indexing._make_index, []
     for shard in range(4):
         write_tar(tmp_path / f"{shard}.tar", pairs(range(2)))
     with monkeypatch.context() as patch:
-        patch.setattr(indexing, "_SAY_EVERY_S", 0.01)
+        patch.setattr(indexing, "_LOG_EVERY_S", 0.01)
         patch.setattr(indexing, "_THREADS", 1)
         patch.setattr(indexing, "_make_index", lambda *args, **options: (time.sleep(0.05), make(*args, **options))[1])
-        open_shards([str(tmp_path)], say=said.append)
-    assert said[-2] == "3 of 4 shards indexed, once for all"
-    said.clear()
-    open_shards([str(tmp_path)], say=said.append)
-    assert said == []
+        open_shards([str(tmp_path)], log=given.append)
+    assert given[-2] == "3 of 4 shards indexed, once for all"
+    given.clear()
+    open_shards([str(tmp_path)], log=given.append)
+    assert given == []
 
 
 @pytest.mark.parametrize(
@@ -137,10 +137,10 @@ def test_an_index_that_is_none_or_an_old_one_is_made_again_and_that_is_said_once
     whole = (tmp_path / "0.index").read_bytes()
     for shard in (0, 2):
         (tmp_path / f"{shard}.index").write_bytes(content)
-    said = []
-    assert len(open_shards([str(tmp_path)], say=said.append)) == 12
-    assert len(said) == 1
-    assert said[0].startswith(f"the index of 2 shards was made again ({tmp_path / '0.index'} is ")
+    given = []
+    assert len(open_shards([str(tmp_path)], log=given.append)) == 12
+    assert len(given) == 1
+    assert given[0].startswith(f"the index of 2 shards was made again ({tmp_path / '0.index'} is ")
     assert (tmp_path / "0.index").read_bytes() == whole
 
 
@@ -150,10 +150,10 @@ def test_a_damaged_index_is_never_believed(tmp_path):
     index = tmp_path / "a.index"
     whole, rng = index.read_bytes(), random.Random(0)
     for _ in range(40):
-        content, said = damaged(whole, rng), []
+        content, given = damaged(whole, rng), []
         index.write_bytes(content)
-        assert open_shards([str(path)], say=said.append).fingerprint == fingerprint
-        assert len(said) == (content != whole)
+        assert open_shards([str(path)], log=given.append).fingerprint == fingerprint
+        assert len(given) == (content != whole)
         assert index.read_bytes() == whole
 
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from declip_cli.data import storage
-from declip_cli.data.catalogue import open_dataset
+from declip_cli.data.catalog import open_dataset
 from declip_cli.data.dataset import UNREAD
-from declip_cli.data.prepare.shard_writer import PartWriter
-from declip_cli.data.prepare.stages import Pair
+from declip_cli.data.prepare.process import Pair
+from declip_cli.data.prepare.shard_writer import SplitWriter
 from declip_cli.data.shards.files import BlockCache
 from declip_cli.data.shards.indexing import lacks_index
 from declip_cli.data.shards.store import find_shards, open_shards
@@ -42,7 +42,7 @@ def image(number):
 def prepared(tmp_path, far):
     """Three shards and a manifest on the server, as `declip prepare` leaves them; returns where."""
     folder = tmp_path / "prepared"
-    writer = PartWriter(str(folder), str(folder), shard_samples=25, state={})
+    writer = SplitWriter(str(folder), str(folder), shard_samples=25, state={})
     for number in range(NUM_PAIRS):
         writer.add(Pair(f"k{number}", (f"text {number}", "more"), image(number), (1, 1), (1, 1)))
     writer.finish_shard()
@@ -61,14 +61,14 @@ def opened(url, tmp_path, **options):
 
 
 def opened_lazily(path, tmp_path):
-    return open_shards([str(path)], cache_dir=str(tmp_path / "cache"), shall_count=lambda shards: False)
+    return open_shards([str(path)], cache_dir=str(tmp_path / "cache"), should_count=lambda shards: False)
 
 
 def test_a_prepared_folder_opens_in_two_requests_and_then_in_one(tmp_path, far, prepared):
     data = open_shards([prepared], cache_dir=str(tmp_path / "cache"))
     assert [path for _, path, _ in far.asked] == ["/set/manifest.json", "/set/shards.index"]
     cache = str(tmp_path / "cache")
-    as_in_training = {"shall_count": lambda shards: not any(lacks_index(shard, cache_dir=cache) for shard in shards)}
+    as_in_training = {"should_count": lambda shards: not any(lacks_index(shard, cache_dir=cache) for shard in shards)}
     assert len(open_dataset([prepared], "train", cache_dir=cache, **as_in_training)) == NUM_PAIRS
     assert far.num_asked == 3
     assert [data.key(number) for number in (0, 59)] == ["000000000", "000000059"]
@@ -150,10 +150,10 @@ def test_a_damaged_copy_of_the_index_is_fetched_again_and_a_damaged_original_don
     copy.write_bytes(whole[:99] + bytes([whole[99] ^ 4]) + whole[100:])
     assert open_shards([prepared], cache_dir=str(tmp_path / "cache")).fingerprint == fingerprint
     far.files["/set/shards.index"] = whole[:99] + bytes([whole[99] ^ 4]) + whole[100:]
-    said = []
-    data = open_shards([prepared], cache_dir=str(tmp_path / "other"), say=said.append)
+    given = []
+    data = open_shards([prepared], cache_dir=str(tmp_path / "other"), log=given.append)
     assert data.fingerprint == fingerprint
-    assert said == [f"{prepared}/shards.index is damaged: rows have changed; the indexes of the shards are used"]
+    assert given == [f"{prepared}/shards.index is damaged: rows have changed; the indexes of the shards are used"]
 
 
 @pytest.mark.parametrize("fault", ["busy", "hang up"])

@@ -29,7 +29,7 @@ def pairs(numbers):
     return [
         member
         for number in numbers
-        for member in ((f"{number:04d}.jpg", b"picture %d" % number), (f"{number:04d}.txt", b"text %d" % number))
+        for member in ((f"{number:04d}.jpg", b"image %d" % number), (f"{number:04d}.txt", b"text %d" % number))
     ]
 
 
@@ -41,7 +41,7 @@ def test_samples_of_foreign_tars_are_read_by_number(tmp_path):
     for number in (4, 0, 3, 2, 1):
         sample = store.read(number)
         assert sample.key == f"{number:04d}"
-        assert sample.image == b"picture %d" % number
+        assert sample.image == b"image %d" % number
         assert sample.captions == (f"text {number}",)
     for number in (-1, 5):
         with pytest.raises(IndexError):
@@ -119,7 +119,7 @@ def test_a_truncated_tar_gives_what_is_whole_and_says_so(tmp_path, cut, num_left
 def test_a_damaged_header_stops_its_tar_only(tmp_path):
     path = write_tar(tmp_path / "a.tar", pairs(range(5)), format=tarfile.USTAR_FORMAT)
     data = bytearray(path.read_bytes())
-    data[512 * 8 + 20] ^= 1  # in the header of the third picture
+    data[512 * 8 + 20] ^= 1  # in the header of the third image
     path.write_bytes(data)
     store = open_shards([str(path)])
     assert len(store) == 2
@@ -180,7 +180,7 @@ def test_more_shards_than_open_files_and_many_threads(tmp_path, monkeypatch):
     def read(start):
         for step in range(200):
             number = (start + 5 * step) % 16
-            if store.read(number).image != b"picture %d" % number:
+            if store.read(number).image != b"image %d" % number:
                 wrong.append(number)
 
     threads = [threading.Thread(target=read, args=(start,)) for start in range(4)]

@@ -97,4 +97,4 @@ def test_damage_anywhere_is_reported_and_never_a_crash():
         for _ in range(rng.randrange(1, 4)):
             damaged[rng.randrange(len(damaged))] = rng.choice((0, 0x31, 0x80, 0xFF))
         groups = groups_in(bytes(damaged[: rng.randrange(len(damaged))]))
-        assert all(group.problem or (group.picture_extension and group.has_captions) for group in groups)
+        assert all(group.problem or (group.image_extension and group.has_captions) for group in groups)

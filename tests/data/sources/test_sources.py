@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from declip_cli.data.catalogue import open_dataset
+from declip_cli.data.catalog import open_dataset
 from declip_cli.data.prepare.config import PrepareConfig
 from declip_cli.data.prepare.find_source import open_source
 from declip_cli.data.prepare.pipeline import prepare
@@ -26,7 +26,7 @@ def round_trip(source, tmp_path, *, out="out", **options):
     for report in prepare(config):
         last = report
     pairs = {}
-    for part in [name for name in last.parts if name != "train" or last.parts["train"]]:
+    for part in [name for name in last.splits if name != "train" or last.splits["train"]]:
         store = open_dataset(str(tmp_path / out), part)
         for number in range(len(store)):
             sample = store.read(number)
@@ -34,48 +34,48 @@ def round_trip(source, tmp_path, *, out="out", **options):
     return last.kind, pairs, last
 
 
-def write_pictures(folder, make_picture, *names):
+def write_images(folder, make_image, *names):
     for number, name in enumerate(names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(make_picture(number))
+        (folder / name).write_bytes(make_image(number))
 
 
-def test_captions_jsonl_in_nested_folders(tmp_path, make_picture):
-    write_pictures(tmp_path / "in", make_picture, "a/x.jpg", "b/c/deep/y.jpg")
+def test_captions_jsonl_in_nested_folders(tmp_path, make_image):
+    write_images(tmp_path / "in", make_image, "a/x.jpg", "b/c/deep/y.jpg")
     (tmp_path / "in/a/captions.jsonl").write_text('{"file": "x.jpg", "caption": "an x"}\n\n')
     (tmp_path / "in/b/c/captions.jsonl").write_text('{"file": "deep/y.jpg", "captions": ["a y", "ypsilon"]}')
     kind, pairs, _ = round_trip(tmp_path / "in", tmp_path)
     assert kind == "captions"
-    assert pairs["train"] == [(make_picture(0), ("an x",)), (make_picture(1), ("a y", "ypsilon"))]
+    assert pairs["train"] == [(make_image(0), ("an x",)), (make_image(1), ("a y", "ypsilon"))]
     one = round_trip(tmp_path / "in/b/c/captions.jsonl", tmp_path, out="one")
     assert one[0] == "captions"
     assert one[1]["train"] == pairs["train"][1:]
 
 
-def test_pictures_with_text_or_json_beside(tmp_path, make_picture):
-    write_pictures(tmp_path / "in", make_picture, "a.jpg", "a-1.JPG", "sub/b.jpeg", "sub/c.jpg", "z.jpg")
+def test_images_with_text_or_json_beside(tmp_path, make_image):
+    write_images(tmp_path / "in", make_image, "a.jpg", "a-1.JPG", "sub/b.jpeg", "sub/c.jpg", "z.jpg")
     (tmp_path / "in/a.txt").write_text("plain a\n")
     (tmp_path / "in/a-1.txt").write_text("a minus one")
     (tmp_path / "in/sub/b.json").write_text('{"captions": ["b", "bee"]}')
-    (tmp_path / "in/sub/lonely.txt").write_text("no picture")
+    (tmp_path / "in/sub/lonely.txt").write_text("no image")
     (tmp_path / "in/sub/c.json").write_text("{")
     (tmp_path / "in/.hidden.jpg").write_bytes(b"")
     kind, pairs, report = round_trip(tmp_path / "in", tmp_path, max_bad=1.0)
     assert kind == "folder"
     assert pairs["train"] == [
-        (make_picture(1), ("a minus one",)),
-        (make_picture(0), ("plain a",)),
-        (make_picture(2), ("b", "bee")),
+        (make_image(1), ("a minus one",)),
+        (make_image(0), ("plain a",)),
+        (make_image(2), ("b", "bee")),
     ]
     assert report.skipped == {
         "missing caption": (1, "z.jpg"),
-        "text without picture": (1, "sub/lonely.txt"),
+        "text without image": (1, "sub/lonely.txt"),
         "damaged metadata": (1, "sub/c.jpg"),
     }
 
 
-def test_the_output_folder_may_lie_in_the_source(tmp_path, make_picture):
-    write_pictures(tmp_path, make_picture, "a.jpg")
+def test_the_output_folder_may_lie_in_the_source(tmp_path, make_image):
+    write_images(tmp_path, make_image, "a.jpg")
     (tmp_path / "a.txt").write_text("a")
     assert round_trip(tmp_path, tmp_path)[2].num_read == 1
     assert round_trip(tmp_path, tmp_path, force=True)[2].num_read == 1
@@ -91,50 +91,50 @@ def test_the_output_folder_may_lie_in_the_source(tmp_path, make_picture):
         ("t.jsonl", '{"path": "a.jpg", "text": "one, with comma"}\n{"path": "b.jpg", "text": "two"}\n'),
     ],
 )
-def test_tables_as_text(tmp_path, make_picture, name, text):
-    write_pictures(tmp_path, make_picture, "a.jpg", "b.jpg")
+def test_tables_as_text(tmp_path, make_image, name, text):
+    write_images(tmp_path, make_image, "a.jpg", "b.jpg")
     (tmp_path / name).write_text(text)
     kind, pairs, _ = round_trip(tmp_path / name, tmp_path)
     assert kind == "table"
-    assert pairs["train"] == [(make_picture(0), ("one, with comma",)), (make_picture(1), ("two",))]
+    assert pairs["train"] == [(make_image(0), ("one, with comma",)), (make_image(1), ("two",))]
 
 
-def test_several_caption_columns_and_rows_are_kept(tmp_path, make_picture):
-    write_pictures(tmp_path / "pictures", make_picture, "a.jpg", "b.jpg")
+def test_several_caption_columns_and_rows_are_kept(tmp_path, make_image):
+    write_images(tmp_path / "pictures", make_image, "a.jpg", "b.jpg")
     table = tmp_path / "t.csv"
     table.write_text("image,short,long\na.jpg,a,an a\na.jpg,A,a big a\nb.jpg,b,\n")
     options = {"caption_columns": ("short", "long"), "images": str(tmp_path / "pictures")}
     _, pairs, report = round_trip(table, tmp_path, **options)
-    assert pairs["train"] == [(make_picture(0), ("a", "an a", "A", "a big a")), (make_picture(1), ("b",))]
+    assert pairs["train"] == [(make_image(0), ("a", "an a", "A", "a big a")), (make_image(1), ("b",))]
     assert report.num_read == 2
 
 
-def test_parquet_with_pictures_inside_as_hugging_face_writes_them(tmp_path, make_picture):
+def test_parquet_with_images_inside_as_hugging_face_writes_them(tmp_path, make_image):
     rows = {
-        "image": [{"bytes": make_picture(0), "path": "a.jpg"}, {"bytes": make_picture(1), "path": None}],
+        "image": [{"bytes": make_image(0), "path": "a.jpg"}, {"bytes": make_image(1), "path": None}],
         "caption": [["one", "two"], ["three"]],
     }
     pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "t.parquet")
     kind, pairs, _ = round_trip(tmp_path / "t.parquet", tmp_path)
     assert kind == "table"
-    assert pairs["train"] == [(make_picture(0), ("one", "two")), (make_picture(1), ("three",))]
+    assert pairs["train"] == [(make_image(0), ("one", "two")), (make_image(1), ("three",))]
 
 
-def test_parquet_with_paths(tmp_path, make_picture):
-    write_pictures(tmp_path, make_picture, "a.jpg")
+def test_parquet_with_paths(tmp_path, make_image):
+    write_images(tmp_path, make_image, "a.jpg")
     pyarrow.parquet.write_table(
         pyarrow.table({"filepath": ["a.jpg", None], "title": ["one", "two"]}), tmp_path / "t.parquet"
     )
     _, pairs, report = round_trip(tmp_path / "t.parquet", tmp_path, max_bad=0.5)
-    assert pairs["train"] == [(make_picture(0), ("one",))]
+    assert pairs["train"] == [(make_image(0), ("one",))]
     assert report.skipped == {"missing file name": (1, "row 2")}
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match="is not a Parquet file"):
         round_trip(tmp_path / "broken.parquet", tmp_path, out="out2")
 
 
-def test_damaged_rows_of_a_table_are_counted(tmp_path, make_picture):
-    write_pictures(tmp_path, make_picture, "a.jpg", "b.jpg", "c.jpg")
+def test_damaged_rows_of_a_table_are_counted(tmp_path, make_image):
+    write_images(tmp_path, make_image, "a.jpg", "b.jpg", "c.jpg")
     (tmp_path / "t.csv").write_bytes(
         b"image,caption\na.jpg,one\nb.jpg,one,too many\nc.jpg,caf\xe9\n,no name\n\nc.jpg,\n"
     )
@@ -159,8 +159,8 @@ def test_columns_that_are_not_there_are_errors(tmp_path):
         round_trip(tmp_path / "empty.csv", tmp_path)
 
 
-def test_coco_captions(tmp_path, make_picture):
-    write_pictures(tmp_path / "coco", make_picture, "val2017/000000000139.jpg", "val2017/000000000285.jpg")
+def test_coco_captions(tmp_path, make_image):
+    write_images(tmp_path / "coco", make_image, "val2017/000000000139.jpg", "val2017/000000000285.jpg")
     content = {
         "images": [{"id": 285, "file_name": "000000000285.jpg"}, {"id": 139, "file_name": "000000000139.jpg"}],
         "annotations": [
@@ -174,12 +174,12 @@ def test_coco_captions(tmp_path, make_picture):
     for source in ("coco", "coco/annotations/captions_val2017.json"):
         kind, pairs, _ = round_trip(tmp_path / source, tmp_path, out=source.replace("/", "-") + "-out")
         assert kind == "coco"
-        assert pairs["train"] == [(make_picture(1), ("A bear.",)), (make_picture(0), ("A room.", "Chairs."))]
+        assert pairs["train"] == [(make_image(1), ("A bear.",)), (make_image(0), ("A room.", "Chairs."))]
 
 
-def test_karpathy_splits_keep_test_pictures_out_of_training(tmp_path, make_picture):
+def test_karpathy_splits_keep_test_images_out_of_training(tmp_path, make_image):
     names = ["1.jpg", "2.jpg", "3.jpg", "4.jpg"]
-    write_pictures(tmp_path / "flickr30k/flickr30k-images", make_picture, *names)
+    write_images(tmp_path / "flickr30k/flickr30k-images", make_image, *names)
     splits = ["train", "test", "val", "restval"]
     images = [
         {"filename": name, "split": split, "sentences": [{"raw": f"{name} one"}, {"raw": f"{name} two"}]}
@@ -195,18 +195,18 @@ def test_karpathy_splits_keep_test_pictures_out_of_training(tmp_path, make_pictu
     }
 
 
-def test_flickr30k_token_file(tmp_path, make_picture):
-    write_pictures(tmp_path / "flickr30k/flickr30k-images", make_picture, "1.jpg", "2.jpg")
+def test_flickr30k_token_file(tmp_path, make_image):
+    write_images(tmp_path / "flickr30k/flickr30k-images", make_image, "1.jpg", "2.jpg")
     lines = b"1.jpg#0\tOne .\n1.jpg#1\tUno .\n2.jpg#0\tTwo .\nno tab here\n2.jpg#0\tcaf\xe9\n"
     (tmp_path / "flickr30k/results_20130124.token").write_bytes(lines)
     kind, pairs, report = round_trip(tmp_path / "flickr30k", tmp_path, max_bad=1.0)
     assert kind == "flickr30k"
-    assert pairs["train"] == [(make_picture(0), ("One .", "Uno .")), (make_picture(1), ("Two .",))]
+    assert pairs["train"] == [(make_image(0), ("One .", "Uno .")), (make_image(1), ("Two .",))]
     assert report.skipped == {"damaged line": (1, "line 4"), "caption not UTF-8": (1, "2.jpg")}
 
 
-def test_flickr30ks_results_csv_is_no_comma_table(tmp_path, make_picture):
-    write_pictures(tmp_path / "flickr30k/flickr30k_images", make_picture, "1.jpg", "2.jpg")
+def test_flickr30ks_results_csv_is_no_comma_table(tmp_path, make_image):
+    write_images(tmp_path / "flickr30k/flickr30k_images", make_image, "1.jpg", "2.jpg")
     lines = ["image_name| comment_number| comment", "1.jpg| 0| One , two | three .", "1.jpg| 1| Uno ."]
     lines += ["2.jpg| 4   A dog .", "no bar here"]  # the published file has one such line
     table = tmp_path / "flickr30k/results.csv"
@@ -214,21 +214,21 @@ def test_flickr30ks_results_csv_is_no_comma_table(tmp_path, make_picture):
     for source in (tmp_path / "flickr30k", table):
         kind, pairs, report = round_trip(source, tmp_path, out=f"out-{source.name}", max_bad=1.0)
         assert kind == "flickr30k"
-        assert pairs["train"] == [(make_picture(0), ("One , two | three .", "Uno .")), (make_picture(1), ("A dog .",))]
+        assert pairs["train"] == [(make_image(0), ("One , two | three .", "Uno .")), (make_image(1), ("A dog .",))]
         assert report.skipped == {"damaged line": (1, "line 5")}
 
 
-def test_a_table_of_ones_own_may_be_called_results_csv(tmp_path, make_picture):
-    write_pictures(tmp_path / "in", make_picture, "1.jpg")
+def test_a_table_of_ones_own_may_be_called_results_csv(tmp_path, make_image):
+    write_images(tmp_path / "in", make_image, "1.jpg")
     (tmp_path / "in/results.csv").write_text("image,caption\n1.jpg,a bear\n")
     kind, pairs, _ = round_trip(tmp_path / "in/results.csv", tmp_path)
-    assert (kind, pairs["train"]) == ("table", [(make_picture(0), ("a bear",))])
+    assert (kind, pairs["train"]) == ("table", [(make_image(0), ("a bear",))])
 
 
-def test_hugging_faces_folder_of_parquet_with_splits(tmp_path, make_picture):
+def test_hugging_faces_folder_of_parquet_with_splits(tmp_path, make_image):
     rows = [
         {
-            "image": {"bytes": make_picture(number), "path": f"{number}.jpg"},
+            "image": {"bytes": make_image(number), "path": f"{number}.jpg"},
             "caption": [f"{number} {word}" for word in ("one", "two", "three", "four", "five")],
             "split": split,
             "filename": f"{number}.jpg",
@@ -248,18 +248,18 @@ def test_hugging_faces_folder_of_parquet_with_splits(tmp_path, make_picture):
     }
 
 
-def test_parquet_beside_images_is_not_taken_for_their_table(tmp_path, make_picture):
-    write_pictures(tmp_path / "in", make_picture, "00000/a.jpg")
+def test_parquet_beside_images_is_not_taken_for_their_table(tmp_path, make_image):
+    write_images(tmp_path / "in", make_image, "00000/a.jpg")
     (tmp_path / "in/00000/a.txt").write_text("plain a")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"url": "x"}]), tmp_path / "in/00000.parquet")
     assert round_trip(tmp_path / "in", tmp_path)[0] == "folder"
 
 
-def test_pictures_that_are_nowhere_around_a_list_ask_for_the_folder(tmp_path, make_picture):
-    write_pictures(tmp_path / "far/away/from/here", make_picture, "1.jpg")
+def test_images_that_are_nowhere_around_a_list_ask_for_the_folder(tmp_path, make_image):
+    write_images(tmp_path / "far/away/from/here", make_image, "1.jpg")
     (tmp_path / "in").mkdir()
     (tmp_path / "in/results.token").write_text("1.jpg#0\tOne .\n")
-    with pytest.raises(DataError, match=r"cannot find the pictures of .*: no 1.jpg") as caught:
+    with pytest.raises(DataError, match=r"cannot find the images of .*: no 1.jpg") as caught:
         round_trip(tmp_path / "in", tmp_path)
     assert caught.value.remedy == "--images FOLDER"
     images = str(tmp_path / "far/away/from/here")
@@ -279,12 +279,12 @@ def write_tar(path, members):
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
 
 
-def test_tar_shards_as_img2dataset_writes_them(tmp_path, make_picture):
+def test_tar_shards_as_img2dataset_writes_them(tmp_path, make_image):
     (tmp_path / "in").mkdir()
     for shard in range(3):
         facts = {"caption": f"text {shard}", "url": "http://x", "key": f"{shard}0", "status": "success"}
         members = [
-            (f"{shard:05d}0000.jpg", make_picture(shard)),
+            (f"{shard:05d}0000.jpg", make_image(shard)),
             (f"{shard:05d}0000.json", json.dumps(facts).encode()),
             (f"{shard:05d}0000.txt", f"text {shard}".encode()),
         ]
@@ -292,16 +292,16 @@ def test_tar_shards_as_img2dataset_writes_them(tmp_path, make_picture):
         (tmp_path / f"in/{shard:05d}_stats.json").write_text("{}")
     kind, pairs, _ = round_trip(tmp_path / "in", tmp_path)
     assert kind == "tars"
-    assert pairs["train"] == [(make_picture(shard), (f"text {shard}",)) for shard in range(3)]
+    assert pairs["train"] == [(make_image(shard), (f"text {shard}",)) for shard in range(3)]
     some = round_trip(f"{tmp_path}/in/{{00000..00001}}.tar", tmp_path, out="some")
     assert some[1]["train"] == pairs["train"][:2]
     with pytest.raises(DataError, match=r"no such file or folder: .*00004.tar"):
         round_trip(f"{tmp_path}/in/{{00004..00007}}.tar", tmp_path, out="none")
 
 
-def test_damaged_tars_are_read_as_far_as_they_go(tmp_path, make_picture):
+def test_damaged_tars_are_read_as_far_as_they_go(tmp_path, make_image):
     (tmp_path / "in").mkdir()
-    members = [member for n in range(4) for member in ((f"{n}.jpg", make_picture(n)), (f"{n}.txt", b"text %d" % n))]
+    members = [member for n in range(4) for member in ((f"{n}.jpg", make_image(n)), (f"{n}.txt", b"text %d" % n))]
     write_tar(tmp_path / "in/a.tar", [*members, ("4.txt", b"alone"), ("../5.jpg", b"x"), *members[:2]])
     write_tar(tmp_path / "in/b.tar", members)
     (tmp_path / "in/b.tar").write_bytes((tmp_path / "in/b.tar").read_bytes()[:3000])
@@ -315,8 +315,8 @@ def test_damaged_tars_are_read_as_far_as_they_go(tmp_path, make_picture):
     assert report.skipped["truncated tar"] == (2, "b.tar")
 
 
-def test_the_original_declip_list(tmp_path, make_picture):
-    write_pictures(tmp_path / "images", make_picture, "ab/cd.jpg", "ef/gh.jpg")
+def test_the_original_declip_list(tmp_path, make_image):
+    write_images(tmp_path / "images", make_image, "ab/cd.jpg", "ef/gh.jpg")
     lines = [
         {"filename": "ab/cd.jpg", "caption": "one", "url": "http://flickr/1"},
         {"filename": "ef/gh.jpg", "caption": "two", "url": "http://flickr/2"},
@@ -326,23 +326,23 @@ def test_the_original_declip_list(tmp_path, make_picture):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     kind, pairs, report = round_trip(path, tmp_path, max_bad=0.5)
     assert kind == "declip"
-    assert pairs["train"] == [(make_picture(0), ("one",)), (make_picture(1), ("two",))]
+    assert pairs["train"] == [(make_image(0), ("one",)), (make_image(1), ("two",))]
     assert report.skipped == {"missing file": (1, "gone.jpg")}
     (tmp_path / "images/ab/cd.jpg").rename(tmp_path / "moved.jpg")
     (tmp_path / "images/ef/gh.jpg").unlink()
-    with pytest.raises(DataError, match="cannot find the pictures") as caught:
+    with pytest.raises(DataError, match="cannot find the images") as caught:
         round_trip(path, tmp_path, out="out2")
     assert "--kind urls" in caught.value.remedy
 
 
-def test_the_yfcc15m_list_of_clip_takes_captions_from_the_metadata(tmp_path, make_picture):
+def test_the_yfcc15m_list_of_clip_takes_captions_from_the_metadata(tmp_path, make_image):
     hashes = ["0123456789abcdef0123456789abcdef", "ffff456789abcdef0123456789abcdef", "9" * 32]
 
     def row(number, hashed, title, description, *, marker="0"):
         fields = [str(number), str(1000 + number), hashed, *["x"] * 5, title, description, *["x"] * 14, marker]
         return "\t".join(fields)
 
-    write_pictures(tmp_path / "images", make_picture, f"012/345/{hashes[0]}.jpg")
+    write_images(tmp_path / "images", make_image, f"012/345/{hashes[0]}.jpg")
     metadata = [
         row(0, hashes[0], "A+red+%26+blue+bus", "Seen+in+%3Cb%3ERome%3C%2Fb%3E%0A2010"),
         row(1, "0" * 32, "not", "chosen"),
@@ -356,7 +356,7 @@ def test_the_yfcc15m_list_of_clip_takes_captions_from_the_metadata(tmp_path, mak
     path.write_text("".join(lines))
     kind, pairs, report = round_trip(path, tmp_path, max_bad=1.0)
     assert kind == "yfcc15m"
-    assert pairs["train"] == [(make_picture(0), ("A red & blue bus", "Seen in Rome 2010"))]
+    assert pairs["train"] == [(make_image(0), ("A red & blue bus", "Seen in Rome 2010"))]
     assert report.skipped == {
         "video": (1, "1002"),
         "missing file": (1, "1003"),
@@ -367,8 +367,8 @@ def test_the_yfcc15m_list_of_clip_takes_captions_from_the_metadata(tmp_path, mak
         round_trip(path, tmp_path, out="out2")
 
 
-def test_a_kind_that_does_not_fit_is_an_error(tmp_path, make_picture):
-    write_pictures(tmp_path / "in", make_picture, "a.jpg")
+def test_a_kind_that_does_not_fit_is_an_error(tmp_path, make_image):
+    write_images(tmp_path / "in", make_image, "a.jpg")
     (tmp_path / "in/a.txt").write_text("a")
     for kind in ("captions", "tars", "coco", "flickr30k", "table"):
         with pytest.raises(DataError, match="file in"):
@@ -387,8 +387,8 @@ def test_the_demo_corpus_is_a_source_whose_test_vendor_is_set_apart(tmp_path):
     assert source.total == 3034 + 1217
 
 
-def test_options_that_a_source_would_not_look_at_are_refused(tmp_path, make_picture):
-    write_pictures(tmp_path / "in", make_picture, "a.jpg")
+def test_options_that_a_source_would_not_look_at_are_refused(tmp_path, make_image):
+    write_images(tmp_path / "in", make_image, "a.jpg")
     (tmp_path / "in/a.txt").write_text("a")
     with pytest.raises(ConfigError, match="are for tables, but .* is taken for: folder"):
         round_trip(tmp_path / "in", tmp_path, image_column="file")
@@ -396,8 +396,8 @@ def test_options_that_a_source_would_not_look_at_are_refused(tmp_path, make_pict
         round_trip(tmp_path / "in", tmp_path, images=str(tmp_path))
 
 
-def test_text_that_is_no_unicode_is_counted_whatever_brought_it(tmp_path, make_picture):
-    write_pictures(tmp_path / "in", make_picture, "a.jpg", "b.jpg")
+def test_text_that_is_no_unicode_is_counted_whatever_brought_it(tmp_path, make_image):
+    write_images(tmp_path / "in", make_image, "a.jpg", "b.jpg")
     os.rename(tmp_path / "in/b.jpg", os.fsencode(tmp_path / "in") + b"/caf\xe9.jpg")
     (tmp_path / "in/captions.jsonl").write_text('{"file": "a.jpg", "caption": "half \\ud83d"}\n')
     with pytest.raises(DataError, match="no image-text pair found .*caption not UTF-8: 1, first a.jpg"):
@@ -407,12 +407,12 @@ def test_text_that_is_no_unicode_is_counted_whatever_brought_it(tmp_path, make_p
     with open(os.fsencode(tmp_path / "in") + b"/caf\xe9.txt", "wb") as file:
         file.write("a café".encode())
     _, pairs, report = round_trip(tmp_path / "in", tmp_path, out="out2", max_bad=1.0)
-    assert pairs["train"] == [(make_picture(1), ("a café",))]
+    assert pairs["train"] == [(make_image(1), ("a café",))]
     assert report.skipped == {"caption not UTF-8": (1, "a.jpg")}
 
 
-def test_linked_folders_are_followed_but_not_in_circles(tmp_path, make_picture):
-    write_pictures(tmp_path / "far", make_picture, "a.jpg")
+def test_linked_folders_are_followed_but_not_in_circles(tmp_path, make_image):
+    write_images(tmp_path / "far", make_image, "a.jpg")
     (tmp_path / "far/a.txt").write_text("a")
     (tmp_path / "in").mkdir()
     (tmp_path / "in/link").symlink_to(tmp_path / "far")
@@ -420,16 +420,16 @@ def test_linked_folders_are_followed_but_not_in_circles(tmp_path, make_picture):
     assert round_trip(tmp_path / "in", tmp_path)[2].num_pairs == 1
 
 
-def test_an_unknown_split_of_a_list_is_counted(tmp_path, make_picture):
-    write_pictures(tmp_path / "in", make_picture, "1.jpg", "2.jpg")
+def test_an_unknown_split_of_a_list_is_counted(tmp_path, make_image):
+    write_images(tmp_path / "in", make_image, "1.jpg", "2.jpg")
     images = [{"filename": f"{n}.jpg", "sentences": [{"raw": "x"}], "split": s} for n, s in ((1, "train"), (2, "../x"))]
     (tmp_path / "in/dataset_x.json").write_text(json.dumps({"images": images}))
     _, _, report = round_trip(tmp_path / "in", tmp_path, max_bad=0.5)
     assert report.skipped == {"unknown split": (1, "2.jpg")}
 
 
-def test_files_too_big_for_a_picture_are_counted_unread(tmp_path, make_picture):
-    write_pictures(tmp_path / "in", make_picture, "a.jpg", "b.jpg")
+def test_files_too_big_for_a_image_are_counted_unread(tmp_path, make_image):
+    write_images(tmp_path / "in", make_image, "a.jpg", "b.jpg")
     for name in "ab":
         (tmp_path / f"in/{name}.txt").write_text(name)
     with (tmp_path / "in/b.jpg").open("r+b") as file:

@@ -1,6 +1,6 @@
-"""Searches for nearest neighbours: how often each finds the right row, and how long it takes.
+"""Searches for nearest neighbors: how often each finds the right row, and how long it takes.
 
-`python tests/benchmarks/neighbours.py --model RUN --captions FILE.jsonl ...` prints one JSON line per search. The rows
+`python tests/benchmarks/neighbors.py --model RUN --captions FILE.jsonl ...` prints one JSON line per search. The rows
 are text features of distinct views (plain, augmented, masked) of the captions; without `--captions` those of the demo
 corpus, without `--model` those of random weights.
 """
@@ -20,11 +20,11 @@ from lines import seconds_of
 from torch import Tensor
 
 from declip_cli.config import AugmentConfig, ModelConfig, TextView
-from declip_cli.data.catalogue import open_dataset
+from declip_cli.data.catalog import open_dataset
 from declip_cli.data.text_views import TextViews
 from declip_cli.data.tokenizer import Tokenizer
 from declip_cli.interop.read import load_model
-from declip_cli.model import neighbours
+from declip_cli.model import neighbors
 from declip_cli.model.architectures import find_architecture
 from declip_cli.model.clip import DualEncoder
 
@@ -89,7 +89,7 @@ def rounded_search(dtype: torch.dtype) -> Search:
         low = queries.to(dtype)
         for start in range(0, len(rows), BLOCK_ROWS):
             block = slice(start, start + BLOCK_ROWS)
-            scores = neighbours._leave_out_own(low @ rows[block].to(dtype).T, numbers, owners[block])
+            scores = neighbors._mask_own(low @ rows[block].to(dtype).T, numbers, owners[block])
             score, row = scores.max(1)
             is_better = score > best
             best, best_row = torch.where(is_better, score, best), torch.where(is_better, row + start, best_row)
@@ -100,7 +100,7 @@ def rounded_search(dtype: torch.dtype) -> Search:
 
 def true_best(queries: Tensor, rows: Tensor, numbers: Tensor | None, owners: Tensor) -> tuple[Tensor, Tensor]:
     """Search in float64, → positions (B,) and the lead over the second best cosine (B,)."""
-    scores = neighbours._leave_out_own(queries.double() @ rows.double().T, numbers, owners)
+    scores = neighbors._mask_own(queries.double() @ rows.double().T, numbers, owners)
     values, places = scores.topk(2, dim=1)
     return places[:, 0], values[:, 0] - values[:, 1]
 
@@ -109,7 +109,7 @@ def measure(name: str, search: Search, case: tuple[Tensor, Tensor, Tensor | None
     """Print recall against a float64 search, the share of queries searched exactly, and the median time."""
     queries, rows, numbers, _ = case
     exactly: list[int] = []
-    find_exactly = neighbours._find_exactly
+    find_exactly = neighbors._find_exactly
 
     def counted(*arguments: Tensor) -> Tensor:
         exactly.append(len(arguments[0]))
@@ -120,9 +120,9 @@ def measure(name: str, search: Search, case: tuple[Tensor, Tensor, Tensor | None
         if queries.is_cuda:
             torch.cuda.synchronize()
 
-    neighbours._find_exactly = counted
+    neighbors._find_exactly = counted
     found = search(*case)
-    neighbours._find_exactly = find_exactly
+    neighbors._find_exactly = find_exactly
     best, lead = true_best(*case)
     work()
     clock = time.perf_counter if queries.is_cuda or torch.get_num_threads() > 1 else time.process_time
@@ -171,10 +171,10 @@ def main() -> None:
     queries, rows = features[: options.queries], features[options.queries :]
     half_rows = rows.half()
     searches: dict[str, Search] = {
-        "float32, exact": neighbours._find_exactly,
+        "float32, exact": neighbors._find_exactly,
         "bfloat16 alone": rounded_search(torch.bfloat16),
         "float16 alone": rounded_search(torch.float16),
-        "float16, then float32": lambda q, r, n, o: neighbours._find_screened(q, r, half_rows, n, o),
+        "float16, then float32": lambda q, r, n, o: neighbors._find_screened(q, r, half_rows, n, o),
     }
     for query_numbers in (None, numbers[: options.queries]):
         for name, search in searches.items():

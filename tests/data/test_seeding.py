@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from declip_cli.data.draws import sample_rng, shuffled
+from declip_cli.data.seeding import sample_rng, shuffled
 
 
 def test_the_same_sample_draws_the_same_again():
@@ -13,7 +13,7 @@ def test_seed_epoch_and_number_each_change_the_draws():
     assert len({sample_rng(*key).random() for key in keys}) == len(keys)
 
 
-def test_draws_of_neighbouring_samples_are_uniform_and_independent():
+def test_draws_of_neighboring_samples_are_uniform_and_independent():
     draws = np.array([sample_rng(0, 0, number).random() for number in range(4000)])
     assert np.histogram(draws, 10, (0, 1))[0] == pytest.approx(np.full(10, 400), abs=90)  # 4.7 sigma
     assert abs(np.corrcoef(draws[1:], draws[:-1])[0, 1]) < 0.07
@@ -52,7 +52,7 @@ def test_every_sample_is_equally_likely_at_every_position():
     assert chi_square == pytest.approx(39 * 39, abs=4 * 55)  # 39^2 degrees of freedom
 
 
-def test_neighbours_in_the_data_set_are_scattered():
+def test_neighbors_in_the_data_set_are_scattered():
     order = shuffled(10_000, 1, 0)
     steps = np.abs(np.diff(order))
     assert steps.mean() == pytest.approx(10_000 / 3, rel=0.03)

@@ -7,13 +7,13 @@ import torch
 import torchvision.transforms.functional as peer
 from PIL import Image, ImageFilter
 
-from declip_cli.data.colour import Colours, blur, colour_matrix, jitter
+from declip_cli.data.color import Colors, blur, color_matrix, jitter
 
 LUMA = np.array([0.299, 0.587, 0.114])
 
 
 def image(low=0, high=256, size=48, seed=0):
-    """Smooth colours with a little noise."""
+    """Smooth colors with a little noise."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(low, high, (6, 7, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((size, size), Image.Resampling.BILINEAR)).astype(int)
@@ -31,7 +31,7 @@ def test_an_operation_equals_torchvision_on_numbers_where_nothing_is_clipped(nam
     pixels[:] = pixels[:1]  # rows alike, so that a part of them has the mean of all
     numbers = torch.from_numpy(pixels).permute(2, 0, 1) / 255
     theirs = getattr(peer, f"adjust_{name}")(numbers, factor).permute(1, 2, 0).numpy() * 255
-    assert difference(jitter(pixels, Colours(**{name: factor})), theirs).max() < 0.75  # rounding, and luma's digits
+    assert difference(jitter(pixels, Colors(**{name: factor})), theirs).max() < 0.75  # rounding, and luma's digits
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(("brightness", "contrast", "saturation", "hue_turns"))))
@@ -54,14 +54,14 @@ def test_operations_may_follow_each_other_in_any_order(order):
     assert numbers.min() > 0
     assert numbers.max() < 255
     # Half a level of rounding, and three factors of ten bits times 170.
-    assert difference(jitter(pixels, Colours(**amounts)), numbers).max() < 0.75
+    assert difference(jitter(pixels, Colors(**amounts)), numbers).max() < 0.75
 
 
 def hue_matrix(turns):
-    return colour_matrix(Colours(hue_turns=turns), 0.0)[:, :3]
+    return color_matrix(Colors(hue_turns=turns), 0.0)[:, :3]
 
 
-def test_half_a_turn_of_hue_gives_the_opposite_colour_of_equal_luma():
+def test_half_a_turn_of_hue_gives_the_opposite_color_of_equal_luma():
     assert hue_matrix(0.5) == pytest.approx(2 * np.tile(LUMA, (3, 1)) - np.eye(3), abs=1e-5)
 
 
@@ -71,30 +71,29 @@ def test_turns_of_hue_add_up_and_go_from_red_over_green_to_blue():
     assert [(third @ red).argmax(), (third @ third @ red).argmax()] == [1, 2]
 
 
-def test_hue_of_a_grey_image_changes_nothing():
+def test_hue_of_a_gray_image_changes_nothing():
     pixels = np.repeat(image()[..., :1], 3, axis=2)
-    assert difference(jitter(pixels, Colours(hue_turns=0.1)), pixels).max() <= 1
+    assert difference(jitter(pixels, Colors(hue_turns=0.1)), pixels).max() <= 1
 
 
 def test_what_leaves_eight_bits_is_clipped():
     pixels = np.zeros((8, 8, 3), dtype=np.uint8)
     pixels[:4] = 200
-    found = jitter(pixels, Colours(contrast=1.4, brightness=1.3))
+    found = jitter(pixels, Colors(contrast=1.4, brightness=1.3))
     assert found[:4].min() == 255
     assert found[4:].max() == 0
 
 
-def test_no_saturation_equals_torchvisions_grey_up_to_rounding():
+def test_no_saturation_equals_torchvisions_gray_up_to_rounding():
     pixels = image()
     assert (
-        difference(jitter(pixels, Colours(saturation=0.0)), peer.rgb_to_grayscale(Image.fromarray(pixels), 3)).max()
-        <= 1
+        difference(jitter(pixels, Colors(saturation=0.0)), peer.rgb_to_grayscale(Image.fromarray(pixels), 3)).max() <= 1
     )
 
 
 def test_nothing_to_do_changes_nothing():
     pixels = image()
-    assert np.array_equal(jitter(pixels, Colours()), pixels)
+    assert np.array_equal(jitter(pixels, Colors()), pixels)
 
 
 @pytest.mark.parametrize("sigma_px", [0.8, 1.3, 2.0])

@@ -14,7 +14,7 @@ from declip_cli.data.benchmarks.torchvision_sets import read_torchvision
 from declip_cli.data.dataset import Dataset
 from declip_cli.data.files_dataset import Subset, is_image, open_list
 from declip_cli.data.shards.files import Shard
-from declip_cli.data.shards.indexing import Say
+from declip_cli.data.shards.indexing import Log
 from declip_cli.data.shards.store import CACHE_GB, MANIFEST, NoShardsError, open_shards
 from declip_cli.errors import DataError
 
@@ -40,8 +40,8 @@ def open_dataset(
     *,
     data_root: Path | None = None,
     cache_dir: str | None = None,
-    say: Say | None = None,
-    shall_count: Callable[[Sequence[Shard]], bool] | None = None,
+    log: Log | None = None,
+    should_count: Callable[[Sequence[Shard]], bool] | None = None,
     cache_gb: float = CACHE_GB,
 ) -> Dataset:
     """Open what the user names: a known set, shards, a folder of images, or an image.
@@ -53,8 +53,8 @@ def open_dataset(
             training part of shards, and `evaluation_split` of a known set.
         data_root: where known sets lie; None takes `$DECLIP_DATA`, else `data/`.
         cache_dir: where remote shards and indexes are kept; None takes `$DECLIP_CACHE`, else `~/.cache/declip`.
-        say: told of damaged indexes, and of the progress where shards of others are indexed for the first time.
-        shall_count: decides whether to go first through shards without an index, as of `open_shards`.
+        log: told of damaged indexes, and of the progress where shards of others are indexed for the first time.
+        should_count: decides whether to go first through shards without an index, as of `open_shards`.
         cache_gb: how many gigabytes of remote shards may be in the cache.
 
     Returns:
@@ -77,7 +77,7 @@ def open_dataset(
     else:
         try:
             opened = open_shards(
-                names, split=split, cache_dir=cache_dir, say=say, shall_count=shall_count, cache_gb=cache_gb
+                names, split=split, cache_dir=cache_dir, log=log, should_count=should_count, cache_gb=cache_gb
             )
         except NoShardsError as error:
             opened = _open_images(names, split, error)
@@ -187,8 +187,8 @@ def classified(dataset: Dataset, classes_file: Path | None = None) -> Dataset:
             if has_captions
             else f"put the images of each class into a folder of its own, such as {storage.join(name, 'red_panda')}",
         )
-    numbers = [number for number, label in enumerate(dataset.labels) if label >= 0]
-    if not numbers:
+    indices = [index for index, label in enumerate(dataset.labels) if label >= 0]
+    if not indices:
         raise DataError(
             f"the {len(dataset.classes.names)} class folders of {name} hold no images",
             remedy="put JPEG, PNG, WebP, BMP, GIF or TIFF files into them",
@@ -197,14 +197,14 @@ def classified(dataset: Dataset, classes_file: Path | None = None) -> Dataset:
     if classes_file is not None:
         classes = replace(classes, names=_read_names(classes_file, classes.names, name))
     if len(set(classes.names)) < len(classes.names) and not (classes_file is None and name in known_sets()):
-        twice = next(word for number, word in enumerate(classes.names) if word in classes.names[:number])
+        twice = next(word for index, word in enumerate(classes.names) if word in classes.names[:index])
         raise DataError(
             f"two classes of {name} have the same name {twice!r}, so they cannot be told apart",
             remedy="rename one of them, or name the classes with --classes FILE",
         )
-    if classes is dataset.classes and len(numbers) == len(dataset):
+    if classes is dataset.classes and len(indices) == len(dataset):
         return dataset
-    return Subset(dataset, numbers, classes=classes)
+    return Subset(dataset, indices, classes=classes)
 
 
 def _read_names(path: Path, names: Sequence[str], name: str) -> tuple[str, ...]:
@@ -229,11 +229,11 @@ def _read_names(path: Path, names: Sequence[str], name: str) -> tuple[str, ...]:
 
 def has_captions(dataset: Dataset) -> bool:
     """Say whether a data set is one of captions, by its first examples."""
-    return any(_has_captions(dataset, number) for number in range(min(len(dataset), 100)))
+    return any(_has_captions(dataset, index) for index in range(min(len(dataset), 100)))
 
 
-def _has_captions(dataset: Dataset, number: int) -> bool:
+def _has_captions(dataset: Dataset, index: int) -> bool:
     try:
-        return bool(dataset.captions(number))
+        return bool(dataset.captions(index))
     except DataError:
         return True

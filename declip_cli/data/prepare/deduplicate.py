@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from declip_cli.data.catalogue import open_dataset
+from declip_cli.data.catalog import open_dataset
 from declip_cli.data.dataset import UNREAD, Dataset
 from declip_cli.data.prepare.config import CleanConfig
-from declip_cli.data.prepare.engines import run_in_threads
-from declip_cli.data.prepare.hashes import HashCounter, Looks, hash64
-from declip_cli.data.prepare.pictures import decode_for_looks, perceptual_hash
-from declip_cli.data.prepare.stages import Pair
-from declip_cli.data.sources.records import LeftOut
+from declip_cli.data.prepare.executors import run_in_threads
+from declip_cli.data.prepare.hashes import HashCounter, PhashIndex, hash64
+from declip_cli.data.prepare.images import decode_for_phash, perceptual_hash
+from declip_cli.data.prepare.process import Pair
+from declip_cli.data.sources.records import Rejected
 from declip_cli.errors import DataError
 
 _NEAR_BITS = 4
@@ -20,7 +20,7 @@ _NEAR_BITS = 4
 again at quality 50, and not those that were cropped."""
 
 
-class Seen:
+class Deduplicator:
     """Leave out what repeats what came before, in the order of the source.
 
     Args:
@@ -28,27 +28,27 @@ class Seen:
         excluded: looks of evaluation images.
     """
 
-    def __init__(self, config: CleanConfig, excluded: Looks) -> None:
+    def __init__(self, config: CleanConfig, excluded: PhashIndex) -> None:
         self._config, self._excluded = config, excluded
-        self._counter, self._looks = HashCounter(), Looks()
+        self._counter, self._phashes = HashCounter(), PhashIndex()
         self._log = array("Q")
 
-    def check(self, pair: Pair) -> Pair | LeftOut:
+    def check(self, pair: Pair) -> Pair | Rejected:
         """Take a pair in, unless it repeats another or an excluded one; return it, perhaps with fewer captions."""
         config = self._config
         key_hash = _hash("key", "\0".join((pair.key, *pair.captions)))
         if self._counter.count(key_hash):
-            return LeftOut(pair.key, "duplicate key")
+            return Rejected(pair.key, "duplicate key")
         problem, captions, most = self._image_problem(pair), pair.captions, config.max_caption_repeats
         if most is not None:
             captions = tuple(text for text in captions if self._counter.count(_caption_hash(text)) < most)
         if problem or not captions:
-            return LeftOut(pair.key, problem or "repeated caption", is_bad=False)
+            return Rejected(pair.key, problem or "repeated caption", is_bad=False)
         self._add(key_hash)
         if config.duplicates != "keep":
-            self._add(pair.picture_hash)
+            self._add(pair.image_hash)
         if config.duplicates == "near":
-            self._add(pair.looks_hash, is_looks=True)
+            self._add(pair.phash, is_phash=True)
         if most is None:
             return pair
         for caption in captions:
@@ -57,16 +57,16 @@ class Seen:
 
     def _image_problem(self, pair: Pair) -> str:
         duplicates = self._config.duplicates
-        if duplicates != "keep" and self._counter.count(pair.picture_hash):
-            return "duplicate picture"
-        if self._excluded.has_near(pair.looks_hash, _NEAR_BITS):
-            return "excluded picture"
-        is_near = duplicates == "near" and self._looks.has_near(pair.looks_hash, _NEAR_BITS)
-        return "near-duplicate picture" if is_near else ""
+        if duplicates != "keep" and self._counter.count(pair.image_hash):
+            return "duplicate image"
+        if self._excluded.has_near(pair.phash, _NEAR_BITS):
+            return "excluded image"
+        is_near = duplicates == "near" and self._phashes.has_near(pair.phash, _NEAR_BITS)
+        return "near-duplicate image" if is_near else ""
 
-    def _add(self, hashed: int, *, is_looks: bool = False) -> None:
-        self._log.extend((is_looks, hashed))
-        (self._looks if is_looks else self._counter).add(hashed)
+    def _add(self, hashed: int, *, is_phash: bool = False) -> None:
+        self._log.extend((is_phash, hashed))
+        (self._phashes if is_phash else self._counter).add(hashed)
 
     def new_bytes(self) -> bytes:
         """Return what was taken in since this was last asked, to be kept on disk."""
@@ -77,8 +77,8 @@ class Seen:
     def restore(self, data: bytes) -> None:
         """Take in what an interrupted run had seen: all that `new_bytes` returned, joined."""
         words = array("Q", data)
-        for is_looks, hashed in zip(words[::2], words[1::2], strict=True):
-            (self._looks if is_looks else self._counter).add(hashed)
+        for is_phash, hashed in zip(words[::2], words[1::2], strict=True):
+            (self._phashes if is_phash else self._counter).add(hashed)
 
 
 def _hash(kind: str, text: str) -> int:
@@ -89,7 +89,7 @@ def _caption_hash(caption: str) -> int:
     return _hash("caption", " ".join(caption.casefold().split()))
 
 
-def look_at(names: Sequence[str], *, workers: int = 0) -> tuple[Looks, dict[str, int]]:
+def hash_images(names: Sequence[str], *, workers: int = 0) -> tuple[PhashIndex, dict[str, int]]:
     """Hash the looks of all images of some data sets.
 
     Args:
@@ -97,34 +97,34 @@ def look_at(names: Sequence[str], *, workers: int = 0) -> tuple[Looks, dict[str,
         workers: threads; 0 takes the cores there are.
 
     Returns:
-        Their looks, and `num_pictures` and `num_unreadable` for the manifest.
+        Their looks, and `num_images` and `num_unreadable` for the manifest.
 
     Raises:
         DataError: one is missing, holds no image, or cannot be read for now.
     """
-    looks, counts = Looks(), {"num_pictures": 0, "num_unreadable": 0}
+    phashes, counts = PhashIndex(), {"num_images": 0, "num_unreadable": 0}
     for name in names:
         try:
             data = open_dataset(name)
-            hashes = list(run_in_threads(partial(_looks_of, data), range(len(data)), workers=workers))
+            hashes = list(run_in_threads(partial(_phashes_of, data), range(len(data)), workers=workers))
         except DataError as error:
             raise DataError(f"cannot exclude {name}: {error.message}", remedy="check --exclude") from error
         if max(hashes, default=-1) < 0:
             raise DataError(f"no image to exclude in {name}", remedy="check --exclude")
-        counts["num_pictures"] += len(hashes)
+        counts["num_images"] += len(hashes)
         counts["num_unreadable"] += hashes.count(-1)
-        for looks_hash in hashes:
-            looks.add(max(looks_hash, 0))
-    return looks, counts
+        for phash in hashes:
+            phashes.add(max(phash, 0))
+    return phashes, counts
 
 
-def _looks_of(data: Dataset, numbers: Sequence[int]) -> list[int]:
+def _phashes_of(data: Dataset, indices: Sequence[int]) -> list[int]:
     """Return the perceptual hash of each image, -1 for a damaged one."""
     hashes = []
-    for number in numbers:
+    for index in indices:
         try:
-            image = data.read(number).image
-            hashes.append(perceptual_hash(decode_for_looks(image) if isinstance(image, bytes) else image))
+            image = data.read(index).image
+            hashes.append(perceptual_hash(decode_for_phash(image) if isinstance(image, bytes) else image))
         except DataError as error:
             if error.cause == UNREAD:
                 raise

@@ -14,7 +14,7 @@ from declip_cli.assets import asset_path
 from declip_cli.data.benchmarks.folders import hashed_split
 from declip_cli.data.benchmarks.known import known_sets, list_known, resolve_data_root
 from declip_cli.data.benchmarks.torchvision_sets import download
-from declip_cli.data.catalogue import (
+from declip_cli.data.catalog import (
     classified,
     evaluation_split,
     has_captions,
@@ -37,27 +37,27 @@ def captions_of(opened: Dataset) -> list[tuple[str, ...]]:
 
 
 @pytest.fixture
-def photos(tmp_path: Path, make_picture) -> Path:
+def photos(tmp_path: Path, make_image) -> Path:
     folder = tmp_path / "photos"
     for number, name in enumerate(("b.jpg", "a.PNG", "sub/c.webp", ".hidden.jpg", "notes.md")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(make_picture(number))
+        (folder / name).write_bytes(make_image(number))
     return folder
 
 
-def test_a_folder_is_read_with_its_subfolders(photos: Path, make_picture):
+def test_a_folder_is_read_with_its_subfolders(photos: Path, make_image):
     opened = open_dataset(str(photos))
     assert names_of(opened) == ["a.PNG", "b.jpg", "c.webp"]
     example = opened.read(1)
-    assert (example.key, example.image, example.captions) == (str(photos / "b.jpg"), make_picture(0), ())
+    assert (example.key, example.image, example.captions) == (str(photos / "b.jpg"), make_image(0), ())
     with pytest.raises(IndexError):
         opened.read(3)
 
 
-def test_stamp_and_fingerprint_change_with_the_file(photos: Path, make_picture):
+def test_stamp_and_fingerprint_change_with_the_file(photos: Path, make_image):
     before = open_dataset(str(photos))
     facts = before.stamp(1), before.fingerprint
-    (photos / "b.jpg").write_bytes(make_picture(9, width=50))
+    (photos / "b.jpg").write_bytes(make_image(9, width=50))
     after = open_dataset(str(photos))
     assert after.stamp(1) != facts[0]
     assert after.fingerprint != facts[1]
@@ -98,37 +98,37 @@ def test_a_single_image_is_a_data_set_too(photos: Path):
     assert names_of(open_dataset(str(photos / "b.jpg"))) == ["b.jpg"]
 
 
-def test_a_folder_in_a_store_is_read_as_one_on_the_disk(photos: Path, make_picture):
+def test_a_folder_in_a_store_is_read_as_one_on_the_disk(photos: Path, make_image):
     store = fsspec.filesystem("memory")
     store.put(str(photos), "/door/photos", recursive=True)
     try:
         opened = open_dataset("memory://door/photos")
         assert names_of(opened) == ["a.PNG", "b.jpg", "c.webp"]
         assert opened.key(1) == "memory://door/photos/b.jpg"
-        assert opened.read(1).image == make_picture(0)
+        assert opened.read(1).image == make_image(0)
         assert opened.stamp(1) == open_dataset("memory://door/photos").stamp(1) != ""
     finally:
         store.rm("/door", recursive=True)
 
 
-def test_shards_give_keys_and_captions(tmp_path: Path, make_picture):
+def test_shards_give_keys_and_captions(tmp_path: Path, make_image):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for key in ("x", "y"):
-            for name, data in ((f"{key}.jpg", make_picture(1)), (f"{key}.txt", key.encode() * 3)):
+            for name, data in ((f"{key}.jpg", make_image(1)), (f"{key}.txt", key.encode() * 3)):
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
     opened = open_dataset(str(tmp_path))
     assert [opened.key(0), opened.key(1)] == ["x", "y"]
     assert captions_of(opened) == [("xxx",), ("yyy",)]
-    assert opened.read(1).image == make_picture(1)
+    assert opened.read(1).image == make_image(1)
     assert splits_of(str(tmp_path)) == ()
 
 
-def test_a_folder_of_shards_goes_before_a_known_set_of_its_name(tmp_path: Path, make_picture, monkeypatch):
+def test_a_folder_of_shards_goes_before_a_known_set_of_its_name(tmp_path: Path, make_image, monkeypatch):
     (tmp_path / "coco").mkdir()
     with tarfile.open(tmp_path / "coco" / "0.tar", "w") as tar:
-        for name, data in (("x.jpg", make_picture(1)), ("x.txt", b"words")):
+        for name, data in (("x.jpg", make_image(1)), ("x.txt", b"words")):
             member = tarfile.TarInfo(name)
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
@@ -138,8 +138,8 @@ def test_a_folder_of_shards_goes_before_a_known_set_of_its_name(tmp_path: Path, 
 
 def test_subfolders_are_classes(tmp_path: Path):
     set_layouts.put_classes(tmp_path, ["red_panda", "cat"], 2)
-    set_layouts.put_picture(tmp_path / "cat" / "deeper" / "c.webp")
-    set_layouts.put_picture(tmp_path / "beside.jpg")
+    set_layouts.put_image(tmp_path / "cat" / "deeper" / "c.webp")
+    set_layouts.put_image(tmp_path / "beside.jpg")
     (tmp_path / ".hidden").mkdir()
     opened = open_dataset(str(tmp_path))
     assert opened.labels == [-1, 0, 0, 0, 1, 1]
@@ -202,10 +202,10 @@ def test_class_names_that_do_not_fit_are_refused(tmp_path: Path, text: str, mess
         classified(open_dataset(str(tmp_path / "data")), tmp_path / "names.txt")
 
 
-def test_what_has_no_classes_says_what_to_do(tmp_path: Path, make_picture):
+def test_what_has_no_classes_says_what_to_do(tmp_path: Path, make_image):
     with pytest.raises(DataError, match="there is no image in"):
         open_dataset(str(tmp_path))
-    (tmp_path / "a.jpg").write_bytes(make_picture(0))
+    (tmp_path / "a.jpg").write_bytes(make_image(0))
     with pytest.raises(DataError, match="has no subfolders"):
         classified(open_dataset(str(tmp_path)))
     (tmp_path / "cat").mkdir()

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 
 from declip_cli.data.prepare.config import PrepareConfig
-from declip_cli.data.prepare.engines import run_in_threads, run_on_ray
+from declip_cli.data.prepare.executors import run_in_threads, run_on_ray
 from declip_cli.data.prepare.pipeline import prepare
 from declip_cli.errors import DataError
 
@@ -48,13 +48,13 @@ def test_without_ray_the_package_to_install_is_named(monkeypatch):
     assert caught.value.remedy == "pip install 'declip[ray]'"
 
 
-def test_a_ray_cluster_of_two_workers_writes_the_same_shards(tmp_path, make_picture):
+def test_a_ray_cluster_of_two_workers_writes_the_same_shards(tmp_path, make_image):
     pytest.importorskip("ray", reason="the extra `ray` is not installed")
     source = tmp_path / "in"
     source.mkdir()
     for number in range(40):
-        (source / f"{number}.jpg").write_bytes(make_picture(number, width=90, height=70))
-        (source / f"{number}.txt").write_text(f"picture {number}")
+        (source / f"{number}.jpg").write_bytes(make_image(number, width=90, height=70))
+        (source / f"{number}.txt").write_text(f"image {number}")
     (source / "7.jpg").write_bytes(b"")
     for engine in ("threads", "ray"):
         config = PrepareConfig(

@@ -1,4 +1,4 @@
-"""Pictures and texts that two programs are compared on, and what this one makes of them."""
+"""Images and texts that two programs are compared on, and what this one makes of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,16 +7,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from declip_cli.data.catalogue import open_dataset
+from declip_cli.data.catalog import open_dataset
 from declip_cli.data.dataset import Pixels
 from declip_cli.data.decode import decode_image, pixels_of
-from declip_cli.data.image_views import evaluation_view
+from declip_cli.data.image_views import eval_transform
 from declip_cli.data.tokenizer import Tokenizer
 from declip_cli.model.checkpoint import PretrainedModel
-from declip_cli.model.clip import unit
+from declip_cli.model.clip import normalize
 from declip_cli.model.preprocessing import Preprocessing
 
-_NUM_PICTURES = 24
+_NUM_IMAGES = 24
 _LONG_TEXT = "a very long text that goes on " * 20
 """Longer than any context, so that cutting is compared, too."""
 
@@ -25,17 +25,17 @@ _LONG_TEXT = "a very long text that goes on " * 20
 class Sample:
     """What two programs are given."""
 
-    pictures: Sequence[Image.Image]
+    images: Sequence[Image.Image]
     """RGB, upright, of several shapes."""
     texts: Sequence[str]
 
     def __len__(self) -> int:
-        return len(self.pictures) + len(self.texts)
+        return len(self.images) + len(self.texts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Embedded:
-    """What a program makes of a sample: N pictures, M texts, each row (and each token's) of unit length."""
+    """What a program makes of a sample: N images, M texts, each row (and each token's) of unit length."""
 
     images: Tensor
     """(N, D); of models that compare token by token, (N, P, Q)."""
@@ -53,20 +53,20 @@ class Embedded:
 
 
 def demo_sample() -> Sample:
-    """Take pictures of several shapes from the demo, their captions, an empty text and one that is too long."""
+    """Take images of several shapes from the demo, their captions, an empty text and one that is too long."""
     demo = open_dataset("demo", "train")
-    numbers = range(0, len(demo), -(-len(demo) // _NUM_PICTURES))
-    pictures = [Image.fromarray(decode_image(demo.read(number).encoded)) for number in numbers]
-    captions = [demo.captions(number)[0] for number in numbers]
-    return Sample(pictures=pictures, texts=[*captions, "", _LONG_TEXT])
+    indices = range(0, len(demo), -(-len(demo) // _NUM_IMAGES))
+    images = [Image.fromarray(decode_image(demo.read(index).encoded)) for index in indices]
+    captions = [demo.captions(index)[0] for index in indices]
+    return Sample(images=images, texts=[*captions, "", _LONG_TEXT])
 
 
-def view_of(picture: Image.Image | bytes, how: Preprocessing) -> Pixels:
-    """Prepare a picture for the image tower but for the normalisation.
+def view_of(image: Image.Image | bytes, preprocessing: Preprocessing) -> Pixels:
+    """Prepare an image for the image tower but for the normalization.
 
     Args:
-        picture: opened by Pillow, or an encoded file.
-        how: size, cut and filter.
+        image: opened by Pillow, or an encoded file.
+        preprocessing: size, cut and filter.
 
     Returns:
         RGB, uint8, (S, S, 3).
@@ -74,12 +74,12 @@ def view_of(picture: Image.Image | bytes, how: Preprocessing) -> Pixels:
     Raises:
         DataError: it cannot be decoded.
     """
-    return evaluation_view(picture if isinstance(picture, bytes) else pixels_of(picture), **how.view_options())
+    return eval_transform(image if isinstance(image, bytes) else pixels_of(image), **preprocessing.transform_options())
 
 
-def views_of(pictures: Sequence[Image.Image], how: Preprocessing) -> Tensor:
-    """Prepare N pictures, → uint8 (N, S, S, 3)."""
-    return torch.stack([torch.from_numpy(view_of(picture, how)) for picture in pictures])
+def views_of(images: Sequence[Image.Image], preprocessing: Preprocessing) -> Tensor:
+    """Prepare N images, → uint8 (N, S, S, 3)."""
+    return torch.stack([torch.from_numpy(view_of(image, preprocessing)) for image in images])
 
 
 def embed(model: PretrainedModel, sample: Sample) -> Embedded:
@@ -87,12 +87,12 @@ def embed(model: PretrainedModel, sample: Sample) -> Embedded:
 
     Args:
         model: on the CPU, in evaluation mode.
-        sample: N pictures, M texts.
+        sample: N images, M texts.
     """
-    encoder, views = model.towers, views_of(sample.pictures, model.preprocessing)
+    encoder, views = model.towers, views_of(sample.images, model.preprocessing)
     tokens = Tokenizer(model.context_length).encode(list(sample.texts))  # (M, L)
     with torch.inference_mode():
         if not model.token_wise:
-            return Embedded(images=unit(encoder.encode_image(views)), texts=unit(encoder.encode_text(tokens)))
+            return Embedded(images=normalize(encoder.encode_image(views)), texts=normalize(encoder.encode_text(tokens)))
         text_tokens, mask = encoder.encode_text_tokens(tokens)  # (M, L, Q), (M, L)
-        return Embedded(images=unit(encoder.encode_image_tokens(views)), texts=unit(text_tokens)[mask])
+        return Embedded(images=normalize(encoder.encode_image_tokens(views)), texts=normalize(text_tokens)[mask])

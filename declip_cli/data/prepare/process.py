@@ -7,8 +7,8 @@ from functools import lru_cache
 
 from declip_cli.data.prepare.config import CleanConfig, PrepareConfig
 from declip_cli.data.prepare.hashes import hash64
-from declip_cli.data.prepare.pictures import perceptual_hash, shrink_picture
-from declip_cli.data.sources.records import Found, LeftOut
+from declip_cli.data.prepare.images import perceptual_hash, shrink_image
+from declip_cli.data.sources.records import Found, Rejected
 from declip_cli.errors import DataError
 
 
@@ -22,43 +22,43 @@ class Pair:
     size: tuple[int, int]
     """Width and height, in pixels."""
     original_size: tuple[int, int]
-    part: str = ""
-    picture_hash: int = 0
+    split: str = ""
+    image_hash: int = 0
     """Of the image file as it came; 0 where it was not asked for."""
-    looks_hash: int = 0
+    phash: int = 0
     """Perceptual hash; 0 where it was not asked for or the image has no structure."""
 
 
-def finish_records(records: Sequence[Found], config: PrepareConfig) -> list[Pair | LeftOut]:
+def process_records(records: Sequence[Found], config: PrepareConfig) -> list[Pair | Rejected]:
     """Load, filter, shrink and encode records one by one; return one outcome per record, in order."""
-    return [_finish(record, config) for record in records]
+    return [_process(record, config) for record in records]
 
 
-def _finish(record: Found, config: PrepareConfig) -> Pair | LeftOut:
+def _process(record: Found, config: PrepareConfig) -> Pair | Rejected:
     clean, key = config.clean, record.key.encode("utf-8", "backslashreplace").decode()
-    if isinstance(record, LeftOut):
-        return LeftOut(key, record.cause, record.is_bad)
+    if isinstance(record, Rejected):
+        return Rejected(key, record.cause, record.is_bad)
     try:
         sample = record.load()
         kept = [(text, caption_problem(text, clean)) for text in sample.captions]
         captions = tuple(text for text, problem in kept if not problem)
         if not captions:
-            return LeftOut(key, kept[0][1], is_bad=False)
-        small = shrink_picture(sample.encoded, side_px=config.image_side_px, quality=config.quality)
+            return Rejected(key, kept[0][1], is_bad=False)
+        small = shrink_image(sample.encoded, side_px=config.image_side_px, quality=config.quality)
     except DataError as error:
-        return LeftOut(key, error.cause)
-    problem = picture_problem(*small.original_size, clean)
+        return Rejected(key, error.cause)
+    problem = image_problem(*small.original_size, clean)
     if problem:
-        return LeftOut(key, problem, is_bad=False)
+        return Rejected(key, problem, is_bad=False)
     return Pair(
         key=key,
         captions=captions,
         jpeg=small.jpeg,
         size=small.size,
         original_size=small.original_size,
-        part=record.part,
-        picture_hash=hash64(sample.encoded) if clean.duplicates != "keep" else 0,
-        looks_hash=perceptual_hash(small.pixels) if clean.needs_perceptual_hash else 0,
+        split=record.split,
+        image_hash=hash64(sample.encoded) if clean.duplicates != "keep" else 0,
+        phash=perceptual_hash(small.pixels) if clean.needs_perceptual_hash else 0,
     )
 
 
@@ -79,9 +79,9 @@ def _script(letter: str) -> str:
     return unicodedata.name(letter, "UNKNOWN").partition(" ")[0]
 
 
-def picture_problem(width: int, height: int, config: CleanConfig) -> str:
+def image_problem(width: int, height: int, config: CleanConfig) -> str:
     """Name the cause for which an image of this size, in pixels as it came, is filtered out; empty if it stays."""
     if min(width, height) < config.min_side_px:
-        return "picture too small"
+        return "image too small"
     is_long = config.max_aspect is not None and max(width, height) > config.max_aspect * min(width, height)
     return "aspect ratio" if is_long else ""

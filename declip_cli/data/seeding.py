@@ -10,13 +10,13 @@ _SMALLEST_DOMAIN_BITS = 6
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
-def sample_rng(seed: int, epoch: int, number: int) -> random.Random:
+def sample_rng(seed: int, epoch: int, index: int) -> random.Random:
     """Start the stream of random numbers that belongs to one sample, by its number, in one epoch.
 
     Whoever reads the sample, on whatever rank or thread, draws the same, whatever happened to other samples.
     """
     # Fields side by side, so that no two combinations meet below 2^32 epochs and 2^64 seeds.
-    high, low = number >> 40, number & ((1 << 40) - 1)
+    high, low = index >> 40, index & ((1 << 40) - 1)
     return random.Random(high << 144 | ((seed << 32 | epoch) << 40 | low) << 8)
 
 
@@ -43,25 +43,25 @@ def shuffled(num: int, seed: int, epoch: int, *, positions: NDArray[np.int64] | 
         positions = np.arange(num, dtype=np.int64)
     keys = _round_keys(seed, epoch)
     bits = max(_SMALLEST_DOMAIN_BITS, (num - 1).bit_length())
-    numbers = _feistel(positions.astype(np.uint64), keys, bits)
-    while (outside := numbers >= num).any():
-        numbers[outside] = _feistel(numbers[outside], keys, bits)
-    return numbers.astype(np.int64)
+    indices = _feistel(positions.astype(np.uint64), keys, bits)
+    while (outside := indices >= num).any():
+        indices[outside] = _feistel(indices[outside], keys, bits)
+    return indices.astype(np.int64)
 
 
-def scattered(num: int, seed: int, epoch: int, place: int) -> NDArray[np.int64]:
+def scattered(num: int, seed: int, epoch: int, salt: int) -> NDArray[np.int64]:
     """Shuffle a few things at once, with one table instead of a calculation for each.
 
     Args:
         num: samples, from 0.
         seed: of the run.
         epoch: from 0.
-        place: tells apart what is shuffled in an epoch, at least 0.
+        salt: tells apart what is shuffled in an epoch, at least 0.
 
     Returns:
         A permutation, int64, (num,); 8 bytes a sample.
     """
-    key = random.Random(((seed << 32 | epoch) << 48 | place) << 16 | 0x5CA7).getrandbits(64)
+    key = random.Random(((seed << 32 | epoch) << 48 | salt) << 16 | 0x5CA7).getrandbits(64)
     counters = np.arange(num, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(key)
     return np.argsort(_hash(counters), kind="stable")
 

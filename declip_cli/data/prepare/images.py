@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from declip_cli.data.dataset import Pixels
-from declip_cli.data.decode import bad_picture, decode_smaller, read_header
+from declip_cli.data.decode import bad_image, decode_smaller, read_header
 
 _HASHED_SIDE_PX = 32
 _HASHED_FREQUENCIES = 8
@@ -16,7 +16,7 @@ _MARGIN = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class SmallPicture:
+class ShrunkImage:
     """An image as it goes into a shard."""
 
     jpeg: bytes
@@ -27,7 +27,7 @@ class SmallPicture:
     """RGB, uint8, for the perceptual hash; of a JPEG passed through, smaller than it is."""
 
 
-def shrink_picture(data: bytes, *, side_px: int, quality: int) -> SmallPicture:
+def shrink_image(data: bytes, *, side_px: int, quality: int) -> ShrunkImage:
     """Make an encoded image as small as training needs it.
 
     A JPEG that is small enough and upright keeps its bytes; everything else is encoded again.
@@ -44,7 +44,7 @@ def shrink_picture(data: bytes, *, side_px: int, quality: int) -> SmallPicture:
     width, height, is_plain_jpeg, is_upright = header
     if is_plain_jpeg and is_upright and min(height, width) <= side_px:
         pixels = decode_smaller(data, header, _HASHED_SIDE_PX)
-        return SmallPicture(data, (width, height), (width, height), pixels)
+        return ShrunkImage(data, (width, height), (width, height), pixels)
     pixels = decode_smaller(data, header, side_px)
     if not is_plain_jpeg:
         height, width = pixels.shape[:2]
@@ -54,8 +54,8 @@ def shrink_picture(data: bytes, *, side_px: int, quality: int) -> SmallPicture:
     encoding = [cv2.IMWRITE_JPEG_QUALITY, quality]
     is_encoded, jpeg = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), encoding)
     if not is_encoded:
-        raise bad_picture("unsupported pixels", f"{width} x {height} cannot be written as JPEG")
-    return SmallPicture(jpeg.tobytes(), size, (width, height), pixels)
+        raise bad_image("unsupported pixels", f"{width} x {height} cannot be written as JPEG")
+    return ShrunkImage(jpeg.tobytes(), size, (width, height), pixels)
 
 
 def _shrink(pixels: Pixels, width: int, height: int) -> Pixels:
@@ -70,7 +70,7 @@ def _shrink(pixels: Pixels, width: int, height: int) -> Pixels:
     return images[0].permute(1, 2, 0).numpy()
 
 
-def decode_for_looks(data: bytes) -> Pixels:
+def decode_for_phash(data: bytes) -> Pixels:
     """Decode an image as small as its perceptual hash allows; errors as of `decode.decode_image`."""
     return decode_smaller(data, read_header(data), _HASHED_SIDE_PX)
 
@@ -78,7 +78,7 @@ def decode_for_looks(data: bytes) -> Pixels:
 def perceptual_hash(pixels: Pixels) -> int:
     """Hash what an image looks like: re-encoded or resized copies differ in few bits.
 
-    A bit for each of the 8 × 8 lowest frequencies of the grey image: whether it lies above their median by a
+    A bit for each of the 8 × 8 lowest frequencies of the gray image: whether it lies above their median by a
     tenth of their spread. The published hash takes the median itself; then the many frequencies near zero of
     symmetric drawings fall to either side by chance (of 1,217 icons encoded twice, 66 % were within 4 bits;
     with the margin, 99 %).
@@ -91,8 +91,8 @@ def perceptual_hash(pixels: Pixels) -> int:
 
     Source: Zauner, Implementation and Benchmarking of Perceptual Image Hash Functions, 2010, section 3.2.1.
     """
-    grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
-    small = cv2.resize(grey, (_HASHED_SIDE_PX, _HASHED_SIDE_PX), interpolation=cv2.INTER_AREA)
+    gray = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
+    small = cv2.resize(gray, (_HASHED_SIDE_PX, _HASHED_SIDE_PX), interpolation=cv2.INTER_AREA)
     if int(small.max()) - int(small.min()) < 8:
         return 0
     low = cv2.dct(small.astype(np.float32))[1 : _HASHED_FREQUENCIES + 1, 1 : _HASHED_FREQUENCIES + 1]
