@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -47,10 +46,11 @@ COMPOSITIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "small": tuple(
         {"method.weights": ROWS["small"]["method.weights"] | weights}
         for weights in (
-            {"nn": 0.2},
-            {"mlm": 0.1},
             {"simclr": 1.0},
             {"words": 0.0},
+            {"nn": 0.2},
+            {"words": 1.0},
+            {"mlm": 0.1},
             {"simclr": 0.0},
             {"simclr": 0.0, "simsiam": 0.2},
             {"simclr": 0.0, "words": 0.0},
@@ -115,8 +115,7 @@ def draw(row: str, trial: int, weights: Mapping[str, float]) -> dict[str, Any]:
     """Draw the settings of one trial; the first are the row's own.
 
     Compositions are listed, not drawn. The same trial draws the same rate, smoothing, decay and augmentation for
-    every other row; each further loss term is off in a quarter of the trials, else its weight is multiplied by
-    something between 1/4 and 4.
+    every other row, near `CELL`, and multiplies the weight of each further loss term by something between 1/2 and 2.
 
     Args:
         row: its name.
@@ -128,29 +127,26 @@ def draw(row: str, trial: int, weights: Mapping[str, float]) -> dict[str, Any]:
     if row in COMPOSITIONS:
         return COMPOSITIONS[row][trial - 1]
     rng = random.Random(f"trial {trial}")
-    strength = rng.random()
-    crop = rng.uniform(0.2, 0.9)
+    crop = round(rng.uniform(0.5, 0.9), 2)
     changes: dict[str, Any] = {
-        "optim.learning_rate_peak": float(f"{math.exp(rng.uniform(math.log(3e-4), math.log(3e-3))):.2g}"),
-        "optim.weight_decay": rng.choice([0.1, 0.3, 1.0]),
-        "method.label_smoothing": rng.choice([0.0, 0.05, 0.1, 0.2]),
-        "augment.plain_crop_area_min": round(crop, 2),
-        "augment.crop_area_min": round(crop, 2),
-        "augment.jitter_probability": round(0.8 * strength, 2),
-        "augment.hue": round(0.1 * strength, 3),
-        "augment.grayscale_probability": round(rng.choice([0.0, 0.2]) * strength, 2),
-        "augment.blur_probability": round(rng.choice([0.0, 0.5]) * strength, 2),
+        "optim.learning_rate_peak": float(f"{1e-3 * 2 ** rng.uniform(-0.7, 0.7):.2g}"),
+        "optim.weight_decay": rng.choice([0.1, 0.3]),
+        "method.label_smoothing": rng.choice([0.05, 0.1, 0.2]),
+        "augment.plain_crop_area_min": crop,
+        "augment.crop_area_min": crop,
+        "augment.jitter_probability": round(rng.uniform(0.6, 1.0), 2),
+        "augment.hue": round(rng.uniform(0.02, 0.1), 3),
+        "augment.grayscale_probability": rng.choice([0.0, 0.1]),
+        "augment.blur_probability": rng.choice([0.0, 0.2]),
         "augment.flip_probability": rng.choice([0.0, 0.5]),
+        "augment.text_operations": rng.choice([(), ("synonym", "swap", "delete")]),
     }
     if ROWS[row].get("method.contrastive") == "sigmoid":
         del changes["method.label_smoothing"]  # it has none
     terms = [name for name, weight in weights.items() if weight][1:]
     if terms and row not in FIXED_WEIGHTS:
-        factors = {name: random.Random(f"trial {trial} {name}") for name in terms}
-        drawn = {
-            name: 0.0 if f.random() < 0.25 else weights[name] * 4 ** f.uniform(-1, 1) for name, f in factors.items()
-        }
-        changes["method.weights"] = dict(weights) | {name: round(value, 3) for name, value in drawn.items()}
+        factors = {name: 2 ** random.Random(f"trial {trial} {name}").uniform(-1, 1) for name in terms}
+        changes["method.weights"] = dict(weights) | {n: round(weights[n] * factors[n], 3) for n in terms}
     return changes
 
 
