@@ -98,7 +98,7 @@ class SteadyShapes:
         # The longest group is as long as what the states of all are put together to.
         shapes.lengths = [*(self._longer(*pair) for pair in pairs), self._length]
         return TextGroups(
-            order=order, places=order.argsort(), shapes=tuple(zip(shapes.sizes, shapes.lengths, strict=True))
+            order=order, positions=order.argsort(), shapes=tuple(zip(shapes.sizes, shapes.lengths, strict=True))
         )
 
     def _longer(self, length: int, needed: int) -> int:
