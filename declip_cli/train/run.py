@@ -202,6 +202,9 @@ def _describe(training: Training) -> Iterator[str]:
         f"batch {config.train.batch_size} × {machine.world_size}, {total} steps{limit}, peak learning rate "
         f"{training.schedule.peak:.2g}, {machine.device}, {machine.precision}"
     )
+    off = [name for name in training.method.default_weights if not training.method.is_active(name)]
+    if off:
+        yield f"loss terms of {config.method.name} that are switched off (method.weights): {', '.join(off)}"
     if machine.device == "cuda" or config.train.compile is True:
         yield training.compilation.reason
     if config.data.order == "blocks" and training.run.data.is_counted:

@@ -66,8 +66,9 @@ def test_stderr_tells_how_the_run_goes(done):
     assert lines[0] == f"run folder: {out}"
     assert lines[1].startswith("declip on vit-tiny32: ")
     assert "batch 8 × 1, 3 steps or 180 s, peak learning rate 0.001, cpu, fp32" in lines[1]
-    assert lines[2].startswith("step 1/3 · clip ")
-    assert "samples/s · waiting " in lines[2]
+    assert lines[2] == "loss terms of declip that are switched off (method.weights): simsiam, mlm"
+    assert lines[3].startswith("step 1/3 · clip ")
+    assert "samples/s · waiting " in lines[3]
     assert any(line.startswith("done: 24 samples in ") for line in lines)
     assert any(f"declip linear-probe demo --model {out}" in line for line in lines)
 
@@ -85,7 +86,7 @@ def test_the_run_folder_has_what_the_documentation_promises(done):
     open_settings = {"split", "workers", "loader", "cache_dir", "micro_batch_size", "threads", "processes", "init"}
     open_settings |= {"epochs", "steps", "checkpoint_every_steps", "keep_best", "eval_every_steps", "ema_decay"}
     open_settings |= {"tracker", "text_optimizer", "text_learning_rate_peak", "text_weight_decay", "warmup_steps"}
-    open_settings |= {"logit_scale_learning_rate", "logit_bias_init"}
+    open_settings |= {"logit_scale_learning_rate", "logit_bias_init", "head_width"}
     left = {key for section in config["config"].values() for key, value in section.items() if value is None}
     assert left <= open_settings  # what is switched off, follows another, or concerns the machine
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
