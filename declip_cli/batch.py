@@ -54,6 +54,9 @@ class Batch:
     """Position of each pair in the data set, int64, (B,)."""
     caption_ids: Tensor | None = None
     """The same number where captions are the same, int64, (B, C), C = 0 or None where nobody compared them."""
+    boxes: Tensor | None = None
+    """Left, top, right and bottom of each image view in shares of the whole image, left and right exchanged where it is
+    flipped, float32, (B, V, 4); (B, 0, 4) or None where nobody asked: as if each view showed the whole."""
     text_lengths: Tensor | None = None
     """Tokens of each text without padding, int64, always on the CPU, (B, T); None where nobody counted them."""
     mlm_counts: Tensor | None = None
@@ -61,6 +64,10 @@ class Batch:
     mlm_positions: Tensor | None = None
     """Places of these K labels in the flattened `mlm_labels`, ascending, int64, (K,); None likewise. Negative ones
     at the end only fill up."""
+    kept_patches: Tensor | None = None
+    """Places of the patches that are seen of each view, int64, (B, V', K); None where the method chose none yet."""
+    whole_features: Tensor | None = None
+    """The teacher's features of the whole image, (B, E); None likewise."""
     text_groups: TextGroups | None = None
     """How the texts are encoded; None leaves the choice to the method."""
 
@@ -87,17 +94,19 @@ class Batch:
             mlm_labels=send(self.mlm_labels, device),
             pair_indices=send(self.pair_indices, device),
             caption_ids=None if self.caption_ids is None else send(self.caption_ids, device),
+            boxes=None if self.boxes is None else send(self.boxes, device),
             mlm_positions=None if self.mlm_positions is None else send(self.mlm_positions, device),
         )
 
     def on_device(self) -> list[Tensor]:
         """Return the tensors that `to` moves."""
-        values = (self.images, self.tokens, self.mlm_labels, self.pair_indices, self.caption_ids, self.mlm_positions)
-        return [value for value in values if value is not None]
+        values = (self.images, self.tokens, self.mlm_labels, self.pair_indices)
+        others = (self.caption_ids, self.boxes, self.mlm_positions)
+        return [*values, *(value for value in others if value is not None)]
 
     def split(self, size: int) -> "list[Batch]":
         """Cut into consecutive batches of at most `size` pairs, without waiting for a device."""
-        names = ("images", "tokens", "mlm_labels", "pair_indices", "caption_ids", "text_lengths", "mlm_counts")
+        names = [field.name for field in fields(self) if field.name not in ("mlm_positions", "text_groups")]
         pieces = {name: value.split(size) for name in names if (value := getattr(self, name)) is not None}
         if self.mlm_positions is not None and self.mlm_counts is not None:
             parts = self.mlm_positions.split([int(counts.numpy().sum()) for counts in self.mlm_counts.split(size)])

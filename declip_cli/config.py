@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal, TypeAlias
 from declip_cli.errors import require
 from declip_cli.rules import AtLeast0, AtLeast1, Fraction, FractionBelow1, NotNegative, Positive, Rule, check_rules
 
-ImageView: TypeAlias = Literal["plain", "augmented"]
+ImageView: TypeAlias = Literal["plain", "augmented", "whole"]
 TextView: TypeAlias = Literal["plain", "augmented", "masked", "keywords", "augmented_keywords"]
-MethodName: TypeAlias = Literal["clip", "slip", "filip", "declip", "defilip", "rocket"]
+MethodName: TypeAlias = Literal["clip", "slip", "filip", "declip", "defilip", "rocket", "aclip"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ class MethodConfig:
     token_wise_top_k: AtLeast1 = 16
     """Tokens of each text and image that are gathered in the token-wise loss: those most relevant to its pair."""
     head_width: AtLeast1 | None = None
-    """Width of the hidden layers of SimSiam's, SimCLR's and rocket's heads; None: 1,024, 4,096 and 4,096, as the
+    """Width of the hidden layers of SimSiam's, SimCLR's, BYOL's and rocket's heads; None: 1,024 and else 4,096, as the
     papers have it, which beside a tiny tower takes most of the time."""
     simclr_temperature: Positive = 0.1
     label_smoothing: Fraction = 0.0
@@ -153,6 +153,10 @@ class MethodConfig:
     the same caption as well (same tokens; UniCL, arXiv 2204.03610)."""
     strong_label_smoothing: Fraction = 0.1
     """Label smoothing between rocket's strong views, in the place of `label_smoothing`."""
+    kept_patches: Annotated[float, Rule("is in (0, 1]", lambda share: 0 < share <= 1)] = 0.5
+    """Share of the patches that aclip keeps of each view: those that its teacher attends to most."""
+    teacher_momentum: FractionBelow1 = 0.996
+    """Share of aclip's teacher that each step leaves at the start of the run; it rises to 1 as a cosine falls."""
     nn_symmetric: bool | None = None
     """Match neighbor → image as well as image → neighbor (P/model/declip.py:281-300 has the latter only)."""
     nn_exclude_own: bool | None = None

@@ -61,7 +61,7 @@ def test_a_key_like_no_other_gets_no_suggestion():
         ("train", "precision", "int8", "one of auto, fp32, bf16, fp16"),
         ("train", "freeze", ["audio"], "one of image, text"),
         ("train", "eval", 3, "a list"),
-        ("method", "name", "blip", "one of clip, slip, filip, declip, defilip, rocket"),
+        ("method", "name", "blip", "one of clip, slip, filip, declip, defilip, rocket, aclip"),
         ("method", "pairs", 3, "one of 1, 2, 4"),
         ("method", "pairs", True, "one of 1, 2, 4"),
         ("augment", "text_operations", ["insert"], "one of synonym, swap, delete"),

@@ -91,7 +91,7 @@ def test_bounds_that_cross_are_an_error():
         settle(asked(train={"steps": 5, "logit_scale_min": 5.0}))
 
 
-@pytest.mark.parametrize("name", ["clip", "slip", "filip", "declip", "defilip", "rocket"])
+@pytest.mark.parametrize("name", ["clip", "slip", "filip", "declip", "defilip", "rocket", "aclip"])
 def test_the_weight_of_every_term_is_written_down(name):
     weights = {
         "clip": {"clip": 1.0},
@@ -100,6 +100,7 @@ def test_the_weight_of_every_term_is_written_down(name):
         "declip": {"clip": 0.4, "simsiam": 0.2, "mlm": 0.2, "nn": 0.2},
         "defilip": {"clip": 0.4, "simsiam": 0.2, "mlm": 0.2, "nn": 0.2, "filip": 0.2},
         "rocket": {"clip": 1 / 3, "strong": 2 / 3},
+        "aclip": {"clip": 1.0, "simclr": 1.0, "byol": 2.0},
     }[name]
     assert settle(asked(train={"steps": 5}, method={"name": name})).config.method.weights == weights
 

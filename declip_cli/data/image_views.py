@@ -45,6 +45,15 @@ class ViewDraw(NamedTuple):
     is_flipped: bool = False
 
 
+class Box(NamedTuple):
+    """Where a view lies in the upright image, in shares of its width and height; left > right where it is flipped."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
 class OpenedImage(NamedTuple):
     """An image ready to be cropped."""
 
@@ -56,7 +65,8 @@ class OpenedImage(NamedTuple):
 class ImageViews:
     """Draw training views: random crops of one decoded image, augmented as the original did.
 
-    `plain` is a random crop (STANDARD_SLIP); `augmented` adds color jitter, grays, blur and flips (MOCOV2).
+    `plain` is a random crop (STANDARD_SLIP); `augmented` adds color jitter, grays, blur and flips (MOCOV2); `whole` is
+    the image as it is, pressed into the square.
     All that is random is drawn first; then a large JPEG is decoded once, at the smallest of 1, 1/2, 1/4 and
     1/8 of its size at which no crop has to be enlarged. What has probability 0 costs nothing.
 
@@ -90,7 +100,7 @@ class ImageViews:
             image = decode_smaller(image, header, self._side_px)
         return OpenedImage(ImageHeader(image.shape[1], image.shape[0], False, True), image)
 
-    def draw(self, opened: OpenedImage, kinds: Sequence[ImageView], rng: random.Random, out: Pixels) -> None:
+    def draw(self, opened: OpenedImage, kinds: Sequence[ImageView], rng: random.Random, out: Pixels) -> list[Box]:
         """Draw the views of one image.
 
         Args:
@@ -98,6 +108,9 @@ class ImageViews:
             kinds: V kinds of views, in order.
             rng: decides everything; the same state gives the same pixels.
             out: filled with RGB, uint8, (V, S, S, 3).
+
+        Returns:
+            Where each view lies.
 
         Raises:
             DataError: the image cannot be decoded.
@@ -109,10 +122,13 @@ class ImageViews:
             pixels = decode_jpeg(pixels, header, reduction=largest_reduction(shortest, self._side_px))
         for draw, view in zip(draws, out, strict=True):
             self._render(pixels, pixels.shape[1] / header.width, draw, view)
+        return [_box_of(draw, header.width, header.height) for draw in draws]
 
     def _decide(self, kind: ImageView, width: int, height: int, rng: random.Random) -> ViewDraw:
         """Draw all that is random about one view; pixels play no part in it."""
         config = self._config
+        if kind == "whole":
+            return ViewDraw(Crop(0, 0, width, height))
         if kind == "plain":
             return ViewDraw(draw_crop(width, height, config.plain_crop_area_min, rng))
         crop = draw_crop(width, height, config.crop_area_min, rng)
@@ -174,6 +190,13 @@ def draw_crop(width: int, height: int, area_min: float, rng: random.Random) -> C
     crop_width = min(width, max(1, round(height * 4 / 3)))
     crop_height = min(height, max(1, round(width * 4 / 3)))
     return Crop((width - crop_width) // 2, (height - crop_height) // 2, crop_width, crop_height)
+
+
+def _box_of(draw: ViewDraw, width: int, height: int) -> Box:
+    left, top, crop_width, crop_height = draw.crop
+    sides = left / width, (left + crop_width) / width
+    left_side, right_side = reversed(sides) if draw.is_flipped else sides
+    return Box(left_side, top / height, right_side, (top + crop_height) / height)
 
 
 def _happens(probability: float, rng: random.Random) -> bool:

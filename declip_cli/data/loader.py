@@ -83,6 +83,8 @@ class BatchBuffer(NamedTuple):
     """(B,)."""
     caption_ids: NDArray[np.int64]
     """(B, C), C = 0 if captions are not compared."""
+    boxes: NDArray[np.float32]
+    """(B, V, 4), or (B, 0, 4) if nobody asks where the views lie."""
 
 
 class Task(NamedTuple):
@@ -155,8 +157,8 @@ class Filler:
         for row, position, index in zip(count(task.first), task.positions, task.indices, strict=False):
             for attempt in range(1, _MAX_REPLACEMENTS + 1):
                 try:
-                    texts = buffer.tokens[row], buffer.mlm_labels[row], buffer.caption_ids[row]
-                    longest = max(longest, self._pairs.draw(index, task.epoch, buffer.images[row], *texts))
+                    others = buffer.tokens[row], buffer.mlm_labels[row], buffer.caption_ids[row], buffer.boxes[row]
+                    longest = max(longest, self._pairs.draw(index, task.epoch, buffer.images[row], *others))
                     buffer.indices[row] = index
                     break
                 except UnreadablePair as error:
@@ -167,15 +169,22 @@ class Filler:
         return Filled(longest, bad, os.getpid(), self._tokenizer.num_truncated)
 
 
+def buffer_type(name: str) -> np.dtype[Any]:
+    """Return the number format of one of a buffer's arrays."""
+    return np.dtype({"images": np.uint8, "boxes": np.float32}.get(name, np.int64))
+
+
 def buffer_shapes(config: StreamConfig) -> dict[str, tuple[int, ...]]:
     """Return the shapes of a room's arrays by name."""
     size, length = config.batch_size, config.context_length
+    num_boxes = len(config.views.images) if "whole" in config.views.images else 0
     return {
         "images": (size, len(config.views.images), config.side_px, config.side_px, 3),
         "tokens": (size, len(config.views.texts), length),
         "mlm_labels": (size, length),
         "indices": (size,),
         "caption_ids": (size, config.num_captions if config.compare_captions else 0),
+        "boxes": (size, num_boxes, 4),
     }
 
 
@@ -241,8 +250,8 @@ class ThreadLoader:
     def begin(self, tasks: Sequence[Task]) -> Ticket:
         """Start to fill the rows of a batch."""
         shapes = buffer_shapes(self._config)
-        texts = (np.empty(shapes[name], np.int64) for name in BatchBuffer._fields[1:])
-        buffer = BatchBuffer(_empty(shapes["images"], pin_memory=self._config.pin_memory), *texts)
+        others = (np.empty(shapes[name], buffer_type(name)) for name in BatchBuffer._fields[1:])
+        buffer = BatchBuffer(_empty(shapes["images"], pin_memory=self._config.pin_memory), *others)
         return Ticket(buffer, [self._pool.submit(self._fill, buffer, task) for task in tasks])
 
     def finish(self, ticket: Ticket) -> tuple[BatchBuffer, list[Filled]]:

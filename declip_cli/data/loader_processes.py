@@ -22,7 +22,17 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from declip_cli.data.dataset import Dataset
-from declip_cli.data.loader import BatchBuffer, Fetcher, Filled, Filler, StreamConfig, Task, buffer_shapes, make_order
+from declip_cli.data.loader import (
+    BatchBuffer,
+    Fetcher,
+    Filled,
+    Filler,
+    StreamConfig,
+    Task,
+    buffer_shapes,
+    buffer_type,
+    make_order,
+)
 from declip_cli.errors import DataError
 
 _CLOSE_S = 2.0
@@ -95,7 +105,8 @@ class ProcessLoader:
             self._held.append((ticket.buffer, None))
             return buffer, filled
         self._free.append(ticket.buffer)
-        return BatchBuffer(buffer.images.copy(), *(texts.copy() for texts in buffer[1:])), filled
+        copies = {name: getattr(buffer, name).copy() for name in BatchBuffer._fields}
+        return BatchBuffer(**copies), filled
 
     def drop(self, ticket: BufferTicket) -> None:
         """As `ThreadLoader`'s."""
@@ -227,7 +238,7 @@ def _layout(config: StreamConfig) -> tuple[int, list[tuple[str, tuple[int, ...],
     """Return the bytes of a room, whole pages, and its arrays' types, shapes and places."""
     offset, arrays = 0, []
     for name, shape in buffer_shapes(config).items():
-        kind = np.dtype(np.uint8 if name == "images" else np.int64)
+        kind = buffer_type(name)
         arrays.append((kind.name, shape, offset))
         offset += -(-int(np.prod(shape)) * kind.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
     return offset, arrays

@@ -82,18 +82,19 @@ class PairViews:
         tokens: NDArray[np.int64],
         mlm_labels: NDArray[np.int64],
         caption_ids: NDArray[np.int64],
+        boxes: NDArray[np.float32],
     ) -> int:
         """Draw all views of one pair into a row of a batch.
 
         Args:
             index: of the pair in the data set.
-            epoch: from 0; also decides which of several captions are used, and in which order: text t shows the one
-                at place t, beginning again after the last.
+            epoch: from 0; also decides which of several captions the texts show, one after the other.
             images: filled with the image views, uint8, (V, S, S, 3).
             tokens: filled with token ids, `PAD` behind them, int64, (T, L).
             mlm_labels: filled with the labels of the masked view, `NO_LABEL` where nothing is to be predicted or
                 there is no such view, int64, (L,).
             caption_ids: filled with a number that is the same for the same caption, int64, (C,).
+            boxes: filled with where each image view lies, as `Box` has it, float32, (V, 4), or (0, 4) if nobody asks.
 
         Returns:
             Tokens of the longest text.
@@ -104,9 +105,11 @@ class PairViews:
         opened, captions = self._open(index)
         rng = sample_rng(self._seed, epoch, index)
         try:
-            self._image_views.draw(opened, self._views.images, rng, images)
+            found = self._image_views.draw(opened, self._views.images, rng, images)
         except DataError as error:  # the image was not decoded before its crops were known
             raise self._unreadable(index, error) from error
+        if len(boxes):
+            boxes[:] = found
         if len(captions) > 1:
             captions = tuple(rng.sample(captions, min(self._num_captions, len(captions))))
         for place in range(len(caption_ids)):

@@ -192,6 +192,7 @@ class TrainStream(Iterator[Batch]):
             mlm_labels=torch.from_numpy(buffer.mlm_labels[:, :length].copy()),
             pair_indices=torch.from_numpy(buffer.indices.copy()),
             caption_ids=torch.from_numpy(buffer.caption_ids.copy()),
+            boxes=torch.from_numpy(buffer.boxes.copy()),
         ).counted()
 
     def _schedule(self) -> _Pending:

@@ -104,6 +104,10 @@ class Method(nn.Module, ABC):
     def views(self) -> Views:
         """The views the loader makes for this method."""
 
+    def prepare(self, batch: Batch, *, size: int) -> Batch:  # noqa: ARG002  (others encode so many pairs at a time)
+        """Add to a batch what does not depend on how it is divided, and no gradient goes through."""
+        return batch
+
     @abstractmethod
     def embed(self, batch: Batch) -> Embeddings:
         """Run the towers on any number of pairs."""
@@ -136,6 +140,9 @@ class Method(nn.Module, ABC):
         """
         if self.word_head is not None:
             self.word_head.count(embeddings.words, is_good)
+
+    def before_step(self, share: float) -> None:
+        """Prepare a step, at a share of the run in [0, 1]; does nothing where no term needs it."""
 
     def is_active(self, term: str) -> bool:
         """Tell whether a term counts in this run."""
@@ -172,11 +179,12 @@ class Method(nn.Module, ABC):
         images, texts = embeddings.normalized_images.first(num_images), embeddings.normalized_texts.first(num_texts)
         return contrastive_loss(images, texts, contrast)
 
-    def encode_images(self, images: Tensor) -> list[ImageStates]:
+    def encode_images(self, images: Tensor, kept: Tensor | None = None) -> list[ImageStates]:
         """Run the image tower on each view.
 
         Args:
             images: (B, V, …) as in `Batch`.
+            kept: places of the patches that a vision transformer sees, int64, (B, V, K); None: all.
 
         Returns:
             One result per view, each of B images.
@@ -184,7 +192,8 @@ class Method(nn.Module, ABC):
         num_views = images.shape[1]
         if self.encoder.visual.is_batch_dependent:  # BatchNorm sees one view at a time
             return [self.encoder.image_states(images[:, view]) for view in range(num_views)]
-        states = self.encoder.image_states(images.transpose(0, 1).flatten(0, 1))  # V·B images
+        chosen = None if kept is None else kept.transpose(0, 1).flatten(0, 1)  # (V·B, K)
+        states = self.encoder.image_states(images.transpose(0, 1).flatten(0, 1), chosen)  # V·B images
         features, patches = states.features.chunk(num_views), states.patches.chunk(num_views)
         return [ImageStates(features=f, patches=p) for f, p in zip(features, patches, strict=True)]
 

@@ -1,6 +1,7 @@
 """Names of methods, and how one is put together."""
 
 from declip_cli.config import MethodConfig, ModelConfig
+from declip_cli.methods.aclip import AClip
 from declip_cli.methods.base import Method
 from declip_cli.methods.clip import Clip
 from declip_cli.methods.declip import DeClip
@@ -19,6 +20,7 @@ METHODS: dict[str, type[Method]] = {
     "declip": DeClip,
     "defilip": DeFilip,
     "rocket": Rocket,
+    "aclip": AClip,
 }
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from declip_cli.contrastive_losses import sigmoid_loss, softmax_loss, symmetric_softmax_loss
 from declip_cli.distributed import Gathered, gather, rows_of_rank, sum_over_ranks, world_size
@@ -91,6 +91,24 @@ def simclr_loss(features: Tensor, head: SimClrHead, *, temperature: float) -> Te
     """
     queries = normalize(torch.stack([head(features[:, view]) for view in (0, 1)], dim=1))  # BatchNorm sees one view
     return nt_xent(queries, gather(queries), rows_of_rank(len(queries), queries.device), temperature=temperature)
+
+
+def byol_loss(features: Tensor, target: Tensor, projector: nn.Module, predictor: nn.Module) -> Tensor:
+    """Predict the teacher's projection of an image from each view of it.
+
+    Args:
+        features: of the views, before the projection into the shared embedding, (B, V, E).
+        target: the teacher's projection, (B, 256); its gradient is stopped.
+        projector: BYOL's.
+        predictor: BYOL's.
+
+    Returns:
+        The mean over views of 2 − 2 cos, in [0, 4], ().
+
+    Source: BYOL, arXiv 2006.07733, equation 2, as A-CLIP (arXiv 2212.08653) uses it.
+    """
+    predicted = [predictor(projector(view)) for view in features.unbind(1)]  # BatchNorm sees one view
+    return torch.stack([2 + 2 * negative_cosine(one, target) for one in predicted]).mean()
 
 
 def mlm_loss(losses: Tensor, counts: Tensor, *, over_all_ranks: bool) -> Tensor:

@@ -98,13 +98,15 @@ class DualEncoder(Encoder):
             self.add_logit_bias()
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
-    def image_states(self, images: Tensor) -> ImageStates:
+    def image_states(self, images: Tensor, kept: Tensor | None = None) -> ImageStates:
         """Run the image tower up to its features and patches.
 
         Args:
             images: uint8 RGB, (B, S, S, 3); float images, (B, 3, S, S), count as normalized.
+            kept: places of the patches that a vision transformer sees, int64, (B, K); None: all.
         """
-        states: ImageStates = self.visual(images, self.pixel_mean, self.pixel_std)
+        chosen = () if kept is None else (kept,)
+        states: ImageStates = self.visual(images, self.pixel_mean, self.pixel_std, *chosen)
         return states
 
     def project_image(self, states: ImageStates) -> Tensor:

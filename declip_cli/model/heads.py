@@ -1,4 +1,4 @@
-"""What training adds to the towers: SimSiam, SimCLR, word and masked-language heads, token-wise projections."""
+"""What training adds to the towers: SimSiam, SimCLR, BYOL, word and masked-language heads, token-wise projections."""
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +74,24 @@ class SimClrHead(nn.Module):
         hidden = self.bn1(self.linear1(features)).relu()
         hidden = self.bn2(self.linear2(hidden)).relu()
         out: Tensor = self.linear3(hidden)
+        return out
+
+
+class ByolHead(nn.Module):
+    """Two linear layers with BatchNorm and ReLU between, (B, E) → (B, 256), of width 4,096 by default.
+
+    Source: BYOL, arXiv 2006.07733, section 3.3.
+    """
+
+    def __init__(self, in_dim: int, *, width: int | None = None, out_dim: int = 256) -> None:
+        super().__init__()
+        width = width or SIMCLR_WIDTH
+        self.linear1, self.bn1 = nn.Linear(in_dim, width), nn.BatchNorm1d(width)
+        self.linear2 = nn.Linear(width, out_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Project features of one view, or predict from its projection."""
+        out: Tensor = self.linear2(self.bn1(self.linear1(features)).relu())
         return out
 
 

@@ -77,6 +77,17 @@ class Attention(nn.Module):
         out: Tensor = self.out_proj(mixed.transpose(1, 2).reshape(batch, length, width))
         return out
 
+    def first_row(self, states: Tensor) -> Tensor:
+        """Say how much the first token attends to each, the mean over heads, float32, (B, L, E) → (B, L)."""
+        (query_weight, key_weight, _), (query_bias, key_bias, _) = (
+            part.chunk(3) for part in (self.in_proj_weight, self.in_proj_bias)
+        )
+        query = F.linear(states[:, :1], query_weight, query_bias).unflatten(2, (self.num_heads, -1))  # (B, 1, H, E/H)
+        keys = F.linear(states, key_weight, key_bias).unflatten(2, (self.num_heads, -1))  # (B, L, H, E/H)
+        scores = (query * keys).float().sum(3) * keys.shape[3] ** -0.5  # (B, L, H)
+        row: Tensor = scores.softmax(1).mean(2)
+        return row
+
 
 class Mlp(nn.Module):
     """Two linear layers around a GELU, or around OpenAI's approximation of it, QuickGELU: x·sigmoid(1.702x)."""

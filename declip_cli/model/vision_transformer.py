@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from declip_cli.model.dims import VitDims
-from declip_cli.model.transformer import LayerNorm, Transformer, working_dtype
+from declip_cli.model.transformer import LayerNorm, ResidualAttentionBlock, Transformer, working_dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,23 +55,50 @@ class VisionTransformer(nn.Module):
         self.ln_post = LayerNorm(width, eps=dims.norm_eps)
         self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
 
-    def forward(self, images: Tensor, mean: Tensor, std: Tensor) -> ImageStates:
+    def forward(self, images: Tensor, mean: Tensor, std: Tensor, kept: Tensor | None = None) -> ImageStates:
         """Describe images.
 
         Args:
             images: uint8 RGB, (B, S, S, 3); float images, (B, 3, S, S), count as normalized.
             mean: of each channel, in [0, 1], (3,).
             std: of each channel, in [0, 1], (3,).
+            kept: places of the patches that are seen, int64, (B, K); None: all P.
 
         Returns:
             Features after the last layer norm, patch states before it (as the original's FILIP reads them).
         """
+        states = self.transformer(self.ln_pre(self._embed(images, mean, std, kept)))
+        return ImageStates(features=self.ln_post(states[:, 0]), patches=states[:, 1:])
+
+    def attend(self, images: Tensor, mean: Tensor, std: Tensor) -> tuple[ImageStates, Tensor]:
+        """Describe images, and say how much the class token attends to each patch.
+
+        Args:
+            images: as of `forward`, like `mean` and `std`.
+            mean: of each channel.
+            std: of each channel.
+
+        Returns:
+            What `forward` returns; and the attention, the mean over heads and layers, float32, (B, P).
+        """
+        states, rows = self.ln_pre(self._embed(images, mean, std)), []
+        for block in self.transformer.resblocks:
+            assert isinstance(block, ResidualAttentionBlock)
+            rows.append(block.attn.first_row(block.ln_1(states))[:, 1:])
+            states = block(states, False)
+        described = ImageStates(features=self.ln_post(states[:, 0]), patches=states[:, 1:])
+        return described, torch.stack(rows).mean(0)
+
+    def _embed(self, images: Tensor, mean: Tensor, std: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Make the states of the class token and the patches, with their positions, (B, 1 + P, E), or (B, 1 + K, E)."""
         states = self._embed_patches(images, mean, std)  # (B, P, E)
         # `shape` rather than `len`, here and in the text tower: an exporter would take a length for a constant.
         first = self.class_embedding.to(states.dtype).expand(states.shape[0], 1, -1)
         states = torch.cat([first, states], dim=1) + self.positional_embedding.to(states.dtype)  # (B, 1 + P, E)
-        states = self.transformer(self.ln_pre(states))
-        return ImageStates(features=self.ln_post(states[:, 0]), patches=states[:, 1:])
+        if kept is None:
+            return states
+        places = F.pad(kept + 1, (1, 0))  # (B, 1 + K); the class token stands first
+        return states.gather(1, places[..., None].expand(-1, -1, states.shape[2]))
 
     def _embed_patches(self, images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         # A convolution whose stride is its kernel is a linear layer on cut-out patches; as such its

@@ -78,7 +78,8 @@ def estimate_memory(run: ResolvedRun) -> MemoryEstimate:
     torch.manual_seed(0)
     method = build_method(config.model, config.method).train()
     copies = 4 if config.optim.optimizer == "adamw" else 3  # weight, gradient, one or two moments
-    num_bytes = sum(p.nbytes for p in method.parameters()) * copies + sum(b.nbytes for b in method.buffers())
+    num_bytes = sum(p.nbytes * (copies if p.requires_grad else 1) for p in method.parameters())
+    num_bytes += sum(b.nbytes for b in method.buffers())
     if config.train.ema_decay:
         num_bytes += sum(p.nbytes for p in method.encoder.parameters())
     two, four = (_kept_for_backward(method, run, num_pairs) for num_pairs in (2, 4))

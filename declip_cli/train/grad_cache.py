@@ -55,6 +55,8 @@ def forward_backward(
 
     Source: GradCache, arXiv 2101.06983.
     """
+    with autocast():
+        batch = method.prepare(batch, size=micro_batch_size or len(batch))
     if micro_batch_size == 0 or micro_batch_size >= len(batch):
         with autocast():
             embeddings = method.embed(batch)
@@ -64,10 +66,9 @@ def forward_backward(
         return StepResult(terms=_detach_terms(terms), embeddings=embeddings.detached())
     parts = batch.split(micro_batch_size)
     # Both passes have to show the same batches to BatchNorm.
-    is_fixed = method.encoder.visual.is_batch_dependent
-    pieces = parts if is_fixed else batch.split(_FIRST_PASS_PARTS * micro_batch_size)
+    num_parts = 1 if method.encoder.visual.is_batch_dependent else _FIRST_PASS_PARTS
     with torch.no_grad(), running_statistics_kept(method), autocast():
-        cached = Embeddings.join([method.embed(piece) for piece in pieces])
+        cached = Embeddings.join([method.embed(piece) for piece in batch.split(num_parts * micro_batch_size)])
     joined = Embeddings(**{f.name: leaf(getattr(cached, f.name)) for f in fields(Embeddings)})
     with autocast():
         terms = method.objective(joined)

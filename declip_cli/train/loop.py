@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from declip_cli.distributed import LaggedMaximum, world_size
+from declip_cli.resolve import settled
 from declip_cli.train.build import Training
 from declip_cli.train.checkpoint import Checkpointer, Evaluate, set_training_mode
 from declip_cli.train.grad_cache import forward_backward
@@ -47,6 +48,7 @@ def take_step(training: Training, learning_rate: float) -> StepOutcome:
     accelerator, method = training.accelerator, training.method
     scaler = accelerator.scaler  # of float16; None otherwise
     batch = next(training.batches)
+    method.before_step(training.samples_seen / settled(training.config.train.samples))
     statistics = [value for name, value in method.named_buffers() if name.endswith(("running_mean", "running_var"))]
     before = [value.clone() for value in statistics]
     result = forward_backward(

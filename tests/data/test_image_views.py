@@ -256,3 +256,25 @@ def test_as_many_views_are_drawn_as_there_is_room_for():
     views = ImageViews(STILL, 32)
     with pytest.raises(ValueError, match="longer"):
         views.draw(views.open(encode(photograph())), ("plain",), random.Random(0), np.zeros((2, 32, 32, 3), np.uint8))
+
+
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_a_view_comes_with_its_place_in_the_whole_image(flip):
+    height, width = 300, 200
+    red, green = (np.linspace(0, 255, size).astype(np.uint8) for size in (width, height))
+    pixels = np.zeros((height, width, 3), dtype=np.uint8)
+    pixels[..., 0], pixels[..., 1] = red[None, :], green[:, None]
+    quiet = {"jitter_probability": 0.0, "grayscale_probability": 0.0, "blur_probability": 0.0}
+    views = ImageViews(AugmentConfig(flip_probability=flip, **quiet), 32)
+    out = np.zeros((3, 32, 32, 3), dtype=np.uint8)
+    for seed in range(5):
+        boxes = views.draw(views.open(pixels), ("augmented", "plain", "whole"), random.Random(seed), out)
+        for view, box in zip(out, boxes, strict=True):
+            step_x, step_y = (box.right - box.left) / 32, (box.bottom - box.top) / 32
+            middle_x = box.left + step_x * (np.arange(32) + 0.5)
+            middle_y = box.top + step_y * (np.arange(32) + 0.5)
+            assert np.abs(view[..., 0] - 255 * middle_x).max() < 5
+            assert np.abs(view[..., 1] - 255 * middle_y[:, None]).max() < 5
+        assert (boxes[0].left > boxes[0].right) == (flip == 1.0)
+        assert boxes[1].left < boxes[1].right
+        assert boxes[2] == (0.0, 0.0, 1.0, 1.0)

@@ -54,7 +54,7 @@ def test_processes_change_nothing_and_are_told_of_when_they_die():
     assert source.skipped == with_threads.skipped == {"damaged shard": (2, source.skipped["damaged shard"][1])}
     assert source.num_truncated_captions > 0
     for batch in found:  # the captions are "dog" as often as the number's remainder and once more
-        captions = (batch.numbers % 9)[:, None]
+        captions = (batch.pair_indices % 9)[:, None]
         assert torch.equal(batch.caption_ids == batch.caption_ids.T, captions == captions.T)
     workers[1].kill()
     with pytest.raises(DataError, match=r"loader process declip-loader-1 \(pid \d+\) has ended with exit code -9") as e:

@@ -62,10 +62,10 @@ def pair_views(samples, texts=("plain",), cache_bytes=0, num_captions=1):
     )
 
 
-def draw(pairs, index=0, epoch=0, num_texts=1, caption_ids=()):
+def draw(pairs, index=0, epoch=0, num_texts=1, caption_ids=(), boxes=()):
     images = np.zeros((2, SIDE, SIDE, 3), dtype=np.uint8)
     tokens, mlm_labels = np.full((num_texts, 16), 7), np.full(16, 7)
-    return images, tokens, mlm_labels, pairs.draw(index, epoch, images, tokens, mlm_labels, caption_ids)
+    return images, tokens, mlm_labels, pairs.draw(index, epoch, images, tokens, mlm_labels, caption_ids, boxes)
 
 
 def test_a_pair_comes_with_all_its_views():

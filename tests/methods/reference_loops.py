@@ -2,7 +2,8 @@
 
 CLIP arXiv 2103.00020 (fig. 3) · SLIP 2112.12750 · SimCLR 2002.05709 (eq. 1) · FILIP 2111.07783 (eq. 3 to 6) ·
 DeCLIP 2110.05208 (section 3) · SimSiam 2011.10566 (algorithm 1) · BERT 1810.04805 · DeFILIP 2203.05796 ·
-CLIP:rocket 2305.08675 (section 3) · SuperCLIP 2512.14480 · UniCL 2204.03610 (equation 2).
+CLIP:rocket 2305.08675 (section 3) · SuperCLIP 2512.14480 · UniCL 2204.03610 (equation 2) ·
+A-CLIP 2212.08653 (section 3) · BYOL 2006.07733 (equation 2).
 Nothing here is imported from the package. Numbers are torch scalars, so that gradients come from autograd.
 """
 
@@ -141,6 +142,22 @@ def simsiam(images, projector, predictor):
     for view, other in ((0, 1), (1, 0)):
         sides.append(-mean([unit(a) @ unit(b.detach()) for a, b in zip(p[view], z[other], strict=True)]))
     return sum(sides) / 2
+
+
+def byol_head(features, weights):
+    """Linear, BatchNorm, ReLU, linear."""
+    hidden = positive(batch_norm([linear(x, weights, "linear1") for x in features], weights, "bn1"))
+    return [linear(x, weights, "linear2") for x in hidden]
+
+
+def byol(features, projector, predictor, teacher):
+    """(B, 3, E): 2 - 2 cos of what is predicted from the first two views and what the teacher makes of the third."""
+    targets = [target.detach() for target in byol_head(list(features[:, 2]), teacher)]
+    sides = []
+    for view in (0, 1):
+        predicted = byol_head(byol_head(list(features[:, view]), projector), predictor)
+        sides.append(mean([2 - 2 * (unit(one) @ unit(target)) for one, target in zip(predicted, targets, strict=True)]))
+    return mean(sides)
 
 
 def masked_sum(states, labels, weight, bias):

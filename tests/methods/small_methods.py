@@ -10,12 +10,11 @@ import torch.nn.functional as F
 
 from declip_cli.batch import Batch, Embeddings
 from declip_cli.config import MethodConfig
-from declip_cli.methods import declip, rocket, slip
 from declip_cli.methods.registry import METHODS
+from declip_cli.model import heads
 from declip_cli.model.architectures import Architecture, TextDims, VitDims
 from declip_cli.model.batch_norm import use_full_batch_norm
 from declip_cli.model.clip import DualEncoder
-from declip_cli.model.heads import SimClrHead, SimSiamPredictor, SimSiamProjector
 from declip_cli.model.text_transformer import END_ID
 
 ARCHITECTURE = Architecture(
@@ -44,21 +43,10 @@ def only(method, **weights):
     return dict.fromkeys(METHODS[method].default_weights, 0.0) | weights
 
 
-def _narrow(kind, **sizes):
-    """A head of these sizes, whatever the configuration says."""
-    return lambda *dims, **configured: kind(*dims, **sizes)
-
-
 @contextmanager
 def narrow_heads():
     """Let methods have narrow heads: SLIP's are 4,096 wide, DeCLIP's 1,024, and their weights most of a state."""
-    with (
-        mock.patch.object(slip, "SimClrHead", _narrow(SimClrHead, width=9, out_dim=7)),
-        mock.patch.object(declip, "SimClrHead", _narrow(SimClrHead, width=9, out_dim=7)),
-        mock.patch.object(rocket, "SimClrHead", _narrow(SimClrHead, width=9, out_dim=7)),
-        mock.patch.object(declip, "SimSiamProjector", _narrow(SimSiamProjector, width=9)),
-        mock.patch.object(declip, "SimSiamPredictor", _narrow(SimSiamPredictor, width=9)),
-    ):
+    with mock.patch.object(heads, "SIMCLR_WIDTH", 9), mock.patch.object(heads, "SIMSIAM_WIDTH", 9):
         yield
 
 
@@ -89,7 +77,7 @@ def draw(num=4, *, seed=0):
     return {
         "images": torch.randn(num, 2, 8, generator=generator),
         "texts": torch.randn(num, 2, 8, generator=generator),
-        "image_features": torch.randn(num, 2, 24, generator=generator),
+        "image_features": torch.randn(num, 3, 24, generator=generator),
         "image_tokens": torch.randn(num, 3, 6, generator=generator),
         "text_tokens": torch.randn(num, 7, 6, generator=generator),
         "text_token_mask": torch.arange(7) < lengths[:, None],
@@ -116,8 +104,17 @@ def batch_of(method, num=5):
     for pair in range(num - 1):
         labels[pair, 1 : 2 + pair % 3] = torch.arange(1 + pair % 3) + 17 * pair
     images = torch.randint(0, 256, (num, num_images, 16, 16, 3), dtype=torch.uint8, generator=generator)
-    pair_indices, ids = torch.arange(num) * 3 + 100, caption_ids(num)
-    return Batch(images=images, tokens=tokens, mlm_labels=labels, pair_indices=pair_indices, caption_ids=ids)
+    corners = torch.rand(num, num_images, 2, generator=generator) / 2
+    boxes = torch.cat([corners, corners + 0.5], dim=2)
+    boxes[::2] = boxes[::2][..., [2, 1, 0, 3]]  # flipped
+    return Batch(
+        images=images,
+        tokens=tokens,
+        mlm_labels=labels,
+        pair_indices=torch.arange(num) * 3 + 100,
+        caption_ids=caption_ids(num),
+        boxes=boxes,
+    )
 
 
 def caption_ids(num):

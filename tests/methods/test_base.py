@@ -71,6 +71,7 @@ def test_every_switch_is_an_option_of_some_method():
         ("declip", {}, "encoder.logit_scale"),
         ("defilip", {}, "encoder.logit_scale"),
         ("rocket", {}, "encoder.logit_scale"),
+        ("aclip", {}, "encoder.logit_scale"),
         ("defilip", {"clip": 0.0, "nn": 0.0}, "logit_scale_dense"),
     ],
 )
@@ -98,9 +99,10 @@ def test_shapes_of_the_embeddings(name):
     width = method.encoder.architecture.embed_dim
     has_strong_views, is_rocket = name in ("slip", "rocket"), name == "rocket"
     feature_dims = method.encoder.visual.feature_dim, method.encoder.text.feature_dim
-    assert embeddings.images.shape == (5, 1 if has_strong_views else views, width)
+    assert embeddings.images.shape == (5, 1 if has_strong_views else 2 if name == "aclip" else views, width)
     assert embeddings.texts.shape == (5, 1 if is_rocket else texts, width)
-    assert embeddings.image_features.shape == ((5, 2, feature_dims[0]) if has_strong_views else (5, 0))
+    num_features = {"slip": 2, "rocket": 2, "aclip": 3}.get(name)
+    assert embeddings.image_features.shape == ((5, num_features, feature_dims[0]) if num_features else (5, 0))
     assert embeddings.text_features.shape == ((5, 2, feature_dims[1]) if is_rocket else (5, 0))
     assert embeddings.mlm_losses.shape == embeddings.mlm_counts.shape == ((5,) if is_declip else (5, 0))
     num_patches = (32 // method.encoder.visual.patch_side_px) ** 2

@@ -36,6 +36,7 @@ WEIGHTS = {
     "declip": {"clip": 0.4, "simsiam": 0.2, "mlm": 0.2, "nn": 0.2},
     "defilip": {"clip": 0.4, "simsiam": 0.2, "mlm": 0.2, "nn": 0.2, "filip": 0.2},
     "rocket": {"clip": 1 / 3, "strong": 2 / 3},
+    "aclip": {"clip": 1.0, "simclr": 1.0, "byol": 2.0},
 }
 NEIGHBORS_ONLY = only("declip", nn=1.0)
 CASES = [
@@ -76,9 +77,11 @@ CASES = [
     ("rocket", {"label_smoothing": 0.2, "strong_label_smoothing": 0.0}),
     ("rocket", {"weights": only("rocket", clip=1.0)}),
     ("rocket", {"weights": only("rocket", strong=1.0)}),
+    ("aclip", {}),
+    *(("aclip", {"weights": only("aclip", **{term: 0.7})}) for term in ("clip", "simclr", "byol")),
     *((name, {"weights": {"words": 0.5}}) for name in METHODS),
     *((name, {"positives": "caption", "label_smoothing": 0.1}) for name in METHODS),
-    *((name, {"captions": 2}) for name in ("clip", "slip", "declip", "rocket")),
+    *((name, {"captions": 2}) for name in ("clip", "slip", "declip", "rocket", "aclip")),
 ]
 
 
@@ -86,7 +89,20 @@ def views_of(name, *, captions=1, pairs=4, **options):
     """Count the images and texts that the term `clip` compares."""
     if name in ("declip", "defilip"):
         return {1: (1, 1), 2: (2, 1), 4: (2, max(2, captions))}[pairs]
-    return (1, captions if name in ("clip", "slip") else 1)
+    return (2 if name == "aclip" else 1, captions if name in ("clip", "slip", "aclip") else 1)
+
+
+def expected_of_images(active, fields, head, *, simclr_temperature=0.1, batch_norm="global", **options):
+    """Compute the active terms that images have by themselves."""
+    terms, features = {}, fields.get("image_features")
+    if active.get("simclr"):
+        norm_size = 3 if batch_norm == "rank" else None
+        terms["simclr"] = loops.nt_xent(features, head["simclr_head"], simclr_temperature, norm_size=norm_size)
+    if active.get("simsiam"):
+        terms["simsiam"] = loops.simsiam(fields["images"], head["projector"], head["predictor"])
+    if active.get("byol"):
+        terms["byol"] = loops.byol(features, head["projector"], head["predictor"], head["teacher.head"])
+    return terms
 
 
 def expected_terms(name, fields, parameters, *, queue, **options):
@@ -95,7 +111,7 @@ def expected_terms(name, fields, parameters, *, queue, **options):
     active = WEIGHTS[name] | options.get("weights", {})
     head = {
         part: {key.removeprefix(f"{part}."): value for key, value in parameters.items() if key.startswith(f"{part}.")}
-        for part in ("simclr_head", "projector", "predictor", "image_head", "text_head")
+        for part in ("simclr_head", "projector", "predictor", "image_head", "text_head", "teacher.head")
     }
     images, texts = fields["images"], fields["texts"]
     captions = fields["caption_ids"].tolist() if options.get("positives") == "caption" else None
@@ -103,13 +119,7 @@ def expected_terms(name, fields, parameters, *, queue, **options):
     if active.get("clip"):
         views = views_of(name, **options)
         terms["clip"] = loops.clip(images, texts, scale, views=views, smoothing=smoothing, captions=captions)
-    if active.get("simclr"):
-        temperature = options.get("simclr_temperature", 0.1)
-        norm_size = 3 if options.get("batch_norm") == "rank" else None
-        features = fields["image_features"]
-        terms["simclr"] = loops.nt_xent(features, head["simclr_head"], temperature, norm_size=norm_size)
-    if active.get("simsiam"):
-        terms["simsiam"] = loops.simsiam(images, head["projector"], head["predictor"])
+    terms |= expected_of_images(active, fields, head, **options)
     if active.get("mlm"):
         terms["mlm"] = loops.mlm(list(fields["mlm_losses"]), fields["mlm_counts"].tolist())
     if active.get("nn"):
@@ -266,6 +276,11 @@ def encoded(method, batch, *, score_padding):
         features = [encoder.text.pool_at_end(states[t - 1], batch.tokens[:, t]) for t in (1, 2)]
         fields["text_features"] = torch.stack(features, 1)
         fields["images"], fields["texts"] = fields["images"][:, :1], fields["texts"][:, :1]
+    if method.config.name == "aclip":
+        chosen = method.prepare(batch, size=len(batch))
+        states = [encoder.image_states(batch.images[:, view], chosen.kept_patches[:, view]) for view in (0, 1)]
+        fields["images"] = torch.stack([encoder.project_image(view) for view in states], 1)
+        fields["image_features"] = torch.stack([*(view.features for view in states), chosen.whole_features], 1)
     if getattr(method, "simclr_head", None) is not None and method.config.name == "declip":
         features = [encoder.encode_image(batch.images[:, view], projected=False) for view in views]
         fields["image_features"] = torch.stack(features, 1)
@@ -341,6 +356,7 @@ def test_micro_batches_leave_out_own_captions_too():
         ("filip", {"filip_text": "masked"}, ("augmented",), ("masked",), False),
         ("filip", {"score_padding": True}, ("augmented",), ("plain",), True),
         ("clip", {"captions": 3}, ("plain",), ("plain",) * 3, False),
+        ("aclip", {"captions": 2}, ("augmented", "augmented", "whole"), ("plain",) * 2, False),
         ("slip", {"captions": 2}, ("plain", "augmented", "augmented"), ("plain",) * 2, False),
         ("declip", {"captions": 2}, ("augmented",) * 2, ("masked", "augmented"), False),
         ("declip", {"captions": 3}, ("augmented",) * 2, ("masked", "augmented", "augmented"), False),

@@ -58,7 +58,8 @@ def test_words_and_their_gradients_equal_the_loop_of_the_paper(name, counted_at_
     found.sum().backward()
     gradients = {key: p.grad.clone() for key, p in method.named_parameters() if p.grad is not None}
     method.zero_grad()
-    states = method.encoder.image_states(batch.images[:, 0])
+    kept = method.prepare(batch, size=len(batch)).kept_patches
+    states = method.encoder.image_states(batch.images[:, 0], None if kept is None else kept[:, 0])
     features = [loops.mean(list(patches)).double() for patches in states.patches]
     head = {key: p.double() for key, p in method.word_head.named_parameters()}
     expected = loops.words(features, captions_of(batch), [captions_of(each) for each in earlier], head)

@@ -30,6 +30,7 @@ USED = {
     "declip": {"images", "texts", "mlm_losses"},
     "defilip": {"images", "texts", "mlm_losses", "image_tokens", "text_tokens"},
     "rocket": {"images", "texts", "image_features", "text_features"},
+    "aclip": {"images", "texts", "image_features"},
 }
 """What the losses of each method read, by their papers."""
 

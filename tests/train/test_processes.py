@@ -21,6 +21,7 @@ METHODS = ("clip", "slip", "filip", "declip", "defilip")
 RECORDED = golden_cases(world=2, methods=METHODS)
 ADDED = [
     ("rocket", {}),
+    ("aclip", {}),
     ("declip", {"weights": {"simsiam": 0.0, "simclr": 0.2}}),
     *((name, {"weights": {"words": 1.0}}) for name in ("clip", "slip", "declip")),
 ]

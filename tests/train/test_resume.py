@@ -24,6 +24,7 @@ from tests.train.small_runs import metrics, run, small_config
 CASES = {
     "clip, micro-batches": {"train": {"micro_batch_size": 4}},
     "declip": {"method": {"name": "declip"}},
+    "aclip": {"method": {"name": "aclip"}},
     "average, loader threads": {"train": {"ema_decay": 0.9}, "data": {"workers": 2}},
     "two optimizers": {"optim": {"text_optimizer": "sgd", "text_learning_rate_peak": 0.02}},
 }
