@@ -27,7 +27,8 @@ class _Shapes:
     """Texts of each group, the shortest texts first."""
     lengths: list[int]
     """Tokens that are encoded of each text of a group."""
-    num_masked: int = _NUM_STEP
+    num_masked: int = -1
+    """Of the batch; -1 before there is one."""
 
 
 class SteadyShapes:
@@ -65,7 +66,7 @@ class SteadyShapes:
         shapes = self._by_num_pairs[len(batch)]
         num_masked = int(batch.mlm_counts.numpy().sum())
         if num_masked > shapes.num_masked:
-            shapes.num_masked = _round_up(num_masked * _NUM_MARGIN, _NUM_STEP)
+            shapes.num_masked = _round_up(num_masked * _NUM_MARGIN + 1, _NUM_STEP)
         num_new = self._length - batch.tokens.shape[-1]
         return replace(
             batch,

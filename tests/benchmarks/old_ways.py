@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from declip_cli.distributed import Gathered
 from declip_cli.methods import base, declip, rocket
 from declip_cli.methods.terms import Contrast
-from declip_cli.model import resnet, transformer, vision_transformer
+from declip_cli.model import neighbours, resnet, transformer, vision_transformer
 from declip_cli.train import grad_cache
 
 
@@ -88,6 +88,11 @@ def first_pass() -> None:
     grad_cache._FIRST_PASS_PARTS = 1
 
 
+def screening() -> None:
+    """Compare the whole queue in float32, which does not wait for the device."""
+    neighbours.NeighbourQueue._is_screened = lambda self, device: False  # type: ignore[method-assign]
+
+
 OLD_WAYS: dict[str, Callable[[], None]] = {
     "layer-norm": layer_norm,
     "pixels": pixels,
@@ -95,4 +100,5 @@ OLD_WAYS: dict[str, Callable[[], None]] = {
     "channels-last": channels_last,
     "one-product": one_product,
     "first-pass": first_pass,
+    "screening": screening,
 }
