@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from declip_cli.distributed import Gathered
 from declip_cli.methods import base, declip, rocket
 from declip_cli.methods.terms import Contrast
-from declip_cli.model import neighbours, resnet, transformer, vision_transformer
+from declip_cli.model import neighbors, resnet, transformer, vision_transformer
 from declip_cli.train import grad_cache
 
 
@@ -90,7 +90,7 @@ def first_pass() -> None:
 
 def screening() -> None:
     """Compare the whole queue in float32, which does not wait for the device."""
-    neighbours.NeighbourQueue._is_screened = lambda self, device: False  # type: ignore[method-assign]
+    neighbors.NeighborQueue._is_screened = lambda self, device: False  # type: ignore[method-assign]
 
 
 OLD_WAYS: dict[str, Callable[[], None]] = {
