@@ -9,7 +9,6 @@ import torch
 from torch._dynamo.utils import counters
 
 from declip_cli.errors import TrainError
-from declip_cli.methods.registry import METHODS
 from declip_cli.train import compiled
 from declip_cli.train.compiled import (
     Compilation,
@@ -44,7 +43,7 @@ def _plain_backend(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", USED)
 def test_the_graph_ends_at_what_the_losses_read(name):
     method = build(name)
     before = {key: value.clone() for key, value in method.state_dict().items()}
