@@ -22,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich would double the time that help takes
     help="Pre-train CLIP-style models from few image-text pairs, and evaluate them.",
-    epilog="A first run, with the data that comes along: `declip pretrain --data demo`",
+    epilog="A first run, with the data that comes with declip: `declip pretrain --data demo`",
 )
 for command in (prepare, pretrain, zeroshot, linear_probe, retrieve, export, inspect, report):
     app.command(no_args_is_help=True)(command)

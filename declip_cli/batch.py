@@ -62,7 +62,7 @@ class Batch:
     mlm_counts: Tensor | None = None
     """Labels of each pair, int64, always on the CPU, (B,); None where nobody counted them."""
     mlm_positions: Tensor | None = None
-    """Places of these K labels in the flattened `mlm_labels`, ascending, int64, (K,); None likewise. Negative ones
+    """Places of these K labels in the flattened `mlm_labels`, ascending, int64, (K,); None as above. Negative ones
     at the end only fill up."""
     kept_patches: Tensor | None = None
     """Places of the patches that are seen of each view, int64, (B, V', K); None where the method chose none yet."""

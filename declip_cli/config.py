@@ -1,4 +1,4 @@
-"""Everything a run can be told, with units and sources; each default stands here and nowhere else.
+"""All settings of a run, with units and sources; each default stands here and nowhere else.
 
 None leaves a choice to `resolve.py`, which writes down what was chosen; on the command line and in TOML it is `none`.
 """
@@ -52,7 +52,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AugmentConfig:
-    """How views are drawn; the defaults are the original's (P/data/transforms.py)."""
+    """How views are drawn; the defaults are the original's (Sense-GVT/DeCLIP, prototype/data/transforms.py)."""
 
     plain_crop_area_min: Fraction = 0.5
     """Smallest share of the image in a `plain` view (STANDARD_SLIP)."""
@@ -60,7 +60,7 @@ class AugmentConfig:
     """Smallest share of the image in an `augmented` view (MOCOV2)."""
     jitter_probability: Fraction = 0.8
     brightness: Fraction = 0.4
-    """Half width of the factor's range around 1; contrast and saturation likewise."""
+    """Half width of the factor's range around 1; contrast and saturation in the same way."""
     contrast: Fraction = 0.4
     saturation: Fraction = 0.4
     hue: Annotated[float, Rule("is in [0, 0.5]", lambda hue: 0 <= hue <= 0.5)] = 0.1
@@ -72,7 +72,8 @@ class AugmentConfig:
     flip_probability: Fraction = 0.5
     """Horizontal flips of `augmented` views; `plain` views are never flipped."""
     text_operations: tuple[Literal["synonym", "swap", "delete"], ...] = ("synonym", "swap", "delete")
-    """What an `augmented` text draws from, evenly (P/model/declip.py:203-212); may repeat; empty leaves it alone."""
+    """What an `augmented` text draws from, evenly; may repeat; empty leaves the text as it is (Sense-GVT/DeCLIP,
+    prototype/model/declip.py:203-212)."""
     stop_word_probability: Fraction = 0.8
     """Chance that a text of kind `keywords` loses all its stop words (CLIP:rocket, arXiv 2305.08675)."""
     deletion_probability: Fraction = 0.1
@@ -134,7 +135,7 @@ class MethodConfig:
     pairs: Literal[1, 2, 4] = 4
     """Image-text pairs in the contrastive loss: 1 = first views; 2 = both images, first text; 4 = all."""
     captions: AtLeast1 = 1
-    """Captions of a pair that its texts show in a step, drawn anew each time; where there are fewer, they repeat. The
+    """Captions of a pair that its texts show in a step, drawn again each time; where there are fewer, they repeat. The
     method sees as many texts, if need be (clip, slip; declip and defilip with `pairs` = 4)."""
     queue_size: AtLeast1 = 65536
     """Rows of the nearest-neighbor queue (2^16 in the paper)."""
@@ -158,7 +159,8 @@ class MethodConfig:
     teacher_momentum: FractionBelow1 = 0.996
     """Share of aclip's teacher that each step leaves at the start of the run; it rises to 1 as a cosine falls."""
     nn_symmetric: bool | None = None
-    """Match neighbor → image as well as image → neighbor (P/model/declip.py:281-300 has the latter only)."""
+    """Match neighbor → image as well as image → neighbor; the original has the latter only (Sense-GVT/DeCLIP,
+    prototype/model/declip.py:281-300)."""
     nn_exclude_own: bool | None = None
     """Never return a pair's own caption of an earlier epoch as its neighbor."""
     queue_start: Literal["empty", "random"] | None = None

@@ -48,7 +48,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         settings = parse_json(path.read_bytes())["config"]
         if not isinstance(settings, dict):
-            raise TypeError("config is no object")
+            raise TypeError("config is not an object")
         return with_new_names(settings)[0]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(

@@ -1,15 +1,15 @@
-"""Errors a user can mend: what happened, and what to do about it."""
+"""Errors a user can fix: what happened, and what to do about it."""
 
 from functools import partial
 from typing import Any, ClassVar
 
 
 class DeclipError(Exception):
-    """Say what went wrong, where, what was found, what was expected, and how to mend it.
+    """Say what went wrong, where, what was found, what was expected, and how to fix it.
 
     Args:
         message: one sentence without a full stop, with the offending value in it.
-        remedy: a command or an option that mends it; printed on a line of its own.
+        remedy: a command or an option that fixes it; printed on a line of its own.
     """
 
     exit_code: ClassVar[int] = 1

@@ -36,7 +36,7 @@ def read_json(path: Path) -> Any:  # noqa: ANN401  (JSON is anything)
         ValueError: it is not JSON, or longer than `MAX_JSON_BYTES`.
     """
     if path.exists() and not path.is_file():
-        raise ValueError("it is no file")
+        raise ValueError("it is not a file")
     with path.open("rb") as file:
         content = file.read(MAX_JSON_BYTES + 1)
     if len(content) > MAX_JSON_BYTES:
@@ -57,7 +57,7 @@ def write_json(path: Path, content: Any) -> None:  # noqa: ANN401  (JSON is anyt
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file whole: under another name first, flushed to the disk, then renamed.
 
-    It is safe with several writers, of whom the last wins.
+    It is safe with several writers, of which the last wins.
 
     Raises:
         OSError: it cannot be written.

@@ -23,7 +23,7 @@ class GradientAverage:
     (heads outside the last of several micro-batches), and on which parameters have none on any rank: those keep none.
     From then on each bucket is sent as soon as it is complete, in this order on every rank, and no step waits for
     anything that the host has to read. A gradient missing on this rank counts as zero. Where a parameter left out at
-    first has a gradient later, on any rank, the ranks agree anew; its gradients count from the second next step on.
+    first has a gradient later, on any rank, the ranks agree again; its gradients count from the second next step on.
 
     Messages have a process group of their own, since other collectives of backward may come in between.
 

@@ -58,7 +58,7 @@ def joined(*, has_gpu: bool, log: Callable[[str], None]) -> Iterator[None]:
         dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:  # dist.DistError is a RuntimeError
         raise TrainError(
-            f"the {os.environ['WORLD_SIZE']} processes do not find each other: {error}",
+            f"the {os.environ['WORLD_SIZE']} processes cannot reach each other: {error}",
             remedy="check MASTER_ADDR and MASTER_PORT, and that every process has started",
         ) from error
     watch = _Watch(log)
@@ -71,7 +71,7 @@ def joined(*, has_gpu: bool, log: Callable[[str], None]) -> Iterator[None]:
             os._exit(error.exit_code)  # rank 0 has said it; once is enough
         if isinstance(error, RuntimeError) and not isinstance(error, DeclipError) and _is_broken_connection(error):
             raise TrainError(
-                "another process is gone: it was killed, or its machine is down",
+                "another process has disappeared: it was killed, or its machine is down",
                 remedy=_REMEDY,
             ) from error
         raise
@@ -165,7 +165,7 @@ class _Watch:
                 self._check_ranks(others, seen)
         except RuntimeError:
             if not self._over.is_set():
-                self._end(_failure(0, "it is gone without a word: killed, or its machine is down"))
+                self._end(_failure(0, "it disappeared without an error: it was killed, or its machine is down"))
 
     def _check_ranks(self, others: list[int], seen: dict[int, tuple[bytes, float]]) -> None:
         """End everything when one of the ranks has been silent for too long."""

@@ -38,7 +38,7 @@ _DEPENDENT = {
     ("model", "arch"): tuple(("model", key) for key in _OF_ARCHITECTURE),
     ("model", "image_side_px"): (("model", "resize_px"),),
 }
-"""Settings that are settled anew when a run is resumed with another one changed."""
+"""Settings that are resolved again when a run is resumed with another one changed."""
 _SWITCHES = tuple((section, key) for section, values in PRESETS.items() for key in values)
 _DEPENDENT |= dict.fromkeys([("method", "name"), ("method", "faithful")], (("method", "weights"), *_SWITCHES))
 
@@ -187,7 +187,7 @@ def _overlay(settings: dict[str, Any], changes: Mapping[str, Any]) -> None:
 
 
 def _leave_out_other_method(settings: dict[str, Any], requested: Mapping[str, Any], *, whose: str) -> list[str]:
-    """Drop from settings of another method what the chosen one has not, and the loss weights."""
+    """Drop from settings of another method what the chosen one does not have, and the loss weights."""
     method = settings.get("method", {})
     chosen = requested.get("method", {}).get("name") if isinstance(requested.get("method", {}), Mapping) else None
     if not method or chosen in (None, method.get("name", MethodConfig().name)) or chosen not in METHODS:

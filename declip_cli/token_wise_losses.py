@@ -21,7 +21,7 @@ def most_relevant_tokens(tokens: Tensor, partners: Tensor, *, mask: Tensor, part
         tokens: features to choose from, unit length, (B, L, Q).
         partners: features of the other side of the same pairs, unit length, (B, P, Q).
         mask: True where a token counts, at least once a row, bool, (B, L).
-        partner_mask: likewise for the partners, (B, P).
+        partner_mask: the same for the partners, (B, P).
         top_k: tokens to keep, K.
 
     Returns:

@@ -84,7 +84,7 @@ def note(message: str) -> None:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn errors the user can mend into two lines on stderr and their exit code; Ctrl-C into 130."""
+    """Turn errors the user can fix into two lines on stderr and their exit code; Ctrl-C into 130."""
     try:
         yield
     except DeclipError as error:
@@ -105,7 +105,7 @@ class Progress(Protocol):
 
 @contextmanager
 def progress_of(label: str) -> Iterator[Progress]:
-    """Show how far something is, as the function it yields is told: a bar on a terminal, else a line every 10 s."""
+    """Show how far something is, as the function it yields is called: a bar on a terminal, else a line every 10 s."""
     if not terminal().is_terminal:
         last = time.monotonic()
 

@@ -13,10 +13,11 @@ _FORMATS = Literal["openclip", "huggingface", "onnx"]
 
 def export(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Run folder, model folder or checkpoint.")],
-    to: Annotated[_FORMATS, typer.Option("--to", help="Whose format.")],
+    to: Annotated[_FORMATS, typer.Option("--to", help="Target format.")],
     out: Annotated[Path, typer.Option("--out", help="The folder to write.")],
     license: Annotated[
-        str, typer.Option("--license", help="For the model card, as the Hub names it.", show_default="not stated")
+        str,
+        typer.Option("--license", help="License for the model card, as the Hub names it.", show_default="not stated"),
     ] = "",
     old_license: Annotated[str, typer.Option("--licence", hidden=True)] = "",
     assume: Assume = None,
@@ -35,7 +36,7 @@ def export(
         from declip_cli.interop.run_facts import read_run_facts
 
         if old_license:
-            note("note: --licence is called --license now; the old name will go with the next version")
+            note("note: --licence was renamed to --license; the old name will be removed in the next version")
         opened = load_model(model, option="MODEL", given=parse_assumptions(assume or ()), log=note)
         card = Card(name=out.resolve().name, license=license or old_license, facts=read_run_facts(model))
         emit(write(opened, to, out, card=card, force=force).to_json(), as_json=as_json)

@@ -35,7 +35,7 @@ def linear_probe(
     features: Annotated[
         FeatureChoice, typer.Option(help="Image features before (`pre`, as CLIP did) or after the projection.")
     ] = FeatureChoice.pre,
-    shots: Annotated[int, typer.Option(min=0, help="Training images per class; 0 takes all.")] = 0,
+    shots: Annotated[int, typer.Option(min=0, help="Training images per class; 0 uses all.")] = 0,
     seed: Annotated[int, typer.Option(help="Draws the shots and, without a val split, the held-out images.")] = 0,
     baseline: Annotated[
         bool, typer.Option("--baseline", help="Also score raw pixels; `demo` does so by itself.")

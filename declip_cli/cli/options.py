@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from declip_cli.model.checkpoint import PretrainedModel
 
 Json = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace what is already there.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace existing output.")]
 Model = Annotated[
     Optional[Path],  # noqa: UP007, UP045  (Typer reads this form on every Python it supports)
     typer.Option("--model", help="Run folder, model folder or checkpoint. Default: the newest run under runs/."),
@@ -22,20 +22,20 @@ Assume = Annotated[
     typer.Option(
         "--assume",
         metavar="KEY=VALUE",
-        help="What a checkpoint does not say: activation, heads, text_heads, mean, std, resize, interpolation, crop.",
+        help="What the checkpoint lacks: activation, heads, text_heads, mean, std, resize, interpolation, crop.",
     ),
 ]
 DataRoot = Annotated[
     Optional[Path],  # noqa: UP007, UP045
-    typer.Option("--data-root", help="Where evaluation sets lie. Default: $DECLIP_DATA, else data/."),
+    typer.Option("--data-root", help="Folder of the evaluation sets. Default: $DECLIP_DATA, else data/."),
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Images or texts per forward pass.")]
-Threads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0 takes the cores there are.")]
+Threads = Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0 uses all available cores.")]
 Html = Annotated[
     Optional[Path],  # noqa: UP007, UP045
     typer.Option("--html", metavar="FILE", help="Also write a page: accuracy by class, confused pairs, mistakes."),
 ]
-NoCache = Annotated[bool, typer.Option("--no-cache", help="Compute all features anew.")]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Recompute all features.")]
 
 
 def open_model(path: Path | None, *, assume: list[str] | None = None, threads: int = 0) -> "PretrainedModel":

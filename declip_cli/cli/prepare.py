@@ -19,61 +19,61 @@ if TYPE_CHECKING:
 
 _DEFAULTS = PrepareConfig(source="", out="")
 _CLEAN = _DEFAULTS.clean
-_CLEANING = "Cleaning: pairs left out although they can be read"
+_CLEANING = "Cleaning: which readable pairs to omit"
 
 
 def prepare(
     source: Annotated[str, typer.Argument(help="Folder, table, tar pattern, list, or fsspec URL of one.")],
     out: Annotated[str, typer.Option("--out", help="Folder (or fsspec URL) for the shards.")],
-    kind: Annotated[SourceKind | None, typer.Option(help="What SOURCE is, if looking is not enough.")] = None,
+    kind: Annotated[SourceKind | None, typer.Option(help="Kind of SOURCE; detected by default.")] = None,
     image_column: Annotated[str, typer.Option(help="Column of a table that holds images.")] = "",
     caption_columns: Annotated[
         list[str], typer.Option("--caption-column", help="Column that holds captions; may be repeated, all are kept.")
     ] = [],  # noqa: B006  (Typer copies it)
-    images: Annotated[str, typer.Option(help="Folder that the file names of a list start from.")] = "",
+    images: Annotated[str, typer.Option(help="Folder that the file names of a list are relative to.")] = "",
     image_side_px: Annotated[
-        int, typer.Option(help="Shorter side of larger images afterwards.")
+        int, typer.Option(help="Shorter side that larger images are resized to.")
     ] = _DEFAULTS.image_side_px,
-    quality: Annotated[int, typer.Option(help="JPEG quality of images made smaller.")] = _DEFAULTS.quality,
+    quality: Annotated[int, typer.Option(help="JPEG quality of resized images.")] = _DEFAULTS.quality,
     shard_samples: Annotated[int, typer.Option(help="Pairs per shard.")] = _DEFAULTS.shard_samples,
     split: Annotated[
-        list[str], typer.Option(help="Part of the pairs to set aside, such as val=0.01; may be repeated.")
+        list[str], typer.Option(help="Fraction of the pairs for another split, such as val=0.01; may be repeated.")
     ] = [],  # noqa: B006
-    engine: Annotated[Engine, typer.Option(help="Where images are worked on.")] = _DEFAULTS.engine,
+    engine: Annotated[Engine, typer.Option(help="What processes the images.")] = _DEFAULTS.engine,
     min_caption_chars: Annotated[
-        int, typer.Option(help="Leave shorter captions out.", rich_help_panel=_CLEANING)
+        int, typer.Option(help="Omit shorter captions.", rich_help_panel=_CLEANING)
     ] = _CLEAN.min_caption_chars,
     max_caption_chars: Annotated[
         int | None,
-        typer.Option(help="Leave longer captions out.", rich_help_panel=_CLEANING),
+        typer.Option(help="Omit longer captions.", rich_help_panel=_CLEANING),
     ] = _CLEAN.max_caption_chars,
     scripts: Annotated[
         list[str],
-        typer.Option("--script", help="Keep captions in this script, such as latin.", rich_help_panel=_CLEANING),
+        typer.Option("--script", help="Keep only captions in this script, such as latin.", rich_help_panel=_CLEANING),
     ] = [],  # noqa: B006
     max_caption_repeats: Annotated[
         int | None,
-        typer.Option(help="Pairs that may share a caption; without it any number.", rich_help_panel=_CLEANING),
+        typer.Option(help="Pairs that may share a caption; unlimited by default.", rich_help_panel=_CLEANING),
     ] = _CLEAN.max_caption_repeats,
     min_side_px: Annotated[
-        int, typer.Option(help="Leave smaller images out.", rich_help_panel=_CLEANING)
+        int, typer.Option(help="Omit smaller images.", rich_help_panel=_CLEANING)
     ] = _CLEAN.min_side_px,
     max_aspect: Annotated[
         float | None,
-        typer.Option(help="Largest longer side / shorter side.", rich_help_panel=_CLEANING),
+        typer.Option(help="Largest aspect ratio: longer side / shorter side.", rich_help_panel=_CLEANING),
     ] = _CLEAN.max_aspect,
     duplicates: Annotated[
         Duplicates,
-        typer.Option(help="keep them, or leave out exact copies, or also near ones.", rich_help_panel=_CLEANING),
+        typer.Option(help="keep them, omit exact copies, or omit near copies too.", rich_help_panel=_CLEANING),
     ] = _CLEAN.duplicates,
     exclude: Annotated[
         list[str],
         typer.Option(
-            help="Evaluation images whose copies are left out: a folder, shards or a known set; may be repeated.",
+            help="Evaluation images whose copies are omitted: a folder, shards or a known set; may be repeated.",
             rich_help_panel=_CLEANING,
         ),
     ] = [],  # noqa: B006
-    workers: Annotated[int, typer.Option(help="Threads; 0 takes the cores there are.")] = _DEFAULTS.workers,
+    workers: Annotated[int, typer.Option(help="Threads; 0 uses all available cores.")] = _DEFAULTS.workers,
     max_bad: Annotated[
         float, typer.Option(help="Largest share of unreadable pairs before the command stops.")
     ] = _DEFAULTS.max_bad,
@@ -125,10 +125,10 @@ def _run(config: PrepareConfig) -> "PrepareReport":
             show(report.num_read, report.total, words)
             if is_stopped():
                 reports.close()
-                note(f"stopped at {report.num_read:,} of the records; run the same command again to go on")
+                note(f"stopped at {report.num_read:,} of the records; run the same command again to continue")
                 raise KeyboardInterrupt
     if report.was_there:
-        note(f"{report.out} is finished already; --force prepares it again")
+        note(f"{report.out} is already finished; --force prepares it again")
     for cause, (count, first) in report.skipped.items():
         note(f"skipped {count:,}: {cause} (first: {first})")
     return report
@@ -136,7 +136,7 @@ def _run(config: PrepareConfig) -> "PrepareReport":
 
 @contextmanager
 def _interrupts() -> Iterator[Any]:
-    """Let the first Ctrl-C finish the pair at hand; the second one stops at once."""
+    """Let the first Ctrl-C finish the current pair; the second one stops at once."""
     stops: list[int] = []
 
     def stop(signum: int, frame: object) -> None:

@@ -33,9 +33,7 @@ def pretrain(
             help="vit-b32, vit-l14, rn50, vit-tiny32 …, open_clip:NAME, or init: as --init.", show_default="vit-b32"
         ),
     ] = None,
-    method: Annotated[
-        MethodName | None, typer.Option(help="What is learned from a pair.", show_default="declip")
-    ] = None,
+    method: Annotated[MethodName | None, typer.Option(help="Training method.", show_default="declip")] = None,
     recipe: Annotated[
         str | None, typer.Option(help="A published configuration; see --list-recipes.", show_default="none")
     ] = None,
@@ -54,10 +52,10 @@ def pretrain(
         ),
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="At the peak.", show_default="1e-3 · sqrt(global batch / 4096)")
+        float | None, typer.Option(help="Peak learning rate.", show_default="1e-3 · sqrt(global batch / 4096)")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder.", show_default="runs/METHOD-ARCH-TIME")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with this run folder.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Resume this run.")] = None,
     init: Annotated[str | None, typer.Option(help="Model to start from.", show_default="random weights")] = None,
     assume: Assume = None,
     evaluate: Annotated[
@@ -70,10 +68,11 @@ def pretrain(
         int | None, typer.Option(min=1, help="Processes to start.", show_default="one per GPU, else one")
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads of each process.", show_default="the cores there are")
+        int | None, typer.Option(min=1, help="CPU threads of each process.", show_default="all cores")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Of weights, shuffle and augmentation.", show_default=str(_TRAIN.seed))
+        int | None,
+        typer.Option(min=0, help="Seed of weights, shuffling and augmentation.", show_default=str(_TRAIN.seed)),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="TOML with sections model, data, …; or a run's config.json, to repeat it.")
@@ -153,13 +152,13 @@ def _request(
     new_only = [option for option, given in (("--out", out), ("--force", force), ("--recipe", recipe)) if given]
     if resume is not None and new_only:
         raise ConfigError(
-            f"--resume goes on in the folder and with the settings of the run, {new_only[0]} starts a new one",
-            remedy=f"leave out {new_only[0]}, or leave out --resume",
+            f"--resume continues the run in its folder with its settings, {new_only[0]} starts a new one",
+            remedy=f"omit {new_only[0]}, or omit --resume",
         )
     before = RunDir(resume).read_run().asked if resume is not None else None
     asked, notes = resolve_run(recipe, file, options, assignments, before=before)
     if not asked.train.init or asked.model.arch != OF_INIT:
-        find_architecture(asked.model)  # a wrong name is told before anything else happens
+        find_architecture(asked.model)  # a wrong name is reported before anything else happens
     if asked.train.processes and is_launched():
         notes.append("note: --processes changes nothing here, a launcher has started the processes")
     if os.environ.get("RANK", "0") == "0":
@@ -201,7 +200,7 @@ def _start(make_request: "Callable[[], Request]") -> dict[str, Any]:
     except launch.RankFailed as failure:
         raise typer.Exit(failure.exit_code) from failure
     except KeyboardInterrupt:
-        note(f"stopped at once; go on from the last saved state: declip pretrain --resume {request.path}")
+        note(f"stopped at once; resume from the last saved state: declip pretrain --resume {request.path}")
         raise
 
 
@@ -218,7 +217,7 @@ def _check_best(path: str | None, known: tuple[str, ...]) -> None:
     """Raise where the score that is to be kept by is none that will be there."""
     if path is not None and path not in known:
         raise ChoiceError(
-            f"train.keep_best is no score of this run: {path}",
+            f"train.keep_best is not a score of this run: {path}",
             remedy=f"choose from {', '.join(known)}" if known else "name an evaluation with --eval",
         )
 

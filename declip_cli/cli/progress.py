@@ -33,7 +33,7 @@ def conclude(report: "StepReport", path: Path, data: tuple[str, ...]) -> None:
         note(f"skipped {count} samples: {cause} (first: {first})")
     if report.was_stopped:
         note(f"stopped at step {report.step} of {report.total_steps}; everything is saved")
-        note(f"  go on: declip pretrain --resume {path}")
+        note(f"  resume: declip pretrain --resume {path}")
         return
     from declip_cli.data.benchmarks.known import known_sets
 

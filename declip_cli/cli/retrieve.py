@@ -42,7 +42,7 @@ def retrieve(
     within: Annotated[
         str, typer.Option(metavar="GLOB", help='Search only this folder, or paths such as "holiday/*.jpg".')
     ] = "",
-    k: Annotated[int, typer.Option("-k", min=1, help="How many hits.")] = 10,
+    k: Annotated[int, typer.Option("-k", min=1, help="Number of hits.")] = 10,
     index: Annotated[
         str, typer.Option(help='Description for faiss, such as "HNSW32" or "IVF4096,PQ64". Default: exact.')
     ] = "",
@@ -57,7 +57,7 @@ def retrieve(
     serve: Annotated[
         bool, typer.Option("--serve", help="Search in a browser, on a page of this machine, until Ctrl-C.")
     ] = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Of --serve; 0 takes a free one.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of --serve; 0 picks a free one.")] = 0,
     batch_size: BatchSize = 128,
     threads: Threads = 0,
     no_cache: NoCache = False,

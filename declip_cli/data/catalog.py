@@ -53,7 +53,7 @@ def open_dataset(
             training part of shards, and `evaluation_split` of a known set.
         data_root: where known sets lie; None takes `$DECLIP_DATA`, else `data/`.
         cache_dir: where remote shards and indexes are kept; None takes `$DECLIP_CACHE`, else `~/.cache/declip`.
-        log: told of damaged indexes, and of the progress where shards of others are indexed for the first time.
+        log: receives notes on damaged indexes, and the progress of indexing shards for the first time.
         should_count: decides whether to go first through shards without an index, as of `open_shards`.
         cache_gb: how many gigabytes of remote shards may be in the cache.
 
@@ -61,11 +61,11 @@ def open_dataset(
         The examples, read when needed.
 
     Raises:
-        DataError: there is nothing of this name, no such split, or it cannot be read; says what to do.
+        DataError: there is nothing with this name, no such split, or it cannot be read; says what to do.
     """
     names = [name_or_path] if isinstance(name_or_path, str) else list(name_or_path)
     if not names:
-        raise DataError("no data given", remedy="--data SHARDS, or --data demo for the pairs that come along")
+        raise DataError("no data given", remedy="--data SHARDS, or --data demo for the pairs that come with declip")
     known = [name for name in names if name in known_sets() and not _is_own(name)]
     if known and len(names) > 1:
         raise DataError(
@@ -142,7 +142,7 @@ def splits_of(name: str) -> tuple[str, ...]:
     """Name the splits of a data set; there are none in shards and in a folder that is not divided.
 
     Raises:
-        DataError: there is nothing of this name.
+        DataError: there is nothing with this name.
     """
     if name in known_sets():
         return tuple(known_sets()[name].splits)
@@ -199,7 +199,7 @@ def classified(dataset: Dataset, classes_file: Path | None = None) -> Dataset:
     if len(set(classes.names)) < len(classes.names) and not (classes_file is None and name in known_sets()):
         twice = next(word for index, word in enumerate(classes.names) if word in classes.names[:index])
         raise DataError(
-            f"two classes of {name} have the same name {twice!r}, so they cannot be told apart",
+            f"two classes of {name} have the same name {twice!r}, so they cannot be distinguished",
             remedy="rename one of them, or name the classes with --classes FILE",
         )
     if classes is dataset.classes and len(indices) == len(dataset):

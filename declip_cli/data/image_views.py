@@ -171,7 +171,7 @@ def draw_crop(width: int, height: int, area_min: float, rng: random.Random) -> C
 
     Args:
         width: of the image, in pixels.
-        height: likewise.
+        height: of the image, in pixels.
         area_min: smallest share of the image; the largest is 1.
         rng: decides.
 

@@ -30,7 +30,7 @@ class UnreadablePair(DataError):
     def __init__(self, sample: BadSample) -> None:
         super().__init__(
             f"sample {sample.key} cannot be used: {sample.cause}",
-            remedy="mend the data set with declip prepare",
+            remedy="repair the data set with declip prepare",
             cause=sample.cause,
         )
         self.sample = sample
@@ -135,7 +135,7 @@ class PairViews:
             example = self._samples.read(index)
             opened = self._image_views.open(example.image)
             if not example.captions:
-                raise DataError(f"{example.key} has no caption", remedy="give it one", cause="no caption")
+                raise DataError(f"{example.key} has no caption", remedy="add one", cause="no caption")
         except DataError as error:
             raise self._unreadable(index, error) from error
         pixels = opened.content  # of a large JPEG other crops may need another size

@@ -314,7 +314,7 @@ def disk_errors(path: str) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            remedy = "free some space or choose another --out, then run the same command again to go on"
+            remedy = "free some space or choose another --out, then run the same command again to continue"
             raise DataError(f"the disk is full: cannot write {path}", remedy=remedy, cause=DISK_FULL) from error
         reason = error.strerror or error
         raise DataError(f"cannot write {path}: {reason}", remedy="check the folder and its permissions") from error

@@ -52,7 +52,7 @@ class TrainStream(Iterator[Batch]):
     A pair that cannot be read is counted and skipped. As all ranks must contribute equally many pairs, its
     row goes to the pair at the same row of the next global batch (of the one after next, if that is unreadable
     too, and so on; after the last comes the first): a function of the epoch's order alone, so that ranks
-    agree without a word, no other row shifts, and `Batch.indices` tells which pair was used.
+    agree without exchanging messages, no other row shifts, and `Batch.indices` tells which pair was used.
 
     Args:
         samples: the pairs.
@@ -143,12 +143,12 @@ class TrainStream(Iterator[Batch]):
             if before != value:
                 if key == "fingerprint" and "order" not in state:
                     raise DataError(
-                        "the run was begun with other data, or by an older version, which tells data apart otherwise",
-                        remedy="finish it with that version, or begin a new run from its weights: --init RUN",
+                        "the run was started with other data, or by a version that identifies data differently",
+                        remedy="finish it with that version, or start a new run from its weights: --init RUN",
                     )
                 raise DataError(
-                    f"the run was begun with another data {key} (found {value}, expected {before})",
-                    remedy="resume with the --data, --seed, data.order, data.streams and data.open_blocks of then",
+                    f"the run was started with another data {key} (found {value}, expected {before})",
+                    remedy="resume with the --data, --seed, data.order, data.streams and data.open_blocks it had",
                 )
         self._drop_pending()
         if isinstance(self._order, ShardOrder):
@@ -235,7 +235,7 @@ class TrainStream(Iterator[Batch]):
     def _too_many_bad(self, how_many: str, found: Sequence[BadSample]) -> DataError:
         for bad in found:
             self._bad.setdefault(bad.sample_index, bad)
-        remedy = "mend the data set with declip prepare, or allow more with --set data.max_bad=…"
+        remedy = "repair the data set with declip prepare, or allow more with --set data.max_bad=…"
         if all(bad.cause == UNREAD for bad in found):
             remedy = "check the disk or the network, then resume the run"
         return DataError(

@@ -55,8 +55,9 @@ class TextViews:
             Token ids with START and END, cut to the context length; and as many labels: the id that was there
             where a token is to be predicted, `NO_LABEL` elsewhere. A masked text may have no such token.
 
-        Source: operations: EDA, arXiv 1901.11196, and P/model/declip.py:203-212; masking: BERT, arXiv 1810.04805,
-            section 3.1, and P/model/utils/text_utils/mask_tokens.py; keywords: CLIP:rocket, arXiv 2305.08675.
+        Source: operations: EDA, arXiv 1901.11196, and Sense-GVT/DeCLIP, prototype/model/declip.py:203-212; masking:
+            BERT, arXiv 1810.04805, section 3.1, and prototype/model/utils/text_utils/mask_tokens.py there; keywords:
+            CLIP:rocket, arXiv 2305.08675.
         """
         if kind.endswith("keywords") and rng.random() < self._stop_word_probability:
             caption = drop_stop_words(caption)

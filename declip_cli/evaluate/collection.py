@@ -299,7 +299,7 @@ def _open_saved(
 
     if dataset is not None:
         return use_store(folder, model.fingerprint, model.name, work, log=options.log)
-    with VectorStore(folder, model=model.fingerprint, model_name=model.name) as store:  # no images to make it anew from
+    with VectorStore(folder, model=model.fingerprint, model_name=model.name) as store:  # no images to rebuild it from
         return work(store)
 
 

@@ -59,7 +59,7 @@ class Evaluator:
 
 
 def make_evaluator(names: Sequence[str], *, data_root: Path | None = None, threads: int = 0) -> Evaluator:
-    """Open evaluation sets now, so that a wrong name is told before training, and score models on them later.
+    """Open evaluation sets now, so that a wrong name is reported before training, and score models on them later.
 
     Args:
         names: as `zeroshot` and `retrieve` take them: known names, folders of class folders, folders and shards

@@ -48,7 +48,7 @@ class FeatureOptions:
     progress: Progress = _keep_quiet
     """Told after every batch."""
     log: Callable[[str], None] = _keep_quiet
-    """Told what the user should know, such as that a damaged store is made anew."""
+    """Receives what the user should know, such as that a damaged store is rebuilt."""
     split_over_ranks: bool = False
     """Encode a share on each rank of the process group and end with the same on all; every rank must take part."""
 
@@ -63,7 +63,7 @@ class FeatureOptions:
         return world_size() if self.split_over_ranks else 1
 
     def alone(self) -> Self:
-        """Return the options for a single item, of which nothing is kept and no progress told."""
+        """Return the options for a single item, of which nothing is kept and no progress reported."""
         return replace(self, use_cache=False, progress=_keep_quiet)
 
     def caches(self, model: PretrainedModel) -> bool:
@@ -167,7 +167,7 @@ def encode_shares(num_items: int, encode: Callable[[range, FeatureOptions], Part
         num_items: N, the same on every rank.
         encode: from the numbers of the items to encode, in [0, N), and the options for them; not called for an
             empty share.
-        options: the caller's; progress is told on rank 0, for the ranks together.
+        options: the caller's; progress is reported on rank 0, for the ranks together.
 
     Returns:
         The rows of all N items on every rank.

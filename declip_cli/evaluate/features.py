@@ -135,7 +135,7 @@ def update_store(
 ) -> Update:
     """Bring a store up to date with a data set: only images with a new stamp are read, only new contents encoded.
 
-    Arguments are as of `map_images`. Where the store `is_shared` with other data sets, paths are told apart in full
+    Arguments are as of `map_images`. Where the store `is_shared` with other data sets, paths are compared in full
     and captions are not kept.
     """
     rows = np.full(len(dataset), -1, dtype=np.int64)  # (N,)

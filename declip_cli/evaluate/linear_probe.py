@@ -87,7 +87,7 @@ def linear_probe(
 ) -> LinearProbeReport:
     """Train a linear classifier on frozen features and test it once.
 
-    The penalty is chosen on the validation images; the classifier is then fitted anew on training and validation
+    The penalty is chosen on the validation images; the classifier is then refitted on training and validation
     images together (with `shots`: on the shots alone).
 
     Args:

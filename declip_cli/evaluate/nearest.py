@@ -27,9 +27,9 @@ _MIN_LISTS = 8
 _SHARE_OF_LISTS = 16
 """At least 8 and at least a sixteenth of an inverted file's lists are searched."""
 _MAX_DELETED = 0.2
-"""Above this share of rows without an image a saved index is built anew."""
+"""Above this share of rows without an image a saved index is rebuilt."""
 _GROWTH = 2
-"""A saved index is built anew, and so trained anew, when there are so many times more rows than it was built of."""
+"""A saved index is rebuilt, and so trained again, when there are so many times more rows than it was built of."""
 _TRAIN_ROWS_PER_LIST = 64
 _MIN_TRAIN_ROWS = 65536
 
@@ -54,7 +54,7 @@ def search_exact(vectors: Vectors, rows: Rows, queries: Vectors, k: int) -> list
         part = vectors[block[0] : block[-1] + 1] if is_whole else vectors[block]  # (n, D)
         scores = np.ascontiguousarray((part @ queries.T).T)  # (Q, n)
         found = [_better(*pair, block, k) for pair in zip(found, scores, strict=True)]
-    # Scored anew, since a product of several queries rounds otherwise than that of one.
+    # Scored again, since a product of several queries rounds otherwise than that of one.
     near = [np.sort(good) for _, good in found]  # (K,) each
     return [best(vectors[good] @ query, good, k) for good, query in zip(near, queries, strict=True)]
 

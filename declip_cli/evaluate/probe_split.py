@@ -23,7 +23,7 @@ class ProbeSets:
     """None where the data set comes without one; a part of `train` is then held out."""
     test: Dataset
     raw_pixels: bool = False
-    """Score the pixels themselves, too, unless told otherwise."""
+    """Score the pixels themselves, too, unless set otherwise."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -152,7 +152,7 @@ def choose_shots(
         if len(members) < shots:
             raise EvaluateError(
                 f"--shots {shots} asks for more training images than the class {names[label]!r} has "
-                f"({len(members)} beside the validation images)",
+                f"({len(members)} besides the validation images)",
                 remedy=f"--shots {len(members)} or fewer",
             )
         order = list(members)

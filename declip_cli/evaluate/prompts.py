@@ -113,8 +113,8 @@ def _own_texts(class_names: Sequence[str], path: Path) -> Prompts:
 def build_classifier(model: PretrainedModel, prompts: Prompts, *, options: FeatureOptions = DEFAULTS) -> Tensor:
     """Encode all prompts of C classes together and average them: one unit vector per class, float32, (C, D).
 
-    Source: the mean of unit vectors, made unit length again, as in the original (P/solver/clip_solver.py) and
-        in OpenAI's notebook.
+    Source: the mean of unit vectors, normalized again, as in the original (Sense-GVT/DeCLIP,
+        prototype/solver/clip_solver.py) and in OpenAI's notebook.
     """
 
     def encode(indices: Sequence[int]) -> Tensor:

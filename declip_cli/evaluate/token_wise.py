@@ -146,7 +146,8 @@ class TokenClassifier:
     def score(self, image_tokens: Tensor, *, chunk_classes: int = 64) -> Tensor:
         """Score images by their patches (B, P, Q), → (B, C): best token for each patch, averaged over patches.
 
-        Source: FILIP's zero-shot evaluation in the original (P/solver/filip_solver.py, get_logits).
+        Source: FILIP's zero-shot evaluation in the original (Sense-GVT/DeCLIP, prototype/solver/filip_solver.py,
+            get_logits).
         """
         patches = F.normalize(image_tokens.float(), dim=-1)  # (B, P, Q)
         chunks = zip(self.tokens.split(chunk_classes), self.is_padding.split(chunk_classes), strict=True)
@@ -158,8 +159,8 @@ def build_token_classifier(
 ) -> TokenClassifier:
     """Encode the prompts of C classes token by token and average them by class and position, on the CPU.
 
-    Source: protocol of FILIP in the original (P/solver/filip_solver.py, evaluate); tokens are unit length
-        before the mean, the mean is divided by its Frobenius norm.
+    Source: protocol of FILIP in the original (Sense-GVT/DeCLIP, prototype/solver/filip_solver.py, evaluate): tokens are
+        normalized before the mean, and the mean is divided by its Frobenius norm.
     """
     found = encode_shares(len(prompts.by_class), partial(_sum_tokens, model, prompts), options)
     sums, counts = found.rows[..., :-1], found.rows[..., -1]  # (C, L, Q), (C, L)

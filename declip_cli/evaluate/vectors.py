@@ -42,7 +42,7 @@ CREATE INDEX asked_keys ON asked (key);
 
 
 class StoreError(EvaluateError):
-    """A store cannot be used: it is damaged (and may be made anew), or its folder cannot be read or written."""
+    """A store cannot be used: it is damaged (and may be rebuilt), or its folder cannot be read or written."""
 
     def __init__(self, message: str, *, remedy: str, is_damaged: bool) -> None:
         super().__init__(message, remedy=remedy)
@@ -252,7 +252,7 @@ class VectorStore:
             raise self._damaged(str(error)) from error
 
     def _damaged(self, why: str) -> StoreError:
-        remedy = f"name its images again with --index-dir {self.folder}: it is then made anew"
+        remedy = f"name its images again with --index-dir {self.folder}: it is then rebuilt"
         return StoreError(f"the index {self.folder} is damaged: {why}", remedy=remedy, is_damaged=True)
 
 
@@ -282,14 +282,14 @@ def is_store(folder: Path) -> bool:
 def use_store(
     folder: Path, model: str, model_name: str, work: Callable[[VectorStore], T], log: Callable[[str], None]
 ) -> T:
-    """Do some work with a store; one that turns out to be damaged is made anew, and the work begun again.
+    """Do some work with a store; one that turns out to be damaged is rebuilt, and the work is repeated.
 
     Args:
         folder: as of `VectorStore`, as `model` and `model_name` are.
         model: its fingerprint.
         model_name: for messages.
         work: what is done.
-        log: told of a damaged store.
+        log: receives a note on a damaged store.
 
     Raises:
         StoreError: the store cannot be used.
@@ -300,7 +300,7 @@ def use_store(
     except StoreError as error:
         if not error.is_damaged:
             raise
-        log(f"{error.message}; it is made anew")
+        log(f"{error.message}; it is rebuilt")
     for pattern in (f"{DATABASE}*", "vectors*.f32", "index-*.faiss"):
         for path in folder.glob(pattern):  # processes that still use it go on with what they have open
             path.unlink(missing_ok=True)

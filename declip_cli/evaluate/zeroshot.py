@@ -120,7 +120,7 @@ def _predict(
 ) -> tuple[Predictions, Skips]:
     if len(names) < 2:
         raise EvaluateError(
-            f"{dataset.name} has only the class {names[0]!r}, there is nothing to tell apart",
+            f"{dataset.name} has only the class {names[0]!r}, there is nothing to distinguish",
             remedy="add a second class",
         )
     chunks, images = class_scores(model, dataset, prompts, options)

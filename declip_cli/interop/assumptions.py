@@ -1,4 +1,4 @@
-"""What a checkpoint does not say: taken from the user (`--assume`), else assumed and told."""
+"""What the checkpoint does not record: taken from the user (`--assume`), else assumed and reported."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field

@@ -88,7 +88,7 @@ def _check_out(out: Path, *, force: bool) -> None:
     is_export = (out / SUMS_FILE).is_file() and (out / "README.md").is_file()
     if not (force and is_export):
         remedy = "choose another --out" + (", or --force to replace the export there" if is_export else "")
-        raise ModelError(f"{out} is there already", remedy=remedy)
+        raise ModelError(f"{out} already exists", remedy=remedy)
 
 
 def _check_format(model: PretrainedModel, to: ExportFormat) -> None:

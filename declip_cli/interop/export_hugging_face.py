@@ -200,7 +200,7 @@ def is_cut_alike(size: tuple[int, int], preprocessing: Preprocessing) -> bool:
 
 
 def write_tokenizer(folder: Path, context_length: int) -> None:
-    """Write OpenAI's vocabulary as transformers' `CLIPTokenizer`, which does not mend broken text as ours does."""
+    """Write OpenAI's vocabulary as transformers' `CLIPTokenizer`, which does not repair broken text as ours does."""
     ids, merges = vocabulary_files()
     start, end = "<|startoftext|>", "<|endoftext|>"
     special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}

@@ -124,7 +124,7 @@ def translated(
         preprocessing = changed_preprocessing(known, assumptions.given)
     except (KeyError, IndexError, ValueError, ZeroDivisionError, TypeError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise ModelError(f"{checkpoint.paths[0]} is no whole CLIP model: {what:.200}", remedy=DAMAGED) from error
+        raise ModelError(f"{checkpoint.paths[0]} is not a complete CLIP model: {what:.200}", remedy=DAMAGED) from error
     return ForeignModel(
         project=project,
         method=method,
@@ -139,12 +139,12 @@ def translated(
 
 
 def _check_names(state: Mapping[str, Tensor]) -> None:
-    """Refuse parts that our towers have not; what a file leaves out shows elsewhere."""
+    """Refuse parts that our towers do not have; what a file leaves out shows elsewhere."""
     other = next((name for name in state if not _OURS.fullmatch(name)), None)
     if other is not None:
         raise ModelError(
-            f"it has a part that CLIP's towers have not: {other:.100}",
-            remedy="take a model whose towers are CLIP's own, such as ViT-B-32, ViT-L-14 or RN50",
+            f"it has a part that CLIP's towers do not have: {other:.100}",
+            remedy="use a model whose towers are CLIP's own, such as ViT-B-32, ViT-L-14 or RN50",
         )
 
 
@@ -170,6 +170,6 @@ def with_mask_token(rows: Tensor) -> Tensor:
     if rows.ndim != 2 or len(rows) != VOCABULARY_SIZE:
         raise ModelError(
             f"its vocabulary has {len(rows) if rows.ndim else 0:,} words, CLIP's has {VOCABULARY_SIZE:,}",
-            remedy="take a model with CLIP's tokenizer",
+            remedy="use a model with CLIP's tokenizer",
         )
     return torch.cat([rows, rows.float().mean(0, keepdim=True).to(rows.dtype)])

@@ -61,7 +61,7 @@ def read_hugging_face(
         The model.
 
     Raises:
-        ModelError: it is another kind of model, or its images are prepared in a way that declip has not.
+        ModelError: it is another kind of model, or its images are prepared in a way that declip does not support.
     """
     if config is not None:
         config = _with_old_names(config)
@@ -107,7 +107,7 @@ def _check_config(config: Mapping[str, Any]) -> None:
     if kind != "clip":
         raise ModelError(
             f"it is a model of the type {kind!r:.60}; of Hugging Face's, declip reads the types clip and siglip",
-            remedy="take a CLIP model",
+            remedy="use a CLIP model",
         )
     if not isinstance(text, Mapping) or not isinstance(config.get("vision_config") or {}, Mapping):
         raise ModelError("its config.json is damaged: no text_config or vision_config", remedy=DAMAGED)
@@ -115,7 +115,7 @@ def _check_config(config: Mapping[str, Any]) -> None:
     if end not in _FIRST_END_IDS:
         raise ModelError(
             f"its texts end with the token {end!r:.60}, CLIP's with {END_ID}",
-            remedy="take a model with CLIP's tokenizer",
+            remedy="use a model with CLIP's tokenizer",
         )
 
 
@@ -124,7 +124,8 @@ def _activation(tower: Mapping[str, Any]) -> bool:
     name = tower.get("hidden_act", "quick_gelu")
     if name not in ("quick_gelu", "gelu"):
         raise ModelError(
-            f"its activation is {name!r:.60}, which declip has not", remedy="take a model with quick_gelu or gelu"
+            f"its activation is {name!r:.60}, which declip does not support",
+            remedy="use a model with quick_gelu or gelu",
         )
     return bool(name == "quick_gelu")
 
@@ -146,7 +147,7 @@ def _translate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if query is not None:
             parts = [state.get(name.replace(".q_proj.", f".{which}_proj.")) for which in "qkv"]
             if any(part is None for part in parts):
-                raise ModelError(f"it is no whole model: {name} without its keys or values", remedy=DAMAGED)
+                raise ModelError(f"it is not a complete model: {name} without its keys or values", remedy=DAMAGED)
             new, value = f"{query[1]}.attn.in_proj_{query[2]}", torch.cat([part for part in parts if part is not None])
         ours[new] = value
     try:
@@ -156,7 +157,7 @@ def _translate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ours["text.token_embedding.weight"] = with_mask_token(ours["text.token_embedding.weight"])
         ours["logit_scale"] = ours["logit_scale"].reshape(())
     except (KeyError, RuntimeError) as error:
-        raise ModelError(f"it is no whole CLIPModel: {error}", remedy=DAMAGED) from error
+        raise ModelError(f"it is not a complete CLIPModel: {error}", remedy=DAMAGED) from error
     return ours
 
 
@@ -180,9 +181,9 @@ def read_pixels(processor: Mapping[str, Any] | None, assumptions: Assumptions) -
         crop_size = processor.get("crop_size", 224)
         crop = crop_size.get("height") if isinstance(crop_size, Mapping) else crop_size
     elif mode == "shortest":
-        raise ModelError("its processor cuts no square out of its images", remedy="take one with do_center_crop")
+        raise ModelError("its processor cuts no square out of its images", remedy="use one with do_center_crop")
     if mode == "squash" and crop != resize_px:
-        raise ModelError("its processor squashes images and then crops them", remedy="take one that does either")
+        raise ModelError("its processor squashes images and then crops them", remedy="use one that does either")
     return {
         "mean": processor.get("image_mean", OPENAI_MEAN),
         "std": processor.get("image_std", OPENAI_STD),
@@ -199,7 +200,7 @@ def _check_processor(processor: Mapping[str, Any]) -> None:
     factor = processor.get("rescale_factor", 1 / 255)
     if not is_usual or not isinstance(factor, float) or abs(factor * 255 - 1) > 1e-6:
         raise ModelError(
-            "its processor does not resize, divide by 255 and normalize images", remedy="take one that does all three"
+            "its processor does not resize, divide by 255 and normalize images", remedy="use one that does all three"
         )
 
 
@@ -211,7 +212,7 @@ def _size(size: object) -> tuple[str, int]:
         return "squash", size["height"]
     if type(size) is int:
         return "shortest", size
-    raise ModelError(f"its processor resizes images to {size!r:.80}", remedy="take one with shortest_edge, or a square")
+    raise ModelError(f"its processor resizes images to {size!r:.80}", remedy="use one with shortest_edge, or a square")
 
 
 def _filter(resample: object) -> str:
@@ -219,6 +220,6 @@ def _filter(resample: object) -> str:
     if found is None:
         raise ModelError(
             f"its processor resizes with the filter {resample!r:.60}",
-            remedy="take one with bilinear (2) or bicubic (3)",
+            remedy="use one with bilinear (2) or bicubic (3)",
         )
     return found

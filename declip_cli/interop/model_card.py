@@ -33,14 +33,14 @@ _PREPARED_ELSEWHERE = {
     "or at the top. declip lays transparent images over white.",
     "onnx": "The graph takes the square as bytes and normalizes it; resizing and cutting are the caller's, as above.",
 }
-_NOT_MENDED = (
-    "Before that, declip mends broken Unicode, curly quotes and HTML entities, as OpenAI's tokenizer does. The one of "
+_NOT_REPAIRED = (
+    "Before that, declip repairs broken Unicode, curly quotes and HTML entities, as OpenAI's tokenizer does. That of "
     "transformers does not: for the same ids pass `html.unescape(html.unescape(ftfy.fix_text(text)))`."
 )
 _TEXTS = {
     "openclip": "OpenCLIP's tokenizer gives the same ids.",
-    "huggingface": _NOT_MENDED,
-    "onnx": _NOT_MENDED,
+    "huggingface": _NOT_REPAIRED,
+    "onnx": _NOT_REPAIRED,
 }
 
 

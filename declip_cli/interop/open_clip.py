@@ -98,7 +98,7 @@ def _own_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         scalars = [name for name in ("logit_scale", "logit_bias") if name in ours]
         ours |= {name: ours[name].reshape(()) for name in ["logit_scale", *scalars]}
     except (KeyError, RuntimeError, TypeError) as error:
-        raise ModelError(f"it is no whole CLIP model: {error}", remedy=DAMAGED) from error
+        raise ModelError(f"it is not a complete CLIP model: {error}", remedy=DAMAGED) from error
     return ours
 
 
@@ -150,8 +150,8 @@ def _pixels(given: Mapping[str, Any] | None, assumptions: Assumptions) -> dict[s
     mode = (given or {}).get("resize_mode") or "shortest"
     if mode not in ("shortest", "squash"):
         raise ModelError(
-            f"its images are resized in the mode {mode!r:.60}, which declip has not",
-            remedy="take a model with the mode shortest or squash",
+            f"its images are resized in the mode {mode!r:.60}, which declip does not support",
+            remedy="use a model with the mode shortest or squash",
         )
     expected = given is not None
     known = given or {}
@@ -188,4 +188,4 @@ def _check_same(expected: Architecture, found: Architecture) -> None:
     for part in ("image_side_px", "embed_dim", "vision", "text"):
         one, another = getattr(expected, part), getattr(found, part)
         if one != another:
-            raise ModelError(f"its configuration says {one}, its weights are of {another}", remedy=DAMAGED)
+            raise ModelError(f"its configuration says {one}, its weights say {another}", remedy=DAMAGED)

@@ -42,8 +42,8 @@ def read_other_open_clip(
     vision, text = config["vision_cfg"], config["text_cfg"]
     if text.get("hf_model_name"):
         raise ModelError(
-            f"{reason}, of which the file does not say what it is",
-            remedy="take a model with a text tower of OpenCLIP's",
+            f"{reason}, and the file does not say which",
+            remedy="use a model with a text tower of OpenCLIP's",
         )
     side = vision.get("image_size", 224)
     side = side[0] if isinstance(side, list) and side == side[:1] * 2 else side

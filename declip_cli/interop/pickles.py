@@ -133,7 +133,7 @@ def _refuse_state(state: object) -> None:
 def _tuple(values: object = ()) -> tuple[object, ...]:
     """Make a tuple, not of a tensor: one with no numbers in 2**40 rows has as many rows."""
     if not isinstance(values, tuple | list):
-        raise ValueError("a size that is no tuple")
+        raise ValueError("a size that is not a tuple")
     return tuple(values)
 
 
@@ -194,7 +194,7 @@ def read_pickled(path: Path, *, shapes_only: bool) -> tuple[Any, str]:
         raise ModelError(f"cannot read {path}: {error.strerror or error}", remedy="check the path") from error
     except Refused as error:
         raise ModelError(
-            f"{path} holds Python objects beside tensors; it is not opened, since that could run code "
+            f"{path} holds Python objects besides tensors; it is not opened, since that could run code "
             f"(it asks for {str(error)[:80]})",
             remedy=_SAFER,
         ) from error
@@ -281,7 +281,7 @@ def _read_legacy(file: BinaryIO, num_bytes: int, *, shapes_only: bool) -> Any:  
         return memo[key]
 
     if _next_pickle(pickles, promised) != _LEGACY_MAGIC:
-        raise ValueError("no checkpoint of PyTorch")
+        raise ValueError("not a PyTorch checkpoint")
     _next_pickle(pickles, promised)
     _next_pickle(pickles, promised)
     content = _next_pickle(pickles, promised)

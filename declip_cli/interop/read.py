@@ -50,7 +50,7 @@ def load_model(
         device: where to put it.
         option: of the command line, with which the user named it; for messages.
         given: from `parse_assumptions`: what the user says of a checkpoint that does not say it.
-        log: told what had to be assumed.
+        log: receives notes on what had to be assumed.
 
     Returns:
         The model in evaluation mode.
@@ -185,7 +185,7 @@ def describe_model(
         path: as of `load_model`.
         option: with which the user named it; for messages.
         given: as of `load_model`.
-        log: told what had to be assumed.
+        log: receives notes on what had to be assumed.
 
     Returns:
         Its architecture and preprocessing.

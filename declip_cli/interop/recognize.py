@@ -81,7 +81,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         config = read_json(path)
         if not isinstance(config, dict):
-            raise ValueError("no JSON object")
+            raise ValueError("not a JSON object")
         if path.name == OPEN_CLIP_CONFIG:
             parts = config["model_cfg"], config.get("preprocess_cfg", {})
             if not all(isinstance(part, dict) for part in parts):

@@ -44,7 +44,7 @@ def read_slip(checkpoint: Checkpoint, assumptions: Assumptions) -> ForeignModel:
     if "token_embedding.weight" not in theirs:
         raise ModelError(
             "it is a SimCLR model of the SLIP code, an image tower without a text tower",
-            remedy="take one of its CLIP or SLIP models",
+            remedy="use one of its CLIP or SLIP models",
         )
     state = _translate(theirs)
     width = len(state["visual.class_embedding"])
@@ -91,5 +91,5 @@ def _translate(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ours["text.token_embedding.weight"] = with_mask_token(theirs["token_embedding.weight"])
         ours["logit_scale"] = theirs["logit_scale"].reshape(())
     except (KeyError, RuntimeError, IndexError) as error:
-        raise ModelError(f"it is no whole model of the SLIP code: {error}", remedy=DAMAGED) from error
+        raise ModelError(f"it is not a complete model of the SLIP code: {error}", remedy=DAMAGED) from error
     return ours

@@ -66,7 +66,7 @@ def read_checkpoint(path: Path, *, shapes_only: bool = False) -> Checkpoint:
         ModelError: it cannot be read, is damaged, or holds no parameters by name.
     """
     if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise ModelError(f"{path} is no file", remedy="name a checkpoint file or a folder")
+        raise ModelError(f"{path} is not a file", remedy="name a checkpoint file or a folder")
     if path.name.endswith(".index.json"):
         return _read_parts(path, shapes_only=shapes_only)
     if _is_safetensors(path):
@@ -161,7 +161,7 @@ def read_json_header(path: Path) -> dict[str, Any]:
         except ValueError as error:
             raise ModelError(f"{path} is damaged: {error}", remedy=_AGAIN) from error
     if not isinstance(header, dict):
-        raise ModelError(f"{path} is damaged: its header is no JSON object", remedy=_AGAIN)
+        raise ModelError(f"{path} is damaged: its header is not a JSON object", remedy=_AGAIN)
     return header
 
 

@@ -170,7 +170,7 @@ class Method(nn.Module, ABC):
         return own_ids(len(embeddings), embeddings.images.device)
 
     def contrast(self, embeddings: Embeddings) -> Contrast:
-        """Say how whole images and texts are told apart in this step, without label smoothing."""
+        """Say how whole images and texts are distinguished in this step, without label smoothing."""
         return Contrast(ids=self.ids(embeddings), scale=self.exp_logit_scale(), bias=self.encoder.logit_bias)
 
     def clip_term(self, embeddings: Embeddings, *, num_images: int = 1, num_texts: int = 1) -> Tensor:

@@ -34,7 +34,7 @@ class Rocket(Method):
 
     @property
     def views(self) -> Views:
-        """One weak and two strong views of the image, and likewise of the text."""
+        """One weak and two strong views of the image, and of the text."""
         if not self.is_active("strong"):
             return Views(images=("plain",), texts=("keywords",))
         return Views(

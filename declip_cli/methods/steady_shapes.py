@@ -14,7 +14,7 @@ from declip_cli.methods.length_groups import call_tokens, group_texts
 _LENGTH_STEP, _LENGTH_MARGIN = 8, 2
 """Lengths are multiples of the first; a new one is at least so many tokens longer than what made it necessary."""
 _NUM_STEP, _NUM_MARGIN = 16, 1.25
-"""Likewise of numbers of masked tokens, and by what factor."""
+"""The same for numbers of masked tokens, and the factor."""
 FILLS_UP = -1
 """In the place of the position of a masked token: there is none."""
 

@@ -14,7 +14,7 @@ from declip_cli.model.heads import SimClrHead, SimSiamPredictor, SimSiamProjecto
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contrast:
-    """How pairs of images and texts are told apart."""
+    """How pairs of images and texts are distinguished."""
 
     ids: Gathered
     """Identities of each pair, int64, (B, I); pairs that share one are positives of each other."""

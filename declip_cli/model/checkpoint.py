@@ -59,7 +59,7 @@ class PretrainedModel:
         if isinstance(self.encoder, DualEncoder):
             return self.encoder
         what = f"the towers of {self.name} are not CLIP's own: it can be evaluated, but neither trained nor exported"
-        raise ModelError(what, remedy="take a model such as ViT-B-32, ViT-L-14 or RN50")
+        raise ModelError(what, remedy="use a model such as ViT-B-32, ViT-L-14 or RN50")
 
     @property
     def image_side_px(self) -> int:
@@ -76,7 +76,8 @@ def trained_preprocessing(encoder: DualEncoder, config: ModelConfig) -> Preproce
     """Return how images are prepared for a model that is trained here.
 
     Without other settings the shorter side is resized to the side of the image, as OpenCLIP does it, so that the
-    folder scores the same there. The original resizes to 256 for 224 (ONECROP, P/data/imagenet_dataloader.py).
+    folder scores the same there. The original resizes to 256 for 224 (Sense-GVT/DeCLIP,
+    prototype/data/imagenet_dataloader.py, ONECROP).
 
     Raises:
         ModelError: images would be smaller than the image.
@@ -308,7 +309,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot read {path}: {error}", remedy=_AGAIN) from error
     if not isinstance(config, dict):
-        raise ModelError(f"cannot read {path}: no JSON object", remedy=_AGAIN)
+        raise ModelError(f"cannot read {path}: not a JSON object", remedy=_AGAIN)
     return config
 
 

@@ -124,8 +124,8 @@ def _check_plain(prefix: str, fields: Mapping[str, Any]) -> None:
         if name not in _FREE and value not in _PLAIN.get(name, _OFF):
             meaning = _MEANING.get(name, "declip has no such tower")
             raise OtherTowersError(
-                f"this is no plain ViT or ResNet of CLIP: {meaning} ({name} is {value!r:.60})",
-                remedy="take a model whose towers are CLIP's own, such as ViT-B-32, ViT-L-14 or RN50",
+                f"this is not a plain ViT or ResNet of CLIP: {meaning} ({name} is {value!r:.60})",
+                remedy="use a model whose towers are CLIP's own, such as ViT-B-32, ViT-L-14 or RN50",
             )
 
 
@@ -135,7 +135,7 @@ def _eps(fields: Mapping[str, Any]) -> float:
 
 def _whole(value: object) -> int:
     if type(value) is not int or value < 1:
-        raise ValueError(f"{value!r:.60} is no whole number above 0")
+        raise ValueError(f"{value!r:.60} is not a whole number above 0")
     return value
 
 
@@ -168,5 +168,5 @@ def read_installed_config(name: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot read {path}: {error}", remedy="install OpenCLIP again") from error
     if not isinstance(config, dict):
-        raise ModelError(f"cannot read {path}: no JSON object", remedy="install OpenCLIP again")
+        raise ModelError(f"cannot read {path}: not a JSON object", remedy="install OpenCLIP again")
     return config

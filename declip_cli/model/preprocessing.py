@@ -40,7 +40,7 @@ class Preprocessing:
     """Of each channel, in [0, 1]; divided by."""
 
     def transform_options(self) -> dict[str, Any]:
-        """Return all that `eval_transform` is told of an image's way to the square."""
+        """Return all that `eval_transform` needs to turn an image into a square."""
         return {
             "side_px": self.image_side_px,
             "resize_px": self.resize_px,

@@ -95,7 +95,7 @@ def _mlp_ratio(state: dict[str, Tensor], prefix: str, width: int) -> float:
 
 def _checked_eps(value: object) -> float:
     if not isinstance(value, float) or not 0 < value < 0.1:
-        raise ModelError(f"{value!r:.60} is no epsilon of a layer norm", remedy=_DAMAGED)
+        raise ModelError(f"{value!r:.60} is not a valid epsilon of a layer norm", remedy=_DAMAGED)
     return value
 
 

@@ -19,7 +19,8 @@ class TextTransformer(nn.Module):
         dims: of the tower: its context length is the largest L, its width E.
         embed_dim: D.
 
-    Source: P/model/text_encoder/text_transformer.py; the projection has a bias, unlike OpenAI's.
+    Source: Sense-GVT/DeCLIP, prototype/model/text_encoder/text_transformer.py; unlike OpenAI's, the
+        projection has a bias.
     """
 
     def __init__(self, dims: TextDims, *, embed_dim: int) -> None:

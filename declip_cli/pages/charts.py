@@ -41,7 +41,7 @@ CHART_STYLE = """:root { --c0: #0072b2; --c1: #d55e00; --c2: #008060; --c3: #b55
 .legend svg { display: inline-block; width: 22px; height: 8px; }
 .legend line { stroke-width: 2; }
 """
-"""Colors after Okabe and Ito, told apart by color-blind readers; beyond six, and in print, dashes tell."""
+"""Colors after Okabe and Ito, distinguishable for color-blind readers; beyond six, and in print, dashes tell."""
 
 Numbers: TypeAlias = NDArray[np.float64]
 

@@ -189,7 +189,7 @@ def _data(run: RunFiles) -> str:
     rows: list[tuple[str, object]] = [
         ("pairs in the data set", f"{pairs:,}{'' if facts.get('is_counted', True) else ', an estimate'}"),
         ("pairs seen", f"{seen:,}" + (f", {seen / pairs:.2f} passes" if pairs else "")),
-        ("batches skipped, their gradient was no number", f"{last.get('num_bad_steps') or 0:,}"),
+        ("batches skipped because their gradient was NaN or infinite", f"{last.get('num_bad_steps') or 0:,}"),
     ]
     for cause, found in (last.get("skipped") or {}).items():
         count, first = (*found, "?")[:2] if isinstance(found, list) else (found, "?")

@@ -46,7 +46,7 @@ class SearchServer(ThreadingHTTPServer):
     Args:
         searcher: answers.
         port: 0 takes a free one.
-        log: told of errors that should not be.
+        log: receives unexpected errors.
 
     Raises:
         EvaluateError: the port cannot be used.
@@ -64,7 +64,7 @@ class SearchServer(ThreadingHTTPServer):
             super().__init__((_HOST, port), _Handler)
         except OSError as error:
             raise EvaluateError(
-                f"cannot listen on port {port} of {_HOST}: {error.strerror}", remedy="--port 0 takes a free port"
+                f"cannot listen on port {port} of {_HOST}: {error.strerror}", remedy="--port 0 picks a free port"
             ) from error
 
     @property
@@ -78,7 +78,7 @@ class SearchServer(ThreadingHTTPServer):
         return f"http://{_HOST}:{self.server_port}/{self.token}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ANN401
-        """Say nothing of clients that hang up; errors of answers are told where they are made."""
+        """Say nothing of clients that hang up; errors of answers are reported where they occur."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -105,7 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         token, _, name = path.removeprefix("/").partition("/")
         if self.headers.get_all("Host") not in [[host] for host in self.server.hosts]:
-            return self._refuse(HTTPStatus.MISDIRECTED_REQUEST, "this server is not called so")
+            return self._refuse(HTTPStatus.MISDIRECTED_REQUEST, "the Host header is not that of this server")
         if not secrets.compare_digest(token.encode("utf-8", "replace"), self.server.token.encode()):
             return self._refuse(HTTPStatus.FORBIDDEN, "the address needs the token that declip printed")
         if body is None:
@@ -140,7 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
         if kind in ("thumbnails", "images") and index.isascii() and index.isdigit() and len(index) < 12:
             make = searcher.thumbnail if kind == "thumbnails" else searcher.view
             return partial(self._send, make(int(index)), "image/jpeg", more=_KEEP)
-        return partial(self._send_json, {"error": "there is nothing of this name"}, HTTPStatus.NOT_FOUND)
+        return partial(self._send_json, {"error": "there is nothing with this name"}, HTTPStatus.NOT_FOUND)
 
     def _refuse(self, status: HTTPStatus, why: str) -> None:
         self.close_connection = True  # a body may follow, unread

@@ -27,7 +27,7 @@ _COUNTERS = ("samples_seen", "seconds", "startup_seconds", "step_seconds", "num_
 
 
 class Checkpointer:
-    """Saves, evaluates and goes back, on every rank alike; only rank 0 writes. The meter is told of it."""
+    """Saves, evaluates and goes back, on every rank alike; only rank 0 writes. The meter is notified."""
 
     def __init__(self, training: Training, run_dir: RunDir, meter: Meter, evaluate: Evaluate | None) -> None:
         self._training, self._run_dir, self._meter, self._evaluate = training, run_dir, meter, evaluate
@@ -39,9 +39,9 @@ class Checkpointer:
         return bool(minutes) and time.monotonic() - self._last_save >= 60 * (minutes or 0)
 
     def problem(self) -> str:
-        """Say which weight is no number any more, on any rank; such a state is not worth keeping."""
+        """Say which weight is NaN or infinite, on any rank; such a state is not worth keeping."""
         name = next((name for name in from_all(broken_weights(self._training.method)) if name), "")
-        return f"a weight is no longer a number after step {self._training.step} ({name})" if name else ""
+        return f"a weight is NaN or infinite after step {self._training.step} ({name})" if name else ""
 
     def save(self) -> None:
         """Write the state, and the model as it is now, on rank 0."""
@@ -108,7 +108,7 @@ class Checkpointer:
             tried = f"; going back to a good state {allowed} times did not help" if num > allowed else ""
             raise TrainError(
                 f"{problem}{tried}",
-                remedy=f"go on from the last good state: declip pretrain --resume {path} --learning-rate "
+                remedy=f"resume from the last good state: declip pretrain --resume {path} --learning-rate "
                 f"{training.schedule.peak / 2 ** (num + 1):.1e}, or start again with that",
             )
         state = load_same_state(self._run_dir)
@@ -169,10 +169,10 @@ def capture_state(training: Training) -> SavedState:
 def restore_state(training: Training, state: SavedState) -> list[str]:
     """Put a saved state back; the next step is the one that would have come.
 
-    Weights and moments are matched by name and shape. What a changed method or option brings along starts anew.
+    Weights and moments are matched by name and shape. What a changed method or option adds is newly initialized.
 
     Returns:
-        What started anew or was dropped, a sentence each; nothing where the settings are the same.
+        What was reinitialized or dropped, a sentence each; nothing where the settings are the same.
 
     Raises:
         TrainError: the encoder is another one.
@@ -212,13 +212,13 @@ def _restore_method(training: Training, saved: dict[str, Tensor]) -> list[str]:
             f"the saved state does not fit the configuration: {encoder[0]} differs",
             remedy="resume with the model options the run was started with, or start a new run with --init",
         )
-    # A head or a queue of which one part does not fit starts anew as a whole.
+    # A head or a queue of which one part does not fit is reinitialized as a whole.
     restarted = {_module_of(name) for name in unfit}
     fitting = {name: saved[name] for name in own if _module_of(name) not in restarted}
     training.method.load_state_dict(own | fitting)
     gone = {_module_of(name) for name in saved} - {_module_of(name) for name in own}
     notes = (
-        [f"{', '.join(sorted(restarted))} of the method starts anew: the saved state has none that fits"]
+        [f"{', '.join(sorted(restarted))} of the method is reinitialized: the saved state has none that fits"]
         if restarted
         else []
     )
@@ -274,7 +274,7 @@ def _restore_optimizers(training: Training, saved: dict[str, Tensor], trained: l
                 if found or name not in trained:  # else it never had a gradient
                     restarted.append(name)
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    notes = [f"the moments of {_count(restarted)} start anew"] if restarted else []
+    notes = [f"the moments of {_count(restarted)} are reinitialized"] if restarted else []
     return notes + ([f"the moments of {_count(sorted(moments))}, not trained now, are dropped"] if moments else [])
 
 
@@ -289,9 +289,9 @@ def _restore_queues(training: Training, state: SavedState) -> list[str]:
     if not queues or queue is None:
         return []
     if state.values["world_size"] != world_size():
-        return [f"every rank goes on with the queue of rank 0: there were {state.values['world_size']} ranks"]
+        return [f"every rank continues with the queue of rank 0: there were {state.values['world_size']} ranks"]
     if any(queues[name].shape[1:] != value.shape for name, value in queue.state_dict().items()):
-        return []  # said already: the queue starts anew
+        return []  # reported already: the queue is reinitialized
     queue.load_state_dict({name: values[rank()] for name, values in queues.items()})
     return []
 

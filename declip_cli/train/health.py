@@ -49,7 +49,7 @@ class StepReport:
     peak_memory_mib: float
     """Of this rank: of its GPU, or of the process."""
     num_bad_steps: int
-    """Batches skipped since the run began because their gradient was no number."""
+    """Batches skipped since the run began because their gradient was NaN or infinite."""
     spread: dict[str, float]
     """Kind of feature → mean squared distance from the mean of this rank's last batch, in [0, 1]."""
     losses: dict[str, float]
@@ -92,7 +92,7 @@ def advice(
         length = settled(model.context_length)
         way = "start with --set model.context_length=77" if length < 77 else "put what matters first"
         yield "cut", f"{truncated_share:.0%} of the captions are longer than the {length} tokens that are read: {way}"
-    # While the rate warms up, what is wrong may mend itself.
+    # While the rate warms up, what is wrong may resolve itself.
     if report.samples_seen > max(settled(run.config.optim.warmup_samples), patience * run.schedule_batch):
         yield from _collapse(report, run)
 

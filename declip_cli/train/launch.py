@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class RankFailed(Exception):
-    """A rank has ended with an error, which it has told itself, and an exit code."""
+    """A rank has ended with an error, which it has reported itself, and an exit code."""
 
     def __init__(self, message: str, *, exit_code: int) -> None:
         super().__init__(message)
@@ -54,7 +54,7 @@ def start_processes(work: Callable[..., T], arguments: tuple[Any, ...], *, num_p
 
     Ctrl-C and SIGTERM are passed on to the ranks, which end as they see fit, however long they take to save; the third
     Ctrl-C ends them at once. torch's `elastic_launch` cannot do this: after a signal it raises instead of returning
-    rank 0's result, it passes Ctrl-C on to ranks whom the terminal has told already, and before torch 2.14 it kills
+    rank 0's result, it passes Ctrl-C on to ranks that the terminal has sent it to, and before torch 2.14 it kills
     them after 30 s.
 
     Args:
@@ -78,7 +78,7 @@ def start_processes(work: Callable[..., T], arguments: tuple[Any, ...], *, num_p
             _run_rank, (work, arguments, num_processes, port, results), nprocs=num_processes, join=False
         )
         processes.extend(ranks.processes)
-        if asked:  # before they could be told
+        if asked:  # before they could be signaled
             raise KeyboardInterrupt
         try:
             while not ranks.join(grace_period=_GRACE_S):

@@ -160,7 +160,7 @@ def _watch_first_pairs(training: Training, path: Path, log: Log) -> None:
 
 
 def _ignoring_errors(write: Callable[[], object], log: Log) -> None:
-    """Write what only people look at; whatever goes wrong with it is told and does not end the run."""
+    """Write what only people look at; whatever goes wrong is reported and does not end the run."""
     try:
         write()
     except Exception as error:
@@ -213,7 +213,7 @@ def _describe(training: Training) -> Iterator[str]:
         need_gb = min(4 * num_open, training.run.data.num_blocks) * BLOCK_BYTES / 1e9
         yield (
             f"pairs are read in blocks, {config.data.streams} streams, shuffled among at least {num_open} blocks; "
-            f"of remote shards up to {need_gb:.1f} GB are kept at a time"
+            f"up to {need_gb:.1f} GB are kept at a time"
         )
         if need_gb > config.data.cache_gb:
             yield f"note: the cache is smaller (data.cache_gb = {config.data.cache_gb:g}): blocks will be read again"
@@ -223,9 +223,9 @@ def _describe(training: Training) -> Iterator[str]:
             "the gradient is not exactly that of the whole batch (it is for ViT)"
         )
     if training.samples_seen >= training.schedule.total:
-        yield f"all {total} steps are done already; more with --resume … --steps {2 * training.step}"
+        yield f"all {total} steps are already done; for more: --resume … --steps {2 * training.step}"
     elif training.step:
-        yield f"going on from step {training.step} of {total}"
+        yield f"resuming from step {training.step} of {total}"
 
 
 def _record(report: StepReport, run_dir: RunDir, tracker: Tracker | None) -> None:

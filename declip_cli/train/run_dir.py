@@ -58,7 +58,7 @@ def default_run_dir(root: Path, *, method: str, arch: str) -> Path:
 
 
 class RunDir:
-    """The files of one run; `log` is told when something damaged was passed over."""
+    """The files of one run; `log` receives a note when something damaged was skipped."""
 
     def __init__(self, path: Path, log: Callable[[str], None] = lambda message: None) -> None:
         self.path = path
@@ -89,11 +89,11 @@ class RunDir:
         if not force:
             raise TrainError(
                 f"the run folder {self.path} already holds files",
-                remedy=f"go on with it: declip pretrain --resume {self.path}; or choose another --out, or --force",
+                remedy=f"resume it: declip pretrain --resume {self.path}; or choose another --out, or --force",
             )
         if not (self.path / CONFIG_FILE).is_file():
             raise TrainError(
-                f"{self.path} holds files but is no run folder, so --force does not delete it",
+                f"{self.path} holds files but is not a run folder, so --force does not delete it",
                 remedy="choose another --out",
             )
 
@@ -116,7 +116,7 @@ class RunDir:
                     remedy="wait for it, stop it, or choose another --out",
                 ) from error
             except OSError:
-                self.log(f"note: the file system of {self.path} has no locks: see to it that nothing else writes there")
+                self.log(f"note: the file system of {self.path} has no locks: make sure that nothing else writes there")
             yield
 
     def write_run(self, run: ResolvedRun) -> None:
@@ -234,7 +234,7 @@ class RunDir:
                 damage.append(f"the saved state {folder} is damaged ({error})")
                 continue
             for words in damage:
-                self.log(f"note: {words}; going on from {folder.name} instead")
+                self.log(f"note: {words}; resuming from {folder.name} instead")
             return state
         raise TrainError(
             "; ".join(damage) or f"{self.path} has no saved state to resume from",

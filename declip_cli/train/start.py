@@ -31,7 +31,7 @@ def take_over(asked: RunConfig, log: Callable[[str], None] = lambda line: None) 
 
     Args:
         asked: of a new run; without `train.init` it is returned as it is.
-        log: told what had to be assumed of the model.
+        log: receives notes on what had to be assumed of the model.
 
     Returns:
         The same with `model` filled in.
@@ -56,7 +56,7 @@ def take_over(asked: RunConfig, log: Callable[[str], None] = lambda line: None) 
             f"cannot say that, and reads the run's model with --set model.resize_px={side} only"
         )
     if start.preprocessing.crop_at == "floor":
-        log("half of an odd margin is rounded to even here, down there: crops may lie one pixel apart")
+        log("half of an odd margin is rounded to even here, and down in that model: crops may differ by one pixel")
     taken = replace(
         model,
         arch=(name_of(theirs) or OF_INIT) if model.arch == OF_INIT else model.arch,
@@ -102,7 +102,7 @@ def _check_settings(model: ModelConfig, theirs: Architecture, asked: RunConfig) 
         settings.append(("image_side_px", "the side of the image", model.image_side_px, theirs.image_side_px))
     for key, name, mine, its in settings:
         if mine is not None:
-            remedy = f"--set model.{key}=none, which takes it over from the model"
+            remedy = f"--set model.{key}=none, which copies it from the model"
             _refuse([(f"{name} (model.{key})", mine, its)], asked, remedy=remedy)
 
 

@@ -18,7 +18,7 @@ def write_shards(folder: Path, num: int, *, num_shards: int = 4, width: int = 34
         num: pairs in all.
         num_shards: archives.
         width: of each image, in pixels.
-        height: likewise.
+        height: of the image, in pixels.
 
     Returns:
         Paths of the archives.

@@ -120,7 +120,7 @@ def test_ctrl_c_leaves_a_state_from_which_the_command_goes_on(tmp_path, make_ima
         stdout, stderr = process.communicate(timeout=20)
     assert process.returncode == 130
     assert stdout == ""
-    assert "run the same command again to go on" in stderr
+    assert "run the same command again to continue" in stderr
     partial = len(open_dataset(str(tmp_path / "out")))
     assert partial % 20 == 0
     assert partial >= 20

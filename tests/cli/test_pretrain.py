@@ -132,12 +132,12 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_with_130(tmp_path, monkeypatch
     assert result.exit_code == 130
     assert json.loads(result.stdout)["stopped"] is True
     assert "stopped at step 1 of 3; everything is saved" in result.stderr
-    assert f"go on: declip pretrain --resume {out}" in result.stderr
+    assert f"resume: declip pretrain --resume {out}" in result.stderr
     result = pretrain("--resume", out, "--json")
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
     assert (report["steps"], report["samples_seen"], report["stopped"]) == (3, 24, False)
-    assert "going on from step 1 of 3" in result.stderr
+    assert "resuming from step 1 of 3" in result.stderr
 
 
 def test_a_resumed_run_is_told_what_changed_and_keeps_it(done, tmp_path):
@@ -151,13 +151,13 @@ def test_a_resumed_run_is_told_what_changed_and_keeps_it(done, tmp_path):
     assert (settings["asked"]["train"]["steps"], settings["run"]["total_steps"]) == (5, 5)
     assert settings["config"]["train"]["batch_size"] == 8
     result = pretrain("--resume", out)
-    assert "all 5 steps are done already" in result.stderr
+    assert "all 5 steps are already done" in result.stderr
 
 
 @pytest.mark.parametrize("words", [("--out", "elsewhere"), ("--force",), ("--recipe", "declip-demo")])
 def test_a_resumed_run_takes_no_options_of_a_new_one(words, done):
     assert error_of("--resume", done[1], *words)[0].startswith(
-        f"--resume goes on in the folder and with the settings of the run, {words[0]}"
+        f"--resume continues the run in its folder with its settings, {words[0]}"
     )
 
 
@@ -325,10 +325,10 @@ def test_no_data_is_an_error():
         (["--set", "train.tracker=nothing"], "train.tracker must be one of tensorboard, wandb, mlflow", "--set"),
         (
             ["--set", "train.eval=['demo']", "--set", "train.keep_best=demo.top9"],
-            "train.keep_best is no score",
+            "train.keep_best is not a score",
             "choose from demo.top1",
         ),
-        (["--set", "train.keep_best=demo.top1"], "train.keep_best is no score of this run", "name an evaluation"),
+        (["--set", "train.keep_best=demo.top1"], "train.keep_best is not a score of this run", "name an evaluation"),
     ],
 )
 def test_a_wrong_choice_is_wrong_usage(words, error, fix, tmp_path):
@@ -400,7 +400,7 @@ def test_a_model_of_another_size_to_start_from_is_an_error(done, tmp_path):
     _, first = done
     error, fix = error_of(*SMALL, "--init", first, "--set", "model.embed_dim=7", "--out", tmp_path / "run")
     assert error.startswith(f"--init {first} does not fit --arch vit-tiny32: ")
-    assert fix == "--set model.embed_dim=none, which takes it over from the model"
+    assert fix == "--set model.embed_dim=none, which copies it from the model"
 
 
 def test_an_evaluation_set_that_is_missing_is_found_out_before_the_training(tmp_path):

@@ -42,7 +42,7 @@ def test_when_a_rank_is_killed_the_other_ends_too(tmp_path):
     assert wait(ids) == [1, -signal.SIGKILL]
     assert time.monotonic() - began < 60
     log = (tmp_path / "run.log").read_text()
-    assert "process 1 of 2 has failed" in log or "another process is gone" in log
+    assert "process 1 of 2 has failed" in log or "another process has disappeared" in log
 
 
 def test_damaged_files_are_noticed_and_passed_over(tmp_path):

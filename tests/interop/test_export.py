@@ -187,14 +187,14 @@ def test_only_an_earlier_export_is_replaced_and_only_when_asked(tmp_path):
     out = tmp_path / "out"
     export(model_of(), "openclip", out, card=CARD)
     before = (out / "open_clip_model.safetensors").read_bytes()
-    with pytest.raises(ModelError, match="is there already") as caught:
+    with pytest.raises(ModelError, match="already exists") as caught:
         export(model_of(seed=1), "openclip", out, card=CARD)
     assert "--force" in caught.value.remedy
     export(model_of(seed=1), "openclip", out, card=CARD, force=True)
     assert (out / "open_clip_model.safetensors").read_bytes() != before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()
-    with pytest.raises(ModelError, match="is there already") as caught:
+    with pytest.raises(ModelError, match="already exists") as caught:
         export(model_of(), "openclip", tmp_path / "mine", card=CARD, force=True)
     assert "--force" not in caught.value.remedy
 

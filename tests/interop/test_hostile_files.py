@@ -65,7 +65,7 @@ def test_a_pickle_that_runs_a_command_runs_nothing(tmp_path, weights, name):
     if name == "TorchScript":
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr("good/constants.pkl", attack)
-    refused(path, "holds Python objects beside tensors; it is not opened")
+    refused(path, "holds Python objects besides tensors; it is not opened")
     assert not (tmp_path / "ran").exists()
 
 
@@ -122,7 +122,7 @@ def test_a_zip_bomb_among_the_numbers_is_not_unpacked_whatever_its_name(tmp_path
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "x.pt")
-    refused(tmp_path / "x.pt", "is no file")
+    refused(tmp_path / "x.pt", "is not a file")
 
 
 @pytest.mark.parametrize("name", ["x.pt", "config.json", "open_clip_config.json", "declip.json"])
@@ -222,7 +222,7 @@ def test_a_tensor_without_numbers_is_not_taken_apart_or_made_larger(tmp_path, ar
     with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
         archive.writestr("x/data.pkl", b"\x80\x02}X\x01\x00\x00\x00w" + call + b"s.")
         archive.writestr("x/data/0", b"")
-    refused(tmp_path / "x.pt", "a size that is no tuple|changed after it was made")
+    refused(tmp_path / "x.pt", "a size that is not a tuple|changed after it was made")
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ def test_no_run_starts_from_it_and_no_export_is_written(tmp_path):
         ({"text_cfg": {"layers": float("inf")}}, "no such size"),
         ({"text_cfg": {"layers": 3}}, "cannot be built"),
         ({"text_cfg": {"unheard_of": 1}}, "cannot be built"),
-        ({"text_cfg": {"hf_model_name": "nobody/bert"}}, "does not say what it is"),
+        ({"text_cfg": {"hf_model_name": "nobody/bert"}}, "the file does not say which"),
         ({"text_cfg": {"context_length": 10**9}}, "context length"),
     ],
 )

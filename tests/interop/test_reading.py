@@ -242,7 +242,7 @@ def test_towers_that_are_not_clip_s_are_refused_also_without_a_configuration_and
     peer = peers.open_clip_model(peers.open_clip_config(**config))
     torch.save(peer.state_dict(), tmp_path / "x.pt")
     for door in (load_model, inspect_model):
-        with pytest.raises(ModelError, match="it has a part that CLIP's towers have not: (visual|text)"):
+        with pytest.raises(ModelError, match="it has a part that CLIP's towers do not have: (visual|text)"):
             door(tmp_path / "x.pt")
 
 
@@ -254,7 +254,7 @@ def test_a_part_that_hugging_face_s_model_has_not_is_refused(tmp_path):
     save_file(state | ids, tmp_path / "model.safetensors")
     load_model(tmp_path)
     save_file(state | {"vision_model.head.probe": torch.zeros(2)}, tmp_path / "model.safetensors")
-    with pytest.raises(ModelError, match="a part that CLIP's towers have not: vision_model.head.probe"):
+    with pytest.raises(ModelError, match="a part that CLIP's towers do not have: vision_model.head.probe"):
         load_model(tmp_path)
 
 

@@ -59,7 +59,7 @@ def test_there_are_plain_models_of_every_size():
 
 @pytest.mark.parametrize("name", OTHER)
 def test_other_models_of_open_clip_are_refused_with_the_reason(name):
-    with pytest.raises(ModelError, match=r"no plain ViT or ResNet of CLIP: (its?|declip) .*_cfg"):
+    with pytest.raises(ModelError, match=r"not a plain ViT or ResNet of CLIP: (its?|declip) .*_cfg"):
         find_architecture(ModelConfig(arch=f"open_clip:{name}"))
 
 

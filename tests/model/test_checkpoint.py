@@ -317,7 +317,7 @@ def test_a_checkpoint_with_python_objects_is_refused_in_our_words_and_runs_nothi
         torch.save(torch.nn.Linear(2, 2), path)
     else:
         torch.save(content, path, _use_new_zipfile_serialization=how == "zip")
-    with pytest.raises(ModelError, match="holds Python objects beside tensors; it is not opened") as caught:
+    with pytest.raises(ModelError, match="holds Python objects besides tensors; it is not opened") as caught:
         load_model(path)
     assert "safetensors" in caught.value.remedy
     for words in (caught.value.message, caught.value.remedy):
@@ -359,7 +359,7 @@ def test_a_checkpoint_without_parameters_by_name_is_an_error(tmp_path, content):
         ("declip.json", "preprocessing.std", ..., "no 'std'"),
         ("declip.json", "architecture.text.quick_gelu", False, "open_clip_config.json is there, but cannot express"),
         ("declip.json", "architecture.vision.quick_gelu", "yes", "quick_gelu is true or false .got 'yes'"),
-        ("declip.json", "architecture.vision.norm_eps", 3, "3 is no epsilon"),
+        ("declip.json", "architecture.vision.norm_eps", 3, "3 is not a valid epsilon"),
         ("declip.json", "architecture.vision.mlp_ratio", 3.0, "vision.mlp_ratio is 3.0 .* 4.0"),
         ("declip.json", "architecture.vision.has_pre_norm", False, "vision.has_pre_norm is False .* True"),
         ("declip.json", "architecture.embed_dim", 10**12, "architecture.embed_dim is 1000000000000 .* weights 10"),

@@ -13,7 +13,7 @@ def num_parameters(module):
 def test_the_projector_of_simsiam_has_three_layers_of_1024():
     projector = SimSiamProjector(10)
     assert projector(torch.randn(6, 10)).shape == (6, 1024)
-    # Linear with bias and an affine BatchNorm, three times (P/model/declip.py:33-80).
+    # Linear with bias and an affine BatchNorm, three times (Sense-GVT/DeCLIP, prototype/model/declip.py:33-80).
     assert num_parameters(projector) == (10 * 1024 + 1024) + 2 * (1024 * 1024 + 1024) + 3 * 2 * 1024
 
 

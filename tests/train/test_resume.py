@@ -89,7 +89,7 @@ def test_five_steps_and_five_more_are_ten_steps(case, tmp_path, monkeypatch):
     assert RunDir(halves).load_state().step == 5
     reports = run(config, halves, is_resumed=True, notes=notes)
     assert (reports[-1].step, reports[-1].was_stopped, reports[-1].samples_seen) == (10, False, 80)
-    assert "going on from step 5 of 10" in notes
+    assert "resuming from step 5 of 10" in notes
     assert_same(state_of(halves), state_of(whole))
     for name in ("open_clip_model.safetensors", "declip_extra.safetensors"):
         assert_same(load_file(halves / "model" / name), load_file(whole / "model" / name))
@@ -236,19 +236,19 @@ CHANGES = {
     "optim.learning_rate_peak": ({"optim": {"learning_rate_peak": 1e-5}}, None),
     "optim.optimizer=sgd": (
         {"optim": {"optimizer": "sgd", "learning_rate_peak": 0.01}},
-        r"the moments of \d+ parameters .* start anew",
+        r"the moments of \d+ parameters .* are reinitialized",
     ),
     "optim.text_optimizer=sgd": (
         {"optim": {"text_optimizer": "sgd", "text_learning_rate_peak": 0.01}},
-        r"the moments of \d+ parameters \(first: encoder\.text.* start anew",
+        r"the moments of \d+ parameters \(first: encoder\.text.* are reinitialized",
     ),
     "method.name=declip": (
         {"method": {"name": "declip"}},
-        r"mlm_head, predictor, projector, queue of the method starts? anew",
+        r"mlm_head, predictor, projector, queue of the method is reinitialized",
     ),
     "method.name=filip": (
         {"method": {"name": "filip"}},
-        r"encoder\.token_wise, logit_scale_dense of the method starts? anew",
+        r"encoder\.token_wise, logit_scale_dense of the method is reinitialized",
     ),
     "train.ema_decay": ({"train": {"ema_decay": 0.9}}, None),
     "train.micro_batch_size": ({"train": {"micro_batch_size": 4}}, None),

@@ -63,7 +63,7 @@ def test_a_folder_with_files_is_not_overwritten(run_dir):
 
 def test_force_does_not_delete_a_folder_that_is_no_run(tmp_path):
     (tmp_path / "photo.jpg").write_bytes(b"dear")
-    with pytest.raises(TrainError, match="is no run folder, so --force does not delete it"):
+    with pytest.raises(TrainError, match="is not a run folder, so --force does not delete it"):
         create(RunDir(tmp_path), OTHER, force=True)
     assert (tmp_path / "photo.jpg").read_bytes() == b"dear"
 
@@ -135,7 +135,7 @@ def test_a_damaged_state_falls_back_to_the_one_before_and_says_so(run_dir, name,
     assert run_dir.load_state().step == 5
     (given,) = run_dir.given
     assert given.startswith(f"note: the saved state {run_dir.path / 'state' / 'step-000000012'} is damaged (")
-    assert given.endswith("; going on from step-000000005 instead")
+    assert given.endswith("; resuming from step-000000005 instead")
 
 
 def test_a_list_of_digests_that_was_cut_at_a_line_vouches_for_nothing(run_dir):

@@ -88,17 +88,17 @@ def test_a_folder_of_open_clip_is_a_start_with_its_filter_and_its_mean(tmp_path)
         (
             {"quick_gelu": True},
             "the activation (model.quick_gelu) differs (QuickGELU asked for, GELU and QuickGELU",
-            "=none, which takes it over",
+            "=none, which copies it",
         ),
         (
             {"context_length": 12},
             "the context length (model.context_length) differs (12 asked for, 20 there)",
-            "=none, which takes it over",
+            "=none, which copies it",
         ),
         (
             {"embed_dim": 8},
             "the shared embedding (model.embed_dim) differs (8 asked for, 24 there)",
-            "=none, which takes it over",
+            "=none, which copies it",
         ),
         ({"arch": "test"}, "width of the image tower differs (24 asked for, 384 there)", "--arch init"),
         ({"arch": "rn-tiny64"}, "the kind of the image tower differs (a ResNet asked for, a ViT there)", "--arch init"),

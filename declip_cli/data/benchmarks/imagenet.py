@@ -88,11 +88,11 @@ def read_sketch(known: Known, root: Path, split: str) -> FilesDataset:
 
 
 def read_subset(known: Known, root: Path, split: str) -> FilesDataset:
-    """Read `imagenet-a/` or `imagenet-r/`: 200 of the 1,000 classes; only these are told apart."""
+    """Read `imagenet-a/` or `imagenet-r/`: 200 of the 1,000 classes; only these are distinguished."""
     labels, names = asset_lists("class_subsets.json")[known.name], asset_lists("class_names.json")["imagenet"]
     classes = replace(known.classes, names=tuple(names[label] for label in labels))
     found = _classes_in(root / known.name, [wordnet_ids()[label] for label in labels], classes)
-    found.note = f"only the {len(labels)} classes of this set are told apart"
+    found.note = f"only the {len(labels)} classes of this set are distinguished"
     return found
 
 
@@ -113,7 +113,7 @@ def read_objectnet(known: Known, root: Path, split: str) -> FilesDataset:
     folders = sorted(folder for folder, label in label_of_folder.items() if label in imagenet_names)
     names = tuple(label_of_folder[folder].lower() for folder in folders)
     found = _classes_in(base / "images", folders, replace(known.classes, names=names))
-    found.note = f"only the {len(folders)} classes that ImageNet has too are told apart"
+    found.note = f"only the {len(folders)} classes that ImageNet also has are distinguished"
     return found
 
 

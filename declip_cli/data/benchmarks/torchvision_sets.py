@@ -86,7 +86,7 @@ def _files(data: Any) -> tuple[list[str], list[int]] | None:  # noqa: ANN401
 
 
 def _labels(data: Any) -> list[int]:  # noqa: ANN401
-    if hasattr(data, "h5py"):  # PCAM, which opens its file anew for every label
+    if hasattr(data, "h5py"):  # PCAM, which reopens its file for every label
         with data.h5py.File(data._base_folder / data._FILES[data._split]["targets"][0]) as file:
             return [int(label) for label in np.asarray(file["y"]).reshape(-1)]
     labels = data.targets if hasattr(data, "targets") else data.labels

@@ -1,4 +1,4 @@
-"""Everything `declip prepare` can be told; light, because the command line reads its defaults here."""
+"""All settings of `declip prepare`; light, because the command line reads its defaults here."""
 
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
@@ -74,7 +74,7 @@ class PrepareConfig:
     shard_samples: int = 10_000
     """Pairs per shard; as img2dataset."""
     workers: int = 0
-    """Threads, or with Ray tasks at a time; 0 takes the cores there are."""
+    """Threads, or with Ray tasks at a time; 0 uses all available cores."""
     max_bad: float = 0.05
     """Largest share of unreadable pairs before the command stops."""
     split: dict[str, float] = field(default_factory=dict)

@@ -94,7 +94,7 @@ def hash_images(names: Sequence[str], *, workers: int = 0) -> tuple[PhashIndex, 
 
     Args:
         names: folders of images or of shards, local or URLs, or known sets, as `open_dataset` takes them.
-        workers: threads; 0 takes the cores there are.
+        workers: threads; 0 uses all available cores.
 
     Returns:
         Their looks, and `num_images` and `num_unreadable` for the manifest.

@@ -26,7 +26,7 @@ def run_in_threads(
     Args:
         work: from a batch of items to one result each; releases the interpreter lock where it is slow.
         items: any number.
-        workers: threads; 0 takes the cores there are.
+        workers: threads; 0 uses all available cores.
 
     Yields:
         One result per item, in order.

@@ -15,7 +15,7 @@ from declip_cli.data.sources.records import Found, Record, Source, locate_images
 from declip_cli.errors import DataError, require
 from declip_cli.files import parse_json
 
-_HELP = "a folder, a table, a .tar pattern, a COCO or Flickr30k file, or a list of URLs; or say --kind"
+_HELP = "a folder, a table, a .tar pattern, a COCO or Flickr30k file, or a list of URLs; or set --kind"
 _IN_FOLDERS: dict[SourceKind, tuple[Callable[[str], list[str]], str]] = {
     "tars": (folder.tars_in, ".tar"),
     "coco": (annotations.find_coco, "captions_*.json"),
@@ -82,7 +82,7 @@ def _refuse_options(kind: SourceKind, config: PrepareConfig) -> None:
     require(
         kind in ("table", "declip", "coco", "flickr30k", "yfcc15m") or not config.images,
         f"--images is for lists of file names, but {config.source} is taken for: {kind}",
-        remedy="omit --images, or say --kind",
+        remedy="omit --images, or set --kind",
     )
 
 

@@ -28,10 +28,10 @@ _SAVE_EVERY_S = 60.0
 _FEW_RECORDS = 1000
 _NUM_OFFENDERS = 5
 _REMEDIES = {
-    "missing file": "--images FOLDER says where the file names of the list start from",
+    "missing file": "--images FOLDER is the folder that the list's file names are relative to",
     "missing caption": "give images captions: NAME.txt beside NAME.jpg, a captions.jsonl, or a table",
 }
-_OTHER_REMEDY = "check the source; --kind says what it is if it was taken for something else"
+_OTHER_REMEDY = "check the source; set --kind if it was taken for something else"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -221,7 +221,7 @@ class _Run:
             raise DataError(
                 f"{report.num_bad} of {report.num_read} pairs cannot be read, more than --max-bad "
                 f"{self._config.max_bad:g}; the first: {', '.join(self._offenders)}",
-                remedy="run the same command with a larger --max-bad to go on, or mend them and add --force",
+                remedy="run the same command with a larger --max-bad to continue, or repair them and add --force",
             )
 
     def _save(self) -> None:

@@ -61,7 +61,7 @@ class SplitWriter:
         folder: local path or URL for the finished shards.
         staging: local folder for the unfinished one.
         shard_samples: pairs per shard.
-        state: what `state` returned when the run was interrupted; empty starts anew.
+        state: what `state` returned when the run was interrupted; empty starts over.
     """
 
     def __init__(self, folder: str, staging: str, *, shard_samples: int, state: dict[str, Any]) -> None:

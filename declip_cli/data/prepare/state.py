@@ -21,7 +21,7 @@ from declip_cli.files import parse_json
 
 UNFINISHED = "unfinished.tar.tmp"
 """The shard in the making of each part, in the spool."""
-START_OVER = "run the command again with --force to start anew"
+START_OVER = "run the command again with --force to start over"
 _PROGRESS, _MEMORY, _LOCK, _DOWNLOAD = "progress.json", "progress.memory", "progress.lock", "download"
 _OURS = re.compile(
     r"(\d+\.tar|(\d+|shards)\.index|manifest\.json|progress\.(json|memory)|unfinished\.tar)(\.([0-9a-f]+\.)?tmp)?"
@@ -104,7 +104,7 @@ class OutFolder:
             size_mb = sum(map(os.path.getsize, left)) / 1e6
             raise DataError(
                 f"{error.message}; the pairs since the last whole shard, {size_mb:,.1f} MB, are in {', '.join(left)}",
-                remedy="free some space and run the same command again to go on; to give up, delete that file",
+                remedy="free some space and run the same command again to continue; to give up, delete that file",
                 cause=error.cause,
             ) from error
         finally:

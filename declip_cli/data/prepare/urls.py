@@ -143,7 +143,7 @@ def _wait_for(stats: Path, process: subprocess.Popen[bytes], log: Path) -> None:
             lines = log.read_text(errors="replace").strip().splitlines() or ["no message"]
             raise DataError(
                 f"img2dataset stopped with exit code {process.returncode}: {lines[-1]}",
-                remedy=f"see {log}; the same command goes on",
+                remedy=f"see {log}; the same command continues",
             )
         has_ended = process.poll() is not None
         time.sleep(_POLL_S)

@@ -50,7 +50,7 @@ def lock_file(path: str, *, wait: bool = True) -> int:
     """Open and lock a file, which is to be deleted before it is closed; it and its folder are made.
 
     Raises:
-        BlockingIOError: another process has locked it, and this one shall not wait.
+        BlockingIOError: another process has locked it, and `wait` is false.
     """
     while True:
         os.makedirs(os.path.dirname(path), exist_ok=True)

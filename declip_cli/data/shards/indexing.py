@@ -144,7 +144,7 @@ def load_indexes(
     Args:
         shards: in order.
         files: reads them.
-        log: told of damaged indexes, and of how far it is if that takes more than a few seconds.
+        log: receives notes on damaged indexes, and the progress if indexing takes more than a few seconds.
         all_done: called every few seconds with False, as this is not done.
 
     Returns:

@@ -47,7 +47,7 @@ def open_shards(
             these.
         split: named split of the data; None or `train` is what lies in the folder itself.
         cache_dir: local folder for indexes and for what is fetched; None uses `$DECLIP_CACHE`, else `~/.cache/declip`.
-        log: told of damaged indexes, and of the progress where shards of others are indexed for the first time.
+        log: receives notes on damaged indexes, and the progress of indexing shards for the first time.
         should_count: given all shards, decides whether to go first through those that have no index; if not, they are
             indexed when their turn comes. Every rank of a process group opens the same shards now. None goes through
             them, on this rank alone.

@@ -75,7 +75,7 @@ def _members(
         with tarfile.open(fileobj=cast(Any, headers), mode="r:", encoding="utf-8", errors="replace") as tar:
             while is_whole and (info := tar.next()) is not None:
                 if info.size < 0 or not end <= info.offset < info.offset_data <= tar.offset:
-                    raise tarfile.ReadError("it leads backwards")
+                    raise tarfile.ReadError("a member points backwards")
                 end, data = tar.offset, b""
                 if info.type not in _FILES or info.issparse() or _is_hidden(info.name):
                     continue
@@ -198,7 +198,7 @@ def clean_captions(captions: list[Any], key: str) -> tuple[str, ...]:
         raise _not_utf8(key)
     stripped = tuple(text for caption in captions if (text := " ".join(caption.replace("\0", " ").split())))
     if not stripped:
-        raise DataError(f"{key} has no caption", remedy="give it a caption or omit it", cause="empty caption")
+        raise DataError(f"{key} has no caption", remedy="add a caption or omit the image", cause="empty caption")
     return stripped
 
 
@@ -228,5 +228,5 @@ def _read_metadata(data: bytes, key: str) -> dict[str, Any]:
         row = parse_json(_decode(data, key))
     except ValueError as error:
         message, cause = f"the metadata of {key} is not JSON: {error}", "damaged metadata"
-        raise DataError(message, remedy="mend or delete it", cause=cause) from error
+        raise DataError(message, remedy="repair or delete it", cause=cause) from error
     return row if isinstance(row, dict) else {}

@@ -79,7 +79,7 @@ def _read_json(path: str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path} is neither COCO captions nor a Karpathy split: no list of images ({error})",
-            remedy="say what it is with --kind",
+            remedy="name its kind with --kind",
         ) from error
 
 

@@ -164,7 +164,7 @@ def _choose(path: str, columns: list[str], wanted: Sequence[str], usual: Sequenc
     if not found:
         raise DataError(
             f"{path} has no column of a usual name such as {usual[0]!r} (it has: {there})",
-            remedy=f"say which one with {option}",
+            remedy=f"choose one with {option}",
         )
     return found
 
@@ -177,7 +177,7 @@ def read_table(
     Args:
         path: as of `read_rows`.
         image_column: holds a path, or in Parquet the encoded image; empty looks for a usual name.
-        caption_columns: each holds a caption, or in JSON and Parquet a list of them; empty likewise.
+        caption_columns: each holds a caption, or in JSON and Parquet a list of them; empty looks for usual names.
         images: folder that paths start from; empty is the table's own.
 
     Yields:

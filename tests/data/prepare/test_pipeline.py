@@ -331,7 +331,7 @@ def test_a_full_disk_names_what_it_left_behind_and_the_run_goes_on_to_the_same_b
         with pytest.raises(DataError, match="the disk is full: cannot write") as caught:
             run(source, tmp_path / "out", shard_samples=8)
     assert f"are in {tmp_path / 'out' / 'unfinished.tar.tmp'}" in caught.value.message
-    assert caught.value.remedy.startswith("free some space and run the same command again to go on")
+    assert caught.value.remedy.startswith("free some space and run the same command again to continue")
     assert run(source, tmp_path / "out", shard_samples=8).was_resumed
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
