@@ -289,7 +289,9 @@ def _read_state(folder: Path) -> SavedState:
         path.stem: {_new_name(name): value for name, value in load_file(path).items()}
         for path in folder.glob("*.safetensors")
     }
-    values = content["values"] | {"trained": [_new_name(name) for name in content["values"].get("trained", ())]}
+    values = content["values"]
+    if "trained" in values:
+        values["trained"] = [_new_name(name) for name in values["trained"]]
     return SavedState(step=content["step"], tensors=tensors, values=values)
 
 

@@ -37,7 +37,7 @@ def test_what_cannot_be_exported_is_an_error_with_a_way_out(tiny_run: Path, tmp_
     (tmp_path / "out" / "mine.txt").touch()
     result = export(tiny_run, "--to", "onnx", "--out", tmp_path / "out")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == f"error: {tmp_path / 'out'} is there already\n  fix: choose another --out\n"
+    assert result.stderr == f"error: {tmp_path / 'out'} already exists\n  fix: choose another --out\n"
     result = export(tmp_path / "nowhere", "--to", "onnx", "--out", tmp_path / "new")
     assert (result.exit_code, result.stdout) == (1, "")
     assert "fix: MODEL takes a run folder" in result.stderr
