@@ -44,6 +44,7 @@ def our_step(arch: str, method_name: str, options: argparse.Namespace, device: t
     batch = make_batch(method, options, device)
 
     def step() -> None:
+        method.before_step(0.5)
         result = forward_backward(
             method,
             batch,
