@@ -50,7 +50,7 @@ def open_dataset(
         name_or_path: a known name such as `demo`; a folder made by `declip prepare`, a `.tar` or a pattern such as
             `cc3m/{00000..00331}.tar`, several of which are joined; a folder of images; an image; or fsspec URLs.
         split: such as `train` or `test`; see `splits_of`. None opens all that a folder of images holds, the
-            training part of shards, and `evaluation_split` of a known set.
+            training split of shards, and `evaluation_split` of a known set.
         data_root: where known sets lie; None takes `$DECLIP_DATA`, else `data/`.
         cache_dir: where remote shards and indexes are kept; None takes `$DECLIP_CACHE`, else `~/.cache/declip`.
         log: receives notes on damaged indexes, and the progress of indexing shards for the first time.

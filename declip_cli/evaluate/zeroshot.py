@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +57,12 @@ class ZeroshotReport(Report):
     note: str | None
     seconds: float
     predictions: Predictions = field(repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """See `Report.to_json`; the number of truncated prompts also has its name of version 0.1, until the next."""
+        report = Report.to_json(self)
+        num = self.num_truncated_prompts
+        return report if num is None else report | {"num_prompts_cut": num}
 
 
 def zeroshot(

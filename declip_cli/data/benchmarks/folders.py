@@ -39,7 +39,7 @@ def open_folder(folder: str, split: str | None = None) -> FilesDataset:
     """
     places = folder_splits(folder)
     if split == "train" and not places:
-        split = None  # all of it is the training part, as of shards that are not divided
+        split = None  # all of it is the training split, as in shards that are not divided
     if split is not None and split not in places:
         raise DataError(
             f"{folder} has no split {split!r}, only {', '.join(places) or 'all its images'}",

@@ -78,7 +78,7 @@ class PrepareConfig:
     max_bad: float = 0.05
     """Largest share of unreadable pairs before the command stops."""
     split: dict[str, float] = field(default_factory=dict)
-    """Part → share of all pairs that goes there instead of the training part, by a hash of the key."""
+    """Split → fraction of all pairs that goes there instead of the training split, by a hash of the key."""
     engine: Engine = "threads"
     force: bool = False
     """Replace an output folder made by another command."""
@@ -94,7 +94,7 @@ class PrepareConfig:
             require(0 <= share <= 1, f"{option[:-1]} is a fraction in [0, 1] (got {share})", remedy=f"{option}0.05")
         require(
             sum(self.split.values()) < 1.0,
-            f"--split leaves nothing for the training part (got {self.split})",
+            f"--split leaves nothing for the training split (got {self.split})",
             remedy="--split val=0.01",
         )
         for split in self.split:

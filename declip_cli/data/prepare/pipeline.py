@@ -48,7 +48,7 @@ class PrepareReport:
     skipped: Skips = field(default_factory=Skips)
     """Everything that was read and is in no shard."""
     splits: dict[str, int] = field(default_factory=dict)
-    """Part → pairs; `train` is the training part."""
+    """Split → pairs."""
     seconds: float = 0.0
     total: int = 0
     """Records there are, 0 where unknown."""
@@ -66,7 +66,8 @@ class PrepareReport:
             "num_shards": self.num_shards,
             "num_skipped": self.skipped.num,
             "skipped": self.skipped.to_json(),
-            "parts": self.splits,
+            "splits": self.splits,
+            "parts": self.splits,  # the name in version 0.1, until the next
             "was_there": self.was_there,
             "seconds": round(self.seconds, 3),
         }
@@ -105,7 +106,7 @@ def _from_manifest(report: PrepareReport, folder: OutFolder) -> PrepareReport:
     try:
         report.num_read, report.num_shards = manifest["num_read"], manifest["num_shards"]
         report.skipped.update({cause: (found["count"], found["first"]) for cause, found in manifest["skipped"].items()})
-        report.splits = {"train": manifest["num_pairs"]} | manifest["parts"]
+        report.splits = {"train": manifest["num_pairs"]} | manifest["splits"]
         report.num_pairs = sum(report.splits.values())
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
@@ -160,7 +161,7 @@ class _Run:
             report.num_read, report.num_bad = progress["num_read"], progress["num_bad"]
             report.skipped.update({cause: (count, first) for cause, (count, first) in progress["skipped"].items()})
             self._deduplicator.restore(self._folder.load_memory())
-        for split, state in progress.get("parts", {"": {}}).items():
+        for split, state in progress.get("splits", {"": {}}).items():
             self._open_split(split, state)
 
     def _open_split(self, split: str, state: dict[str, Any]) -> SplitWriter:
@@ -230,7 +231,7 @@ class _Run:
             "num_read": report.num_read,
             "num_bad": report.num_bad,
             "skipped": report.skipped,
-            "parts": {split: writer.state() for split, writer in self._writers.items()},
+            "splits": {split: writer.state() for split, writer in self._writers.items()},
         }
         self._folder.save_progress(facts, self._deduplicator.new_bytes())
         self._saved = time.monotonic()
@@ -257,10 +258,10 @@ class _Run:
         manifests: dict[str, dict[str, Any]] = {}
         for split, writer in self._writers.items():
             own = {"num_pairs": writer.num_pairs, "shards": writer.shards, "index_sha256": writer.join_indexes()}
-            manifests[split] = shared | own | ({"part": split} if split else {})
+            manifests[split] = shared | own | ({"split": split} if split else {})
         result = report.to_json()
         manifests[""] |= {name: result[name] for name in ("num_read", "num_shards", "num_skipped", "skipped")}
-        manifests[""]["parts"] = {split: manifest["num_pairs"] for split, manifest in manifests.items() if split}
+        manifests[""]["splits"] = {split: manifest["num_pairs"] for split, manifest in manifests.items() if split}
         if config.clean.exclude:
             manifests[""]["excluded"] = self._excluded
         self._folder.finish(manifests)

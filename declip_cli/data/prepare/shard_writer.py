@@ -55,7 +55,7 @@ def _header(name: str, num_bytes: int) -> bytes:
 
 
 class SplitWriter:
-    """Write one part of the data, shard after shard.
+    """Write one split of the data, shard after shard.
 
     Args:
         folder: local path or URL for the finished shards.

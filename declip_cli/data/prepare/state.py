@@ -20,7 +20,7 @@ from declip_cli.errors import DataError
 from declip_cli.files import parse_json
 
 UNFINISHED = "unfinished.tar.tmp"
-"""The shard in the making of each part, in the spool."""
+"""The unfinished shard of each split, in the staging folder."""
 START_OVER = "run the command again with --force to start over"
 _PROGRESS, _MEMORY, _LOCK, _DOWNLOAD = "progress.json", "progress.memory", "progress.lock", "download"
 _OURS = re.compile(
@@ -62,7 +62,7 @@ class OutFolder:
         self._memory_digest = hashlib.sha256()
         manifest, progress = _read(storage.join(self.path, MANIFEST)), _read(self._at(_PROGRESS))
         if config.force:
-            self._splits_to_clear = {"", *manifest.get("parts", {}), *progress.get("parts", {})}
+            self._splits_to_clear = {"", *manifest.get("splits", {}), *progress.get("splits", {})}
         elif manifest.get("command") == self._command:
             self.manifest = manifest
         elif progress.get("command") == self._command:
@@ -83,7 +83,7 @@ class OutFolder:
         return storage.is_folder(self.path) and any(name != _LOCK for name in storage.walk(self.path))
 
     def places(self, split: str) -> tuple[str, str]:
-        """Name the folder of one part (empty: the training part), and the local one of its unfinished shard."""
+        """Name the folder of one split (empty: the training split), and the local one of its unfinished shard."""
         return (storage.join(self.path, split), self._at(split)) if split else (self.path, self._staging)
 
     @contextlib.contextmanager
@@ -168,7 +168,7 @@ class OutFolder:
         return data
 
     def finish(self, manifests: dict[str, dict[str, Any]]) -> None:
-        """Write the manifests, part → manifest, that of the training part last; then delete the resume state.
+        """Write the manifests, split → manifest, that of the training split last; then delete the resume state.
 
         Raises:
             DataError: the disk is full or cannot be written.
@@ -197,6 +197,8 @@ def _read(path: str) -> dict[str, Any]:
     except ValueError:
         return {"command": "damaged"}
     is_whole = isinstance(value, dict) and value.pop(_DIGEST, None) in (None, _digest_of(value))
+    if is_whole and "parts" in value:  # the name in version 0.1
+        value["splits"] = value.pop("parts")
     return value if is_whole else {"command": "damaged"}
 
 

@@ -53,7 +53,7 @@ def read_annotations(path: str, *, images: str = "", split: str | None = None) -
 
     Yields:
         One record per image with all its captions. Images of Karpathy's `val` and `test` splits get these as
-        their part, so that no training run sees them.
+        their split, so that no training run sees them.
 
     Raises:
         DataError: the file is of another kind, or the images cannot be found.

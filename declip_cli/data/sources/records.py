@@ -12,7 +12,7 @@ from declip_cli.data.shards.tar_samples import MAX_MEMBER_BYTES, Group, captions
 from declip_cli.errors import DataError
 
 SPLIT_NAMES = {"": "", "train": "", "restval": "", "val": "val", "validation": "val", "test": "test"}
-"""Names of splits in lists and tables, and the parts of shards that they become; empty is the training part."""
+"""Names of splits in lists and tables, and the splits of shards that they become; empty is the training split."""
 _NUM_TRIED = 20
 
 
@@ -27,7 +27,7 @@ class Record:
     captions: tuple[object, ...] = ()
     """What stands where captions should; `load` checks it."""
     split: str = ""
-    """Part of the data it belongs to by the source's own word; empty is the training part."""
+    """Split that the source says it belongs to; empty is the training split."""
     beside: tuple[str, ...] = ()
     """Extensions, as written, of the files of the same name that hold the captions; none where they are known."""
 

@@ -182,7 +182,7 @@ def read_table(
 
     Yields:
         One record per image, or why a row cannot be read. Images whose column `split` says `val` or `test` get these
-        as their part, as in Hugging Face's Flickr30k, so that no training run sees them.
+        as their split, as in Hugging Face's Flickr30k, so that no training run sees them.
 
     Raises:
         DataError: a column is missing.

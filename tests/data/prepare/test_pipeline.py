@@ -66,6 +66,7 @@ def test_shards_are_tars_that_others_read(tmp_path, make_image):
         "num_shards": 3,
         "num_skipped": 0,
         "skipped": {},
+        "splits": {"train": 5},
         "parts": {"train": 5},
         "was_there": False,
         "seconds": 0,
@@ -373,7 +374,7 @@ def test_nothing_found_and_nothing_there_are_errors(tmp_path):
         ({"quality": 0}, "--quality is in"),
         ({"image_side_px": 3}, "--image-side-px must be at least 16"),
         ({"max_bad": 2.0}, "--max-bad is a fraction"),
-        ({"split": {"val": 1.0}}, "leaves nothing for the training part"),
+        ({"split": {"val": 1.0}}, "leaves nothing for the training split"),
         ({"split": {"../x": 0.1}}, "plain name"),
     ],
 )
