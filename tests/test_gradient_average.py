@@ -113,5 +113,5 @@ def test_a_step_exchanges_what_the_formula_says(ranks, name, kind):
     method = build(name, queue_start="random")
     forward_backward(method, batch_of(method, 4), micro_batch_size=0, autocast=nullcontext)
     norms = tuple(module for module in method.modules() if isinstance(module, torch.nn.BatchNorm1d))
-    expected = step_traffic(method, 2, NUM_RANKS, norms, token_dim=6, simclr_dim=7)
+    expected = step_traffic(method, 2, NUM_RANKS, norms, token_dim=6)
     assert [found[kind][name] for found in ranks] == [expected] * NUM_RANKS

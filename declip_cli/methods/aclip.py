@@ -39,7 +39,7 @@ class AClip(Method):
         tower = encoder.visual
         if not isinstance(tower, VisionTransformer):
             raise ChoiceError(
-                "method aclip leaves patches out that the class token does not attend to; a ResNet has neither",
+                "method aclip encodes the patches that a class token attends to; a ResNet has no class token",
                 remedy="--arch vit-b16, or another vision transformer",
             )
         self.projector: nn.Module = nn.Identity()

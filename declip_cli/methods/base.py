@@ -82,7 +82,7 @@ class Method(nn.Module, ABC):
         num_texts = len(self.views.texts)
         require(
             config.captions <= num_texts,
-            f"method {config.name} sees {num_texts} texts of a pair here, which cannot show {config.captions} captions",
+            f"method {config.name} shows at most {num_texts} of a pair's captions here (got {config.captions})",
             remedy=f"--set method.captions={num_texts}",
         )
         if config.contrastive == "sigmoid":

@@ -33,13 +33,17 @@ SMALL_MESSAGES = {"decisions": 3 * NUMBER, "parameters left out": NUMBER}
 def floats_of_a_pair(method: Method, *, token_dim: int = TOKEN_WISE_DIM, simclr_dim: int = 256) -> tuple[int, int]:
     """Count the numbers of a pair that every rank gets: those with a gradient, those without (8 bytes count as 2)."""
     config, views, dim = method.config, method.views, method.encoder.architecture.embed_dim
-    num_images = 1 if config.name in ("slip", "rocket") else len(views.images)  # their others are not projected
+    num_images = {"slip": 1, "rocket": 1, "aclip": 2}.get(
+        config.name, len(views.images)
+    )  # the others are not projected
     num_texts = 1 if config.name == "rocket" else len(views.texts)
     with_gradient, without = 0, 0
     if method.is_active("clip") or method.is_active("nn"):
         with_gradient += (num_images + num_texts) * dim  # each embedding once, whoever uses it
     if method.is_active("nn"):
         without += len(views.texts) * dim + 2  # the neighbors; the pair's number in the data set
+    if config.positives == "caption":
+        without += 2 * config.captions
     if method.is_active("simclr"):
         with_gradient += 2 * simclr_dim
     if method.is_active("strong"):

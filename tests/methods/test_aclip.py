@@ -172,7 +172,7 @@ def test_the_teacher_is_never_trained_and_belongs_to_the_state_but_not_to_the_mo
 
 
 def test_a_resnet_is_refused_with_the_reason():
-    with pytest.raises(ConfigError, match="patches out that the class token does not attend to; a ResNet") as caught:
+    with pytest.raises(ConfigError, match="a ResNet has no class token") as caught:
         build_method(ModelConfig(arch="rn50"), MethodConfig(name="aclip"))
     assert "--arch vit-b16" in caught.value.remedy
 

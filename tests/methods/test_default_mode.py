@@ -387,7 +387,9 @@ def test_a_method_asks_for_the_views_its_terms_need(name, options, images, texts
     ],
 )
 def test_more_captions_than_texts_are_refused(name, options, num_texts):
-    with pytest.raises(ConfigError, match=f"method {name} sees {num_texts} texts of a pair here") as caught:
+    with pytest.raises(
+        ConfigError, match=f"method {name} shows at most {num_texts} of a pair's captions here"
+    ) as caught:
         build(name, **options)
     assert f"--set method.captions={num_texts}" in caught.value.remedy
 
