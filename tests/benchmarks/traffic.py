@@ -33,9 +33,7 @@ SMALL_MESSAGES = {"decisions": 3 * NUMBER, "parameters left out": NUMBER}
 def floats_of_a_pair(method: Method, *, token_dim: int = TOKEN_WISE_DIM, simclr_dim: int = 256) -> tuple[int, int]:
     """Count the numbers of a pair that every rank gets: those with a gradient, those without (8 bytes count as 2)."""
     config, views, dim = method.config, method.views, method.encoder.architecture.embed_dim
-    num_images = {"slip": 1, "rocket": 1, "aclip": 2}.get(
-        config.name, len(views.images)
-    )  # the others are not projected
+    num_images = {"slip": 1, "rocket": 1, "aclip": 2}.get(config.name, len(views.images))  # others are not projected
     num_texts = 1 if config.name == "rocket" else len(views.texts)
     with_gradient, without = 0, 0
     if method.is_active("clip") or method.is_active("nn"):
@@ -72,8 +70,10 @@ def step_traffic(
     total = num_pairs * num_ranks
     reduced = FLOAT * sum(-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in method.parameters() if p.grad is not None)
     reduced += FLOAT * method.is_active("mlm")  # masked tokens
-    # In forward the sum and the count, then the squares; in backward the gradients of both.
-    reduced += sum(2 * FLOAT * 2 * (2 * norm.weight.numel() + 1) for norm in norms)
+    # In forward the sum and the count, then the squares; in backward the gradients of both. A teacher's norm sees one
+    # view and has no backward.
+    times = {True: 4, False: 1}
+    reduced += sum(times[norm.weight.requires_grad] * FLOAT * (2 * norm.weight.numel() + 1) for norm in norms)
     return {
         "all_gather": FLOAT * total * (with_gradient + without),
         "reduce_scatter": FLOAT * total * with_gradient,
