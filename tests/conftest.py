@@ -24,6 +24,25 @@ from declip_cli.model.checkpoint import PretrainedModel, save_model
 from declip_cli.model.clip import DualEncoder
 from declip_cli.model.preprocessing import Preprocessing
 
+SLOW = ("interop/", "faults/", "train/test_processes", "data/prepare/test_executors", "train/test_compile")
+SLOW += ("train/test_resume", "test_docs_commands", "test_end_to_end", "methods/test_default_mode", "cli/")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give a test process whole files, slow ones first, so that none is left alone with one at the end.
+
+    The files on other projects' models are one group: their packages take many seconds to import.
+    """
+
+    def file_of(item: pytest.Item) -> str:
+        return item.path.as_posix().rpartition("/tests/")[2]
+
+    for item in items:
+        file = file_of(item)
+        item.add_marker(pytest.mark.xdist_group("interop" if file.startswith("interop/") else file))
+    items.sort(key=lambda item: next((n for n, name in enumerate(SLOW) if file_of(item).startswith(name)), len(SLOW)))
+
 
 @pytest.fixture(autouse=True)
 def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
