@@ -82,7 +82,7 @@ def test_every_export_agrees_in_float32(everywhere):
 
 def test_zero_shot_predictions_are_identical_everywhere(everywhere):
     model, folders, _ = everywhere
-    sample = Sample(images=demo_sample().images, texts=[f"a photo of a {name}" for name in NAMES])
+    sample = Sample(images=demo_sample().images, texts=[f"a drawing of a {name}" for name in NAMES])
 
     def predictions(found):
         scores = found.images @ found.texts.T  # (N, C)
