@@ -141,10 +141,13 @@ def wait(device: torch.device) -> None:
 
 def throughput(options: argparse.Namespace, device: torch.device) -> None:
     for arch in options.arch:
-        theirs = peer_step(arch, options, device)
+        theirs = None if options.eager else peer_step(arch, options, device)
         for name in options.method:
-            step, peer_name = our_step(arch, name, options, device), f"OpenCLIP {open_clip.__version__} CLIP step"
-            compare(f"{name} {arch}", step, (theirs, peer_name), options, device)
+            step, peer = our_step(arch, name, options, device), (theirs, f"OpenCLIP {open_clip.__version__} CLIP step")
+            if options.eager:
+                eager = argparse.Namespace(**vars(options) | {"compile": False})
+                peer = our_step(arch, name, eager, device), "the same step, not compiled"
+            compare(f"{name} {arch}", step, peer, options, device)
             if options.faithful and name == "declip":
                 original = original_step(PEERS[arch], options.batch_size, autocast(options.precision, device), device)
                 compare(
@@ -214,12 +217,13 @@ def memory(options: argparse.Namespace, device: torch.device) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--arch", nargs="+", default=["vit-b32"], choices=PEERS)
+    parser.add_argument("--arch", nargs="+", default=["vit-b32"], choices=[*PEERS, "vit-tiny32"])
     parser.add_argument("--method", nargs="+", default=["clip", "declip"], choices=METHODS)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--micro-batch-size", type=int, default=0)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--eager", action="store_true", help="compare with our own step, not compiled")
     parser.add_argument("--graphs", action="store_true", help="with --compile: replay steps as CUDA graphs")
     parser.add_argument("--captions", choices=["normal", "heavy"], default="normal", help="how long captions are")
     parser.add_argument("--ungrouped", action="store_true", help="encode all texts as long as the longest")
