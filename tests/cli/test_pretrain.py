@@ -257,6 +257,7 @@ def test_a_frozen_tower_keeps_its_weights(done, tmp_path):
     assert not torch.equal(after["ln_final.weight"], before["ln_final.weight"])
 
 
+@pytest.mark.usefixtures("quick_ranks")
 def test_two_processes_train_as_one_with_twice_the_batch(tmp_path):
     words = [*SMALL, "--method", "clip", "--set", "optim.warmup_steps=1"]
     alone = pretrain(*words, "--batch-size", 16, "--out", tmp_path / "alone", "--json")
