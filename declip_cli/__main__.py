@@ -1,4 +1,4 @@
-"""The front door: the Typer app with its commands."""
+"""The Typer app and its commands."""
 
 import os
 from typing import Annotated
@@ -41,7 +41,7 @@ def options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Carry the options that stand before a command; none but --version."""
+    """Hold the options that come before a command; only --version."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Find the data files the toolkit brings along, in a checkout as in an installed wheel."""
+"""Find the data files of the package, in a checkout or an installed wheel."""
 
 from pathlib import Path
 

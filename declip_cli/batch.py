@@ -1,4 +1,4 @@
-"""The parcels that change hands between the packages, and the legend of their dimensions.
+"""The data classes that pass between the packages, and the legend of their dimensions.
 
 B  pairs on this rank          M  keys of all ranks           N  samples
 V  image views                 T  text views                  C  classes
@@ -18,7 +18,7 @@ from torch import Tensor
 from declip_cli.distributed import Gathered
 
 NO_LABEL = -100
-"""Label of a token that is not to be predicted, as the data room gives it without PyTorch."""
+"""Label of a token that is not to be predicted, as `data` defines it without PyTorch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ class TextGroups:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """What the data room hands to the towers: views and tokens of B image-text pairs.
+    """What the loader passes to the towers: views and tokens of B image-text pairs.
 
     Views are an axis in the order the method asked for (`config.Views`), never stacked in channels.
     """
@@ -124,7 +124,7 @@ def send(value: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Embeddings:
-    """What a method's `embed` hands to its `objective`: one row per pair in every field.
+    """What a method's `embed` passes to its `objective`: one row per pair in every field.
 
     Because each field is per pair, embeddings of micro-batches can be joined and cut at will; a field that the
     method does not use is an empty tensor of shape (B, 0).
@@ -176,7 +176,7 @@ class Embeddings:
         return Gathered(self.caption_ids)
 
     def detached(self) -> "Embeddings":
-        """Leave the graph behind, and keep what is gathered."""
+        """Detach from the graph, and keep what is gathered."""
         other = Embeddings(**{name: getattr(self, name).detach() for name in EMBEDDING_FIELDS})
         shared = {name: value.detached() for name, value in vars(self).items() if isinstance(value, Gathered)}
         vars(other).update(shared)

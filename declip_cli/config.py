@@ -32,7 +32,7 @@ class ModelConfig:
     arch: str = "vit-b32"
     """A name of `model/architectures.py`; `open_clip:` and one of the installed OpenCLIP's; `init`: that of `init`."""
     architecture: dict[str, Any] = field(default_factory=dict)
-    """Every dimension, in the place of those that `arch` stands for: of the model that `train.init` starts from."""
+    """Every dimension, in place of those that `arch` stands for: of the model that `train.init` starts from."""
     image_side_px: int | None = None
     """Side of the square image the model sees; None: the architecture's own."""
     context_length: int | None = None
@@ -77,7 +77,7 @@ class AugmentConfig:
     stop_word_probability: Fraction = 0.8
     """Chance that a text of kind `keywords` loses all its stop words (CLIP:rocket, arXiv 2305.08675)."""
     deletion_probability: Fraction = 0.1
-    """Chance of each word to go, in `delete`."""
+    """Probability that `delete` omits a word."""
     mask_probability: Fraction = 0.15
     """Share of tokens to predict in a `masked` text; of these 80 % masked, 10 % random, 10 % kept."""
 
@@ -98,7 +98,7 @@ class DataConfig:
     path: tuple[str, ...] = ()
     """Shard folders made by `declip prepare`, tar patterns, or `demo`."""
     workers: AtLeast0 | None = None
-    """Loader threads beside the training thread; 0 loads in line; None chooses from the cores there are."""
+    """Loader threads beside the training thread; 0 loads in line; None depends on the available cores."""
     loader: Literal["threads", "processes"] | None = None
     """Where those threads are: in this process, or a few in each of some worker processes, so that they do not slow
     down the thread that launches a GPU's work. None: processes beside a GPU, else threads."""
@@ -153,7 +153,7 @@ class MethodConfig:
     """Which texts of a batch belong to an image in the losses between images and texts: its own only, or every text of
     the same caption as well (same tokens; UniCL, arXiv 2204.03610)."""
     strong_label_smoothing: Fraction = 0.1
-    """Label smoothing between rocket's strong views, in the place of `label_smoothing`."""
+    """Label smoothing between rocket's strong views, in place of `label_smoothing`."""
     kept_patches: Annotated[float, Rule("is in (0, 1]", lambda share: 0 < share <= 1)] = 0.5
     """Share of the patches that aclip keeps of each view: those that its teacher attends to most."""
     teacher_momentum: FractionBelow1 = 0.996
@@ -260,7 +260,7 @@ class TrainConfig:
     """Let a GPU round the factors of float32 products to TF32's 10 bits, as the original's PyTorch did."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     threads: AtLeast1 | None = None
-    """CPU threads of this process, loader threads included; None takes the cores there are."""
+    """CPU threads of this process, loader threads included; None uses all available cores."""
     seed: int = 0
     log_every_steps: AtLeast1 = 10
     checkpoint_every_steps: AtLeast1 | None = None
@@ -293,12 +293,12 @@ class TrainConfig:
     logit_scale_max: float | None = None
     """Upper bound. None: 4.6052 (ln 100), with `method.faithful` 6."""
     max_bad_steps: AtLeast1 = 10
-    """Broken batches in a row, each skipped and counted, after which the last good state is taken up again."""
+    """Broken batches in a row, each skipped and counted, after which the run returns to the last good state."""
     max_rollbacks: AtLeast0 = 3
     """How often that may happen, each time at half the rate, before the run ends with an error."""
     tracker: Literal["tensorboard", "wandb", "mlflow"] | None = None
     """Where every report goes besides `metrics.jsonl`. TensorBoard's files lie in the run folder; MLflow's place is
-    `MLFLOW_TRACKING_URI`. A resumed run goes on in the same record."""
+    `MLFLOW_TRACKING_URI`. A resumed run continues in the same record."""
     processes: AtLeast1 | None = None
     """Processes to start; None: one per GPU, else 1. Ignored under a launcher that already set the ranks."""
 

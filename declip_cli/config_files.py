@@ -103,7 +103,7 @@ def merge_into(target: dict[str, Any], changes: Mapping[str, Any]) -> None:
 
 
 def flatten(sections: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Give nested sections dotted keys; what is no plain value becomes text."""
+    """Give nested sections dotted keys; what is not a plain value becomes text."""
     flat: dict[str, Any] = {}
     for key, value in sections.items():
         if isinstance(value, Mapping):

@@ -25,7 +25,7 @@ WHOLE_ELEMENTS = 2**28
 def softmax_loss(
     queries: Tensor, keys: Tensor, ids: Ids, *, logit_scale: Tensor, label_smoothing: float = 0.0
 ) -> Tensor:
-    """Tell each query's own key from all the others: one direction of CLIP's loss, in float32 under autocast too.
+    """Distinguish each query's own key from all others: one direction of CLIP's loss, in float32 under autocast too.
 
     Args:
         queries: unit length, V views, (B, V, D).
@@ -52,8 +52,8 @@ def symmetric_softmax_loss(
         images: unit length, (B, V, D).
         texts: unit length, (B, T, D).
         ids: of the pairs, int64, (B, I).
-        logit_scale: as of `softmax_loss`.
-        label_smoothing: as of `softmax_loss`.
+        logit_scale: as in `softmax_loss`.
+        label_smoothing: as in `softmax_loss`.
 
     Returns:
         The mean of both directions, in nats, ().
@@ -68,7 +68,7 @@ def symmetric_softmax_loss(
 
 
 def sigmoid_loss(images: Tensor, texts: Tensor, ids: Ids, *, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
-    """Tell of each image and each text whether they belong together.
+    """Decide for each image and each text whether they belong together.
 
     Args:
         images: unit length, (B, V, D).

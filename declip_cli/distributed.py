@@ -90,7 +90,7 @@ class Gathered:
         return Gathered(self.own[:, :num_views], lambda: self.all[:, :num_views])
 
     def detached(self) -> "Gathered":
-        """Leave the graph behind, and keep what is gathered."""
+        """Detach from the graph, and keep what is gathered."""
         return Gathered(self.own.detach(), self.all.detach if "all" in vars(self) else None)
 
 

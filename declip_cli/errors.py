@@ -29,7 +29,7 @@ class ConfigError(DeclipError):
 
 
 class ChoiceError(ConfigError):
-    """A word that is none of the choices there are: wrong usage, as an unknown option is."""
+    """A value that is not among the choices: wrong usage, like an unknown option."""
 
     exit_code: ClassVar[int] = 2
 
@@ -53,7 +53,7 @@ class ModelError(DeclipError):
 
 
 class TrainError(DeclipError):
-    """A pre-training run cannot start or go on."""
+    """A pre-training run cannot start or continue."""
 
 
 class EvaluateError(DeclipError):

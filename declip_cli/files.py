@@ -77,7 +77,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Fill a folder that appears whole, with the digests of its files, in the place of the one before.
+    """Fill a folder that appears whole, with the digests of its files, in place of the one before.
 
     Between the two renames at the end there is a moment in which only `existing_folder` finds the one before.
 

@@ -21,7 +21,7 @@ def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
 
 
 def nt_xent(queries: Tensor, keys: Tensor, rows: Tensor, *, temperature: float) -> Tensor:
-    """Tell the other view of the same image from all other views of all images.
+    """Distinguish the other view of the same image from all other views of all images.
 
     Args:
         queries: both views of this rank's images, unit length, (B, 2, D).

@@ -1,4 +1,4 @@
-"""What settings are where nobody made them: the switches of a method by its mode, the order of the data."""
+"""Defaults that depend on other settings: the switches of a method by its mode, the order of the data."""
 
 import math
 from dataclasses import replace
@@ -25,7 +25,7 @@ PRESETS: dict[str, dict[str, tuple[Any, Any]]] = {
     "optim": {"decayed": ("matrices", "original"), "gradient_clip_norm": (1.0, math.inf)},
     "train": {"logit_scale_min": (0.0, 3.0), "logit_scale_max": (math.log(100.0), 6.0)},
 }
-"""What stands in the place of None: section → key → value by default, value where `method.faithful` is true.
+"""What replaces None: section → key → value by default, value where `method.faithful` is true.
 
 Source of the faithful values: the original code, as held by the recorded values in the tests; its recipes' `grad_clip:
 logit_scale_param_value`. Bounds of the logit scale by default: OpenCLIP and SLIP.
@@ -38,7 +38,7 @@ top-5 and 0.8 of text-to-image recall at 10 (standard errors 0.4, 0.4 and 0.2). 
 
 
 def resolve_switches(section: str, config: C, *, is_faithful: bool) -> C:
-    """Put the preset's values in the place of None; what is settled already stays."""
+    """Put the preset's values in place of None; other values stay."""
     values = {key: pair[is_faithful] for key, pair in PRESETS[section].items()}
     return replace(config, **{key: value for key, value in values.items() if getattr(config, key) is None})
 

@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 def is_launched() -> bool:
-    """Tell whether a launcher (accelerate launch, torchrun) has already given this process its rank."""
+    """Return whether a launcher (accelerate launch, torchrun) has already given this process its rank."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
@@ -146,7 +146,7 @@ class _Watch:
         return False
 
     def _wait_for(self, num_ranks: int) -> bool:
-        """Wait until so many ranks have read that it is over; not for ever, since some may be gone."""
+        """Wait until so many ranks have read that it is over; not forever, since some may have ended."""
         began = time.monotonic()
         while (num_read := self._store.add(_READ, 0)) < num_ranks and time.monotonic() - began < _GOODBYE_S:
             time.sleep(0.05)

@@ -80,7 +80,7 @@ class ResolvedRun:
     asked: RunConfig
     """What recipe, file and options said; None where they said nothing."""
     config: RunConfig
-    """The same with every number settled that decides the result; what only concerns the machine stays as asked."""
+    """The same with every number resolved that decides the result; what only concerns the machine stays as asked."""
     data: DataFacts
     machine: Machine
     schedule_batch: int
@@ -215,7 +215,7 @@ def resolve(
     step: int = 0,
     samples_seen: int = 0,
 ) -> ResolvedRun:
-    """Settle every number of a run.
+    """Resolve every number of a run.
 
     Args:
         asked: from `resolve_run`.

@@ -1,4 +1,4 @@
-"""What numbers in settings may be; a rule stands in the annotation of its field."""
+"""What numbers in settings may be; a rule is part of the annotation of its field."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from declip_cli.errors import require
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What a number must be; it stands in the annotation of its field. None is left to be settled later."""
+    """What a number must be; it is part of the annotation of its field. None is resolved later."""
 
     words: str
     """Follows the name of the setting in the message."""

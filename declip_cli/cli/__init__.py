@@ -1,1 +1,1 @@
-"""Words in, words out: the only room that knows Typer and Rich."""
+"""The command line: the only package that imports Typer and Rich."""

@@ -78,7 +78,7 @@ def emit_row(cells: Iterable[object]) -> None:
 
 
 def note(message: str) -> None:
-    """Tell people something on stderr, in one line, made `plain`."""
+    """Write a note to stderr, in one line, made `plain`."""
     terminal().print(plain(message), markup=False)
 
 

@@ -96,7 +96,7 @@ def prepare(
 
 
 def _config(given: dict[str, Any]) -> PrepareConfig:
-    """Sort the options, which are named as the settings are."""
+    """Divide the options among the configurations, whose fields have the same names."""
     clean = {setting.name: given.pop(setting.name) for setting in fields(CleanConfig) if setting.name in given}
     return build_config(PrepareConfig, given | {"split": _fractions(given["split"]), "clean": clean}, where="prepare")
 

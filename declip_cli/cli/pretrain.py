@@ -141,7 +141,7 @@ def _request(
     resume: Path | None,
     force: bool,
 ) -> "Request":
-    """Resolve the words of the command line."""
+    """Turn the options of the command line into a request."""
     from declip_cli.model.architectures import OF_INIT, find_architecture
     from declip_cli.model.checkpoint import runs_root
     from declip_cli.process_group import is_launched
@@ -169,7 +169,7 @@ def _request(
 
 
 def _plan(request: "Request") -> dict[str, Any]:
-    """Say what a run would do."""
+    """Print what a run would do."""
     from declip_cli.train import launch
     from declip_cli.train.compiled import is_compiled
     from declip_cli.train.estimate import estimate_memory, find_free_memory
@@ -205,7 +205,7 @@ def _start(make_request: "Callable[[], Request]") -> dict[str, Any]:
 
 
 def _rank(request: "Request") -> dict[str, Any]:
-    """Be one of several processes, which tells its own errors."""
+    """Run as one of several processes, which reports its own errors."""
     try:
         with user_errors():
             return _work(lambda: request)
@@ -214,7 +214,7 @@ def _rank(request: "Request") -> dict[str, Any]:
 
 
 def _check_best(path: str | None, known: tuple[str, ...]) -> None:
-    """Raise where the score that is to be kept by is none that will be there."""
+    """Raise unless the run will compute the score that `train.keep_best` names."""
     if path is not None and path not in known:
         raise ChoiceError(
             f"train.keep_best is not a score of this run: {path}",

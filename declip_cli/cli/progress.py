@@ -1,4 +1,4 @@
-"""How a run looks while it goes and when it ends, on stderr."""
+"""Progress and summary of a run, on stderr."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""`declip report`: the page of a run, or of several over each other."""
+"""`declip report`: the page of a run, or a comparison of several."""
 
 from pathlib import Path
 from typing import Annotated, Optional
@@ -17,7 +17,7 @@ def report(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a page for a browser: curves, scores, settings and advice of a run, or what tells several apart.
+    """Write a page for a browser: curves, scores, settings and advice of a run, or how several differ.
 
     Example: `declip report runs/declip-vit-b32 runs/clip-vit-b32 --out both.html`
     """

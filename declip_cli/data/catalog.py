@@ -1,4 +1,4 @@
-"""The one door: a name or a path becomes a data set."""
+"""Open a data set by name or path; all commands go through here."""
 
 import difflib
 from collections.abc import Callable, Iterable, Sequence
@@ -30,7 +30,7 @@ _READERS: dict[str, Callable[[Known, Path, str], Dataset]] = {
     "objectnet": imagenet.read_objectnet,
     "sun397": imagenet.read_sun397,
 }
-"""From a row of the table, the folder that a marker lies in, and a split to the images, read when needed; a
+"""From a row of the table, the folder that holds a marker, and a split to the images, read when needed; a
 `DataError` says what is missing or damaged."""
 
 
@@ -54,7 +54,7 @@ def open_dataset(
         data_root: where known sets lie; None takes `$DECLIP_DATA`, else `data/`.
         cache_dir: where remote shards and indexes are kept; None takes `$DECLIP_CACHE`, else `~/.cache/declip`.
         log: receives notes on damaged indexes, and the progress of indexing shards for the first time.
-        should_count: decides whether to go first through shards without an index, as of `open_shards`.
+        should_count: decides whether to go first through shards without an index, as in `open_shards`.
         cache_gb: how many gigabytes of remote shards may be in the cache.
 
     Returns:
@@ -118,7 +118,7 @@ def _open_known(known: Known, root: Path, split: str | None) -> Dataset:
 
 
 def _is_own(name: str) -> bool:
-    """Say whether a known name is that of a folder of shards here, which then counts; what comes along goes first."""
+    """Return whether a known name is a folder of shards here, which then counts; our own come first."""
     return bool(known_sets()[name].markers) and has_shards(name)
 
 
@@ -132,7 +132,7 @@ def _unknown(name: str) -> DataError:
 
 
 def has_shards(path: str) -> bool:
-    """Say whether a path is a folder of tar shards, one shard, or a pattern of several."""
+    """Return whether a path is a folder of tar shards, one shard, or a pattern of several."""
     if path.endswith(".tar") or storage.is_file(storage.join(path, MANIFEST)):
         return True
     return storage.is_folder(path) and any(name.endswith(".tar") for name in storage.names_in(path))
@@ -228,7 +228,7 @@ def _read_names(path: Path, names: Sequence[str], name: str) -> tuple[str, ...]:
 
 
 def has_captions(dataset: Dataset) -> bool:
-    """Say whether a data set is one of captions, by its first examples."""
+    """Return whether a data set is one of captions, by its first examples."""
     return any(_has_captions(dataset, index) for index in range(min(len(dataset), 100)))
 
 

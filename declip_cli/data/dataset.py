@@ -122,10 +122,10 @@ class Dataset(ABC):
 
     @abstractmethod
     def key(self, index: int) -> str:
-        """Return the key of one example without reading its image; errors as of `read`."""
+        """Return the key of one example without reading its image; errors as in `read`."""
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """Return the captions of one example without reading its image; errors as of `read`."""
+        """Return the captions of one example without reading its image; errors as in `read`."""
         return ()
 
     def stamp(self, index: int) -> str:
@@ -155,7 +155,7 @@ class BlockDataset(Dataset):
 
     @abstractmethod
     def count(self, block: int) -> int:
-        """Return how many examples are in a block; errors as of `fetch`."""
+        """Return how many examples are in a block; errors as in `fetch`."""
 
     @abstractmethod
     def fetch(self, block: int) -> None:
@@ -167,4 +167,4 @@ class BlockDataset(Dataset):
 
     @abstractmethod
     def release(self, block: int) -> None:
-        """Say that a block will not be needed soon."""
+        """Mark a block as not needed soon."""

@@ -85,7 +85,7 @@ def pixels_of(image: Image.Image) -> Pixels:
 
 
 def read_header(data: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageHeader:
-    """Read size, kind and orientation of an image without decoding it; arguments and errors as of `decode_image`."""
+    """Read size, kind and orientation of an image without decoding it; arguments and errors as in `decode_image`."""
     size = _plain_jpeg_size(data, max_pixels)
     if size:
         return ImageHeader(*size, is_plain_jpeg=True, is_upright=True)

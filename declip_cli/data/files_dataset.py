@@ -15,7 +15,7 @@ _SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 
 
 def is_image(path: str) -> bool:
-    """Say whether a file name looks like that of an image."""
+    """Return whether a file name looks like that of an image."""
     return path.lower().endswith(_SUFFIXES) and not path.rpartition("/")[2].startswith(".")
 
 
@@ -24,7 +24,7 @@ class FilesDataset(Dataset):
 
     Args:
         paths: local paths or URLs, N.
-        labels: as of `Dataset`, as `classes` and `skipped` are.
+        labels: as in `Dataset`, as `classes` and `skipped` are.
         classes: what the labels mean.
         captions: number → captions, read when asked; None where there are none.
         skipped: what is in the files but in no example.
@@ -88,7 +88,7 @@ class PixelsDataset(Dataset):
     Args:
         name: begins the keys.
         pixels: number → one image; called from several threads.
-        labels: as of `Dataset`, as `classes` and `fingerprint` are.
+        labels: as in `Dataset`, as `classes` and `fingerprint` are.
         classes: what the labels mean.
         fingerprint: of the whole.
     """
@@ -173,7 +173,7 @@ class Subset(Dataset):
 
 
 def open_list(lines: Iterable[str]) -> FilesDataset:
-    """Make a data set of the images that a list names, a path or URL a line; what is no file is counted as skipped.
+    """Make a data set of the images that a list names, a path or URL a line; what is not a file is counted as skipped.
 
     Raises:
         DataError: none of them is.

@@ -126,7 +126,7 @@ def make_order(samples: Dataset, config: StreamConfig) -> Order:
 
 
 class Filler:
-    """Draw the views of pairs into rooms; (seed, epoch, number) decides everything. Threads may share it.
+    """Draw the views of pairs into buffers; (seed, epoch, index) decides everything. Threads may share it.
 
     A pair that cannot be used is counted, and a replacement takes its row.
 
@@ -175,7 +175,7 @@ def buffer_type(name: str) -> np.dtype[Any]:
 
 
 def buffer_shapes(config: StreamConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a room's arrays by name."""
+    """Return the shapes of a buffer's arrays by name."""
     size, length = config.batch_size, config.context_length
     num_boxes = len(config.views.images) if "whole" in config.views.images else 0
     return {
@@ -189,14 +189,14 @@ def buffer_shapes(config: StreamConfig) -> dict[str, tuple[int, ...]]:
 
 
 class Fetcher:
-    """Bring blocks of a data set near, and let them go, in threads of its own."""
+    """Prefetch blocks of a data set, and release them, in threads of its own."""
 
     def __init__(self, samples: Dataset) -> None:
         self._samples = samples
         self._pool = ThreadPoolExecutor(_NUM_FETCHERS, "declip-fetcher")  # starts threads when asked to fetch
 
     def fetch(self, blocks: Sequence[int]) -> None:
-        """Start to bring blocks near; what cannot be had is missed when it is read."""
+        """Start to prefetch blocks; what cannot be fetched fails when it is read."""
         for block in blocks:
             self._pool.submit(self._fetch, block)
 
@@ -206,13 +206,13 @@ class Fetcher:
                 self._samples.fetch(block)
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Let go of blocks that are used up."""
+        """Release blocks that are used up."""
         if isinstance(self._samples, BlockDataset):
             for block in blocks:
                 self._pool.submit(self._samples.release, block)
 
     def close(self) -> None:
-        """End the threads when they have done what they are at."""
+        """End the threads when their current work is done."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 

@@ -235,7 +235,7 @@ def _move(how: Literal["fetch", "release"], blocks: Sequence[int]) -> None:
 
 
 def _layout(config: StreamConfig) -> tuple[int, list[tuple[str, tuple[int, ...], int]]]:
-    """Return the bytes of a room, whole pages, and its arrays' types, shapes and places."""
+    """Return the size of a buffer in bytes, whole pages, and its arrays' types, shapes and offsets."""
     offset, arrays = 0, []
     for name, shape in buffer_shapes(config).items():
         kind = buffer_type(name)

@@ -45,7 +45,7 @@ class Order(ABC):
 
     @abstractmethod
     def reaches(self, epoch: int, end: int) -> bool:
-        """Say whether an epoch has so many samples."""
+        """Return whether an epoch has so many samples."""
 
     def replacement(self, epoch: int, position: int, attempt: int, stride: int) -> int:
         """Choose the sample that takes the row of one that cannot be used: that row of a later batch.

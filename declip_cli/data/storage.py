@@ -1,4 +1,4 @@
-"""Files by name, on the local disk or behind any URL that fsspec understands; faults of a network are ridden out."""
+"""Files by name, on the local disk or behind any URL that fsspec understands; network errors are retried."""
 
 import errno
 import functools
@@ -34,7 +34,7 @@ _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 def is_remote(path: str) -> bool:
-    """Tell URLs such as `s3://bucket/list.csv` from local paths."""
+    """Distinguish URLs such as `s3://bucket/list.csv` from local paths."""
     return "://" in path
 
 
@@ -123,7 +123,7 @@ def open_binary(path: str) -> BinaryIO:
 
 
 def read_bytes(path: str) -> bytes:
-    """Read a whole file; errors as of `open_binary`."""
+    """Read a whole file; errors as in `open_binary`."""
     return bytes(_ask(path, "cat_file")) if is_remote(path) else Path(path).read_bytes()
 
 
@@ -142,7 +142,7 @@ def read_range(url: str, start: int, end: int) -> bytes:
 
 
 def is_file(path: str) -> bool:
-    """Say whether there is a file of this name."""
+    """Return whether there is a file of this name."""
     if not is_remote(path):
         return os.path.isfile(path)
     try:
@@ -152,7 +152,7 @@ def is_file(path: str) -> bool:
 
 
 def is_folder(path: str) -> bool:
-    """Say whether there is a folder of this name."""
+    """Return whether there is a folder of this name."""
     return bool(_ask(path, "isdir")) if is_remote(path) else os.path.isdir(path)
 
 
@@ -176,7 +176,7 @@ def _facts(info: dict[str, Any], path: str) -> FileFacts:
 
 
 def facts(path: str) -> FileFacts:
-    """Ask for the size and the age of a file; errors as of `open_binary`."""
+    """Ask for the size and the age of a file; errors as in `open_binary`."""
     if is_remote(path):
         return _facts(_ask(path, "info"), path)
     stat = os.stat(path)
@@ -184,7 +184,7 @@ def facts(path: str) -> FileFacts:
 
 
 def join(folder: str, name: str) -> str:
-    """Put a relative name behind a folder, local or remote."""
+    """Join a folder and a relative name, local or remote."""
     return f"{folder.rstrip('/')}/{name}" if is_remote(folder) else os.path.join(folder, name)
 
 
@@ -285,7 +285,7 @@ def write_whole(path: str, data: bytes) -> None:
 
 
 def move_into_place(temporary: str, path: str) -> None:
-    """Turn a finished local temporary file into its final file, local or remote; errors as of `write_whole`."""
+    """Turn a finished local temporary file into its final file, local or remote; errors as in `write_whole`."""
     with disk_errors(path):
         if not is_remote(path):
             os.replace(temporary, path)
@@ -296,13 +296,13 @@ def move_into_place(temporary: str, path: str) -> None:
 
 
 def make_folder(path: str) -> None:
-    """Make a folder and those above it, where missing; errors as of `write_whole`."""
+    """Make a folder and those above it, where missing; errors as in `write_whole`."""
     with disk_errors(path):
         _ask(path, "makedirs", exist_ok=True) if is_remote(path) else os.makedirs(path, exist_ok=True)
 
 
 def remove_file(path: str) -> None:
-    """Delete a file if it is there; errors as of `write_whole`."""
+    """Delete a file if it is there; errors as in `write_whole`."""
     with disk_errors(path), suppress(FileNotFoundError):
         _ask(path, "rm_file") if is_remote(path) else os.remove(path)
 

@@ -55,7 +55,7 @@ def _load_table() -> dict[str, str]:
 
 @lru_cache(maxsize=100_000)
 def synonyms(word: str) -> tuple[str, ...]:
-    """List what may stand for a word: the lemmas of all synsets of the word, or of its base form.
+    """List synonyms of a word: the lemmas of all synsets of the word, or of its base form.
 
     Args:
         word: one word, in upper or lower case, without punctuation around it.

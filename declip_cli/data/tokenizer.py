@@ -219,7 +219,7 @@ class Tokenizer:
         return html.unescape(html.unescape(ftfy.fix_text(text)))
 
     def _is_inert(self, text: str) -> bool:
-        """Tell whether ftfy, which otherwise works on single characters and composes accents, leaves a text alone."""
+        """Return whether ftfy, which otherwise works on single characters and composes accents, leaves a text alone."""
         for char in set(text).difference(self._inert):
             if char in "\r\n" or ftfy.fix_text(char) != char:
                 return False
@@ -228,7 +228,7 @@ class Tokenizer:
 
 
 def _is_bad(text: str) -> bool:
-    """Tell whether a text looks wrongly decoded: ask ftfy about the surroundings of single-byte code pages only.
+    """Return whether a text looks wrongly decoded: ask ftfy about the surroundings of single-byte code pages only.
 
     Its patterns reach at most three characters beyond them; a piece cut out can only look worse than the text.
     """

@@ -119,7 +119,7 @@ class Collection:
             return ""
 
     def read(self, index: int) -> bytes | Pixels:
-        """Read an image; errors as of `Dataset.read`."""
+        """Read an image; errors as in `Dataset.read`."""
         return self._dataset.read(self._kept[index]).image
 
     def like(self, index: int) -> Term:
@@ -128,7 +128,7 @@ class Collection:
         return Term(1, found.reshape(-1, found.shape[-1]))
 
     def num_within(self, within: str) -> int:
-        """Count the images that `find` searches; errors as of `find`."""
+        """Count the images that `find` searches; errors as in `find`."""
         return len(self._scope(within).rows)
 
     def use_quick_index(self, log: Callable[[str], None]) -> None:

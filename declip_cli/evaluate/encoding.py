@@ -22,7 +22,7 @@ from declip_cli.model.precision import Precision, autocast
 
 T = TypeVar("T")
 Progress: TypeAlias = Callable[[int, int], None]
-"""Called with how many are done and how many there are."""
+"""Called with the number done and the total."""
 Encode: TypeAlias = Callable[[Tensor], Tensor]
 """From uint8 images (B, S, S, 3) on the encoder's device to vectors (B, D)."""
 _AHEAD = 2
@@ -67,7 +67,7 @@ class FeatureOptions:
         return replace(self, use_cache=False, progress=_keep_quiet)
 
     def caches(self, model: PretrainedModel) -> bool:
-        """Say whether the store is used.
+        """Return whether the store is used.
 
         Never for a model still in training, nor on several ranks: what one finds another may not, and those that
         encode would wait for those that do not.
@@ -147,7 +147,7 @@ def _digest(image: bytes | Pixels) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What became of some items."""
+    """The results of some items."""
 
     rows: Tensor
     """float32 on the CPU, (R, …); an item has one row, several or none."""

@@ -38,7 +38,7 @@ class ImageFeatures:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What became of the images of a data set in a store."""
+    """The state of a data set's images in a store."""
 
     rows: Rows
     """The row of each image, (N,), -1 where it cannot be read."""
@@ -78,7 +78,7 @@ def image_features(
 
 
 def embedder(model: PretrainedModel, *, projected: bool = True, normalize: bool = True) -> Encode:
-    """Return the function that encodes images (B, S, S, 3) as vectors (B, D); arguments as of `image_features`."""
+    """Return the function that encodes images (B, S, S, 3) as vectors (B, D); arguments as in `image_features`."""
 
     def encode(images: Tensor) -> Tensor:
         features = model.encoder.encode_image(images, projected=projected).float()  # (B, D)
@@ -135,7 +135,7 @@ def update_store(
 ) -> Update:
     """Bring a store up to date with a data set: only images with a new stamp are read, only new contents encoded.
 
-    Arguments are as of `map_images`. Where the store `is_shared` with other data sets, paths are compared in full
+    Arguments are as in `map_images`. Where the store `is_shared` with other data sets, paths are compared in full
     and captions are not kept.
     """
     rows = np.full(len(dataset), -1, dtype=np.int64)  # (N,)

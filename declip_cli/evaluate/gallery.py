@@ -39,7 +39,7 @@ def write_gallery(path: Path, report: SearchReport, *, query_image: bytes = b"")
 
 
 def render_gallery(report: SearchReport, *, query_image: bytes = b"") -> str:
-    """Make the page: HTML in which every word that comes from outside is escaped; arguments as of `write_gallery`."""
+    """Make the page: HTML in which every word that comes from outside is escaped; arguments as in `write_gallery`."""
     is_text = not query_image
     heading = f"“{report.query}”" if is_text else f"Images like {Path(report.query).name}"
     about = f"{len(report.hits)} of {report.num_indexed} images in {report.collection}, by {report.model}"

@@ -59,7 +59,7 @@ def label_images(
         model: a trained model.
         dataset: images; their own classes, if any, do not count.
         labels: at least two, each once.
-        templates: as of `make_prompts`; empty takes OpenAI's 80.
+        templates: as in `make_prompts`; empty takes OpenAI's 80.
         options: how features are computed.
 
     Raises:

@@ -15,7 +15,7 @@ _CHUNK_SCORES_GPU = 2**26
 """Class scores held at once on a GPU: 256 MiB in float32."""
 
 _PHASES = ((torch.float32, 1e-6), (torch.float64, 1e-7))
-"""Type of the products, and the fraction by which the objective must still decrease for a phase to go on."""
+"""Type of the products, and the fraction by which the objective must still decrease for a phase to continue."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,7 +38,7 @@ def per_class_accuracy(predicted: Tensor, labels: Tensor, num_classes: int) -> t
 
 
 def mean_per_class_accuracy(predicted: Tensor, labels: Tensor, num_classes: int) -> float:
-    """Average the accuracies of C classes, each counting the same; arguments as of `per_class_accuracy`.
+    """Average the accuracies of C classes, each counting the same; arguments as in `per_class_accuracy`.
 
     Returns:
         A fraction in [0, 1]; classes without samples are left out.

@@ -68,7 +68,7 @@ def _better(found: Found, scores: Vectors, rows: Rows, k: int) -> Found:
 
 
 def best(scores: Vectors, rows: Rows, k: int) -> Found:
-    """Take the k best of scores (N,) and their rows (N,); order as of `search_exact`."""
+    """Take the k best of scores (N,) and their rows (N,); order as in `search_exact`."""
     if k < len(scores):
         good = (scores >= np.partition(scores, -k)[-k]).nonzero()[0]
         scores, rows = scores[good], rows[good]
@@ -141,7 +141,7 @@ class ApproximateIndex:
             self._index.add_with_ids(np.ascontiguousarray(vectors[block]), block)
 
     def search(self, vectors: Vectors, rows: Rows, queries: Vectors, k: int) -> list[Found]:
-        """Find good rows; arguments and result as of `search_exact`, scores exact, rows approximate."""
+        """Find good rows; arguments and result as in `search_exact`, scores exact, rows approximate."""
         wanted = max(8 * k, _MIN_CODED_CANDIDATES) if "x4fs" in self.spec else max(4 * k, _MIN_CANDIDATES)
         return self._search(vectors, rows, queries, k, wanted)
 

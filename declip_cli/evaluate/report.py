@@ -98,7 +98,7 @@ def write_predictions(path: Path, parts: dict[str, Predictions]) -> int:
 
 
 def class_report(predictions: Predictions) -> dict[str, Any]:
-    """Say which classes are recognized and which are taken for others.
+    """Report which classes are recognized and which are confused.
 
     Returns:
         `per_class`: name, number of images and accuracy, worst first; `confused`: the most frequent pairs of

@@ -86,17 +86,17 @@ def search(
     """Find the images of a data set that are most like a query.
 
     Args:
-        model: as of `open_collection`, as `dataset`, `index`, `folder` and `options` are.
+        model: as in `open_collection`, as `dataset`, `index`, `folder` and `options` are.
         dataset: the collection.
         query: texts and an image.
         k: how many hits are wanted; there are fewer in a smaller collection.
-        within: as of `Collection.find`.
+        within: as in `Collection.find`.
         index: kind of index.
         folder: where an index is saved.
         options: how features are computed.
 
     Raises:
-        EvaluateError: as of `open_collection`, `encode_query` and `Collection.find`.
+        EvaluateError: as in `open_collection`, `encode_query` and `Collection.find`.
     """
     started = time.perf_counter()
     terms = encode_query(model, query, options=options)
@@ -117,7 +117,7 @@ def search(
 
 
 def describe_hit(collection: Collection, rank: int, index: int, score: float) -> Hit:
-    """Say what was found: an image of a collection, by its number."""
+    """Describe a hit: an image of a collection, by its index."""
     return Hit(
         rank=rank,
         score=score,

@@ -84,7 +84,7 @@ def encode_batches(
 
 
 def _batches(model: PretrainedModel, texts: Sequence[str], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut texts into batches; yields as of `length_sorted_batches`."""
+    """Cut texts into batches; yields as in `length_sorted_batches`."""
     if model.tokenizer is None:
         yield from length_sorted_batches(texts, model.context_length, batch_size)
         return

@@ -51,7 +51,7 @@ class StoreError(EvaluateError):
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What became of one image."""
+    """The result of one image."""
 
     index: int
     digest: bytes
@@ -147,7 +147,7 @@ class VectorStore:
         """Add contents, all or nothing, and which of the images that were asked for have them.
 
         Args:
-            encoded: numbers as of `ask`; those without a digest are not remembered.
+            encoded: numbers as in `ask`; those without a digest are not remembered.
 
         Returns:
             How many contents are new.
@@ -275,7 +275,7 @@ def _crc(vectors: Vectors, crc: int = 0) -> int:
 
 
 def is_store(folder: Path) -> bool:
-    """Say whether a folder holds a store."""
+    """Return whether a folder holds a store."""
     return (folder / DATABASE).is_file()
 
 
@@ -285,7 +285,7 @@ def use_store(
     """Do some work with a store; one that turns out to be damaged is rebuilt, and the work is repeated.
 
     Args:
-        folder: as of `VectorStore`, as `model` and `model_name` are.
+        folder: as in `VectorStore`, as `model` and `model_name` are.
         model: its fingerprint.
         model_name: for messages.
         work: what is done.

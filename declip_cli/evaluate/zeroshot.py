@@ -62,7 +62,7 @@ class ZeroshotReport(Report):
         """See `Report.to_json`; the number of truncated prompts also has its name of version 0.1, until the next."""
         report = Report.to_json(self)
         num = self.num_truncated_prompts
-        return report if num is None else report | {"num_prompts_cut": num}
+        return report if num is None else report | {"num_truncated_prompts": num}
 
 
 def zeroshot(
@@ -77,7 +77,7 @@ def zeroshot(
     Args:
         model: a trained model; token-wise ones (FILIP) are compared token by token.
         dataset: images with labels.
-        templates: as of `make_prompts`; empty takes the set's own, else OpenAI's 80.
+        templates: as in `make_prompts`; empty takes the set's own, else OpenAI's 80.
         options: how features are computed.
 
     Raises:
@@ -118,7 +118,7 @@ def zeroshot(
 
 
 def has_top5(num_classes: int) -> bool:
-    """Say whether there are enough classes for `top5`."""
+    """Return whether there are enough classes for `top5`."""
     return num_classes >= _TOP_K
 
 

@@ -79,7 +79,7 @@ def parse_assumptions(words: Iterable[str]) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class Assumptions:
-    """Decides what is unknown, and keeps a sentence about each thing that nobody knew."""
+    """Resolves what is unknown, and records each assumption."""
 
     given: Mapping[str, Any] = field(default_factory=dict)
     """By the user."""

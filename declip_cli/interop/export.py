@@ -1,4 +1,4 @@
-"""The door out: a model in another project's format, read back there and compared before it is reported."""
+"""Export: a model in another project's format, read back there and compared before it is reported."""
 
 import importlib.util
 import time

@@ -188,7 +188,7 @@ def processor_config(preprocessing: Preprocessing) -> dict[str, Any]:
 
 
 def is_cut_alike(size: tuple[int, int], preprocessing: Preprocessing) -> bool:
-    """Tell whether transformers cuts the same square out of an image of a width and height.
+    """Return whether transformers cuts the same square out of an image of a width and height.
 
     It rounds half of an odd margin down; our own models and OpenCLIP round it to the next even number, as torchvision
     does, so that every second time its square lies one pixel further to the left, or higher.

@@ -20,7 +20,7 @@ def why_not(model: PretrainedModel) -> str:
 
 
 def write(model: PretrainedModel, folder: Path) -> None:
-    """Write the configuration and the weights; the mask token and token-wise heads, of training only, stay behind."""
+    """Write the configuration and the weights; those that only training uses are omitted."""
     state = {name: value.contiguous() for name, value in model.towers.state_dict().items()}
     weights, _ = open_clip_state(state)
     has_bias = model.towers.logit_bias is not None

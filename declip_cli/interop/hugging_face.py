@@ -120,7 +120,7 @@ def _check_config(config: Mapping[str, Any]) -> None:
 
 
 def _activation(tower: Mapping[str, Any]) -> bool:
-    """Tell whether a tower has QuickGELU."""
+    """Return whether a tower has QuickGELU."""
     name = tower.get("hidden_act", "quick_gelu")
     if name not in ("quick_gelu", "gelu"):
         raise ModelError(

@@ -115,7 +115,7 @@ def _num_parameters(state: Mapping[str, Tensor]) -> int:
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Put lists in the place of tuples."""
+    """Put lists in place of tuples."""
     plain = {key: _plain(value) if isinstance(value, dict) else value for key, value in values.items()}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
 

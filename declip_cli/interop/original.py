@@ -89,7 +89,7 @@ def original_ids(ids: Tensor) -> Tensor:
 
 
 def method_of(state: Mapping[str, Tensor]) -> str:
-    """Tell which of the five methods trained a checkpoint, by the heads that it brings along."""
+    """Tell which of the five methods trained a checkpoint, by its heads."""
     names = {name.split(".")[0] for name in state}
     if "image_mapping" in names:
         return "defilip" if "projector" in names else "filip"

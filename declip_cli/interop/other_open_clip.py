@@ -110,7 +110,7 @@ class OpenClipEncoder(OtherEncoder):
     """Encode by OpenCLIP's `CLIP`, `CustomTextCLIP` or `CoCa`."""
 
     def encode_image(self, images: Tensor, *, projected: bool = True) -> Tensor:
-        """Embed images, as of `Encoder`."""
+        """Embed images, as in `Encoder`."""
         pixels = self.normalize_images(images)
         if projected:
             features: Tensor = self.towers.encode_image(pixels)
@@ -131,6 +131,6 @@ class OpenClipEncoder(OtherEncoder):
         return features
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """Embed texts, as of `Encoder`, whose length is the whole context."""
+        """Embed texts, as in `Encoder`, whose length is the whole context."""
         features: Tensor = self.towers.encode_text(tokens)
         return features

@@ -1,4 +1,4 @@
-"""The door for models: a run folder, a model folder of ours, or a checkpoint of another project."""
+"""Open models: a run folder, a model folder of ours, or a checkpoint of another project."""
 
 import hashlib
 import json
@@ -182,9 +182,9 @@ def describe_model(
     """Read what a model is off its configuration and the shapes of its parameters.
 
     Args:
-        path: as of `load_model`.
+        path: as in `load_model`.
         option: with which the user named it; for messages.
-        given: as of `load_model`.
+        given: as in `load_model`.
         log: receives notes on what had to be assumed.
 
     Returns:

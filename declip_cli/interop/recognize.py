@@ -33,7 +33,7 @@ def read_foreign(
     Args:
         path: a checkpoint file, or a folder of OpenCLIP's or Hugging Face's.
         assumptions: decide what it does not say.
-        config: OpenCLIP's configuration, in the place of a file beside the weights.
+        config: OpenCLIP's configuration, in place of a file beside the weights.
         shapes_only: leave the numbers out.
 
     Returns:

@@ -87,11 +87,11 @@ class SiglipEncoder(OtherEncoder):
     """Encode by transformers' `SiglipModel`."""
 
     def encode_image(self, images: Tensor, *, projected: bool = True) -> Tensor:
-        """Embed images, as of `Encoder`; the image tower has no projection."""
+        """Embed images, as in `Encoder`; the image tower has no projection."""
         return _features(self.towers.get_image_features(pixel_values=self.normalize_images(images)))
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """Embed texts, as of `Encoder`, whose length is the whole context."""
+        """Embed texts, as in `Encoder`, whose length is the whole context."""
         return _features(self.towers.get_text_features(input_ids=tokens))
 
 

@@ -120,7 +120,7 @@ def _facts(content: object) -> dict[str, Any]:
 
 
 def _is_plain(value: object, depth: int = 0) -> bool:
-    """Tell whether a value is a number, a text or a short list of them; lists of one list many times have no end."""
+    """Return whether a value is a number, a text or a short list of them; lists of one list many times have no end."""
     is_short = isinstance(value, list | tuple) and len(value) <= 16 and depth < 2
     is_list = is_short and all(_is_plain(item, depth + 1) for item in value)  # type: ignore[attr-defined]
     return is_list or isinstance(value, bool | int | float | str)

@@ -94,7 +94,7 @@ class AClip(Method):
         }
 
     def simclr_term(self, embeddings: Embeddings) -> Tensor:
-        """Tell the other view of an image from all views of all images, in nats, ()."""
+        """Distinguish the other view of an image from all views of all images, in nats, ()."""
         views = embeddings.image_features[:, :2]
         return simclr_loss(views, self.simclr_head, temperature=self.config.simclr_temperature)
 

@@ -145,7 +145,7 @@ class Method(nn.Module, ABC):
         """Prepare a step, at a share of the run in [0, 1]; does nothing where no term needs it."""
 
     def is_active(self, term: str) -> bool:
-        """Tell whether a term counts in this run."""
+        """Return whether a term counts in this run."""
         return self.weights.get(term, 0.0) != 0.0
 
     def logit_scale_in_use(self) -> nn.Parameter:
@@ -273,7 +273,7 @@ class Method(nn.Module, ABC):
 
 
 def embeddings_of(batch: Batch, *, images: Tensor, texts: Tensor, **others: Tensor) -> Embeddings:
-    """Make the parcel for `objective`; fields that a method does not use are empty.
+    """Collect the input of `objective`; fields that a method does not use are empty.
 
     Args:
         batch: the pairs, for their numbers, which stand in for the identities of captions that nobody compared.

@@ -85,7 +85,7 @@ class DeClip(Method):
         return {}
 
     def terms(self) -> dict[str, Term]:
-        """Name the paper's four supervisions, and SimCLR, which may stand in the place of SimSiam."""
+        """Name the paper's four supervisions, and SimCLR, which may stand in place of SimSiam."""
         num_images = 1 if self.config.pairs == 1 else 2
         return {
             "clip": partial(self.clip_term, num_images=num_images, num_texts=self.num_texts),
@@ -100,7 +100,7 @@ class DeClip(Method):
         return simsiam_loss(embeddings.images, self.projector, self.predictor)
 
     def simclr_term(self, embeddings: Embeddings) -> Tensor:
-        """Tell the other view of an image from all views of all images, in nats, ()."""
+        """Distinguish the other view of an image from all views of all images, in nats, ()."""
         return simclr_loss(embeddings.image_features, self.simclr_head, temperature=self.config.simclr_temperature)
 
     def mlm_term(self, embeddings: Embeddings) -> Tensor:

@@ -49,5 +49,5 @@ class Slip(Method):
         return {"clip": partial(self.clip_term, num_texts=self.config.captions), "simclr": self.simclr_term}
 
     def simclr_term(self, embeddings: Embeddings) -> Tensor:
-        """Tell the other view of an image from all views of all images, in nats, ()."""
+        """Distinguish the other view of an image from all views of all images, in nats, ()."""
         return simclr_loss(embeddings.image_features, self.simclr_head, temperature=self.config.simclr_temperature)

@@ -77,7 +77,7 @@ def simsiam_loss(embeds: Tensor, projector: SimSiamProjector, predictor: SimSiam
 
 
 def simclr_loss(features: Tensor, head: SimClrHead, *, temperature: float) -> Tensor:
-    """Tell the other view of an image from all views of all images.
+    """Distinguish the other view of an image from all views of all images.
 
     Args:
         features: of two views, before the projection into the shared embedding, (B, 2, E).

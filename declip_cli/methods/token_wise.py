@@ -76,7 +76,7 @@ def token_wise_loss(
     top_k: int,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Tell pairs apart by their best-matching tokens, in both directions.
+    """Distinguish pairs by their best-matching tokens, in both directions.
 
     Args:
         image_tokens: unit length, (B, P, Q).

@@ -102,7 +102,7 @@ def find_architecture(config: ModelConfig) -> Architecture:
 
 
 def resolve_model(config: ModelConfig) -> ModelConfig:
-    """Write down what the configuration leaves to its architecture; errors as of `find_architecture`."""
+    """Write down what the configuration leaves to its architecture; errors as in `find_architecture`."""
     found = find_architecture(config)
     vision, text = found.vision, found.text
     is_mixed = isinstance(vision, VitDims) and vision.quick_gelu != text.quick_gelu

@@ -101,7 +101,7 @@ def save_model(
 
     Args:
         encoder: the model, on any device.
-        folder: appears whole, with the digests of its files, in the place of an earlier one.
+        folder: appears whole, with the digests of its files, in place of an earlier one.
         config: how the encoder was built.
         method: name of the method that trained it.
         preprocessing: of images; None: as `trained_preprocessing` has it.

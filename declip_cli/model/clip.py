@@ -93,7 +93,7 @@ class DualEncoder(Encoder):
         self.logit_bias = nn.Parameter(torch.zeros_like(self.logit_scale))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401, FBT001, FBT002  (torch's own)
-        """Take over a state, with the bias of the sigmoid loss where it has one."""
+        """Load a state, with the bias of the sigmoid loss where it has one."""
         if "logit_bias" in state_dict and self.logit_bias is None:
             self.add_logit_bias()
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
@@ -115,12 +115,12 @@ class DualEncoder(Encoder):
         return self.visual.project(states.features if is_vit else states.patches)
 
     def encode_image(self, images: Tensor, *, projected: bool = True) -> Tensor:
-        """Embed images, as of `Encoder`."""
+        """Embed images, as in `Encoder`."""
         states = self.image_states(images)
         return self.project_image(states) if projected else states.features
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """Embed texts, as of `Encoder`."""
+        """Embed texts, as in `Encoder`."""
         return self.text.project(self.text.pool_at_end(self.text(tokens), tokens))
 
     def encode_image_tokens(self, images: Tensor) -> Tensor:

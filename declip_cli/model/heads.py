@@ -152,7 +152,7 @@ class WordHead(nn.Module):
         """Count the captions of all ranks, (B, L), and those with each word, unless the batch was broken."""
         with_word = torch.zeros(len(self.num_with) + 1, dtype=torch.int64, device=words.device)
         with_word.scatter_add_(0, words.flatten() + 1, torch.ones_like(words).flatten())
-        with_word[0] = len(words)  # in the place of what is no word
+        with_word[0] = len(words)  # in place of what is no word
         with_word = sum_over_ranks(with_word * is_good)
         self.num_captions += with_word[0]
         self.num_with += with_word[1:]

@@ -108,7 +108,7 @@ class NeighborQueue(nn.Module):
         return self._half_rows
 
     def _is_screened(self, device: torch.device) -> bool:
-        """Tell whether half precision is faster here and allowed."""
+        """Return whether half precision is faster here and allowed."""
         return not self.exact and device.type == "cuda" and torch.is_autocast_enabled(device.type)
 
     @torch.no_grad()

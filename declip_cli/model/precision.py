@@ -9,7 +9,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 
 def has_native_bf16(device: torch.device) -> bool:
-    """Say whether a device multiplies bfloat16 matrices in hardware.
+    """Return whether a device multiplies bfloat16 matrices in hardware.
 
     Args:
         device: where the model lies.

@@ -74,7 +74,7 @@ class VisionTransformer(nn.Module):
         """Describe images, and say how much the class token attends to each patch.
 
         Args:
-            images: as of `forward`, like `mean` and `std`.
+            images: as in `forward`, like `mean` and `std`.
             mean: of each channel.
             std: of each channel.
 

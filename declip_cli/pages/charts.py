@@ -70,7 +70,7 @@ def line_chart(
         may_log: take a logarithmic scale where all values are positive and ten times apart.
 
     Returns:
-        The figure; a sentence in the place of the curves where no point has a number.
+        The figure; a sentence in place of the curves where no point has a number.
     """
     thinned = [_Curve(one.name, *thin(one.x, one.y)) for one in series]
     values = np.concatenate([one.y[np.isfinite(one.y)] for one in thinned])
@@ -166,7 +166,7 @@ class _Axis:
 
 
 def _with_room(low: float, high: float, *, is_log: bool) -> tuple[float, float]:
-    """Give the values a little room; a curve that is flat lies in the middle, and one near zero shows it."""
+    """Pad the range of the values; a flat curve is in the middle, and one near zero shows it."""
     if is_log:
         return low / 1.1, high * 1.1
     room = (high - low) * 0.05 or abs(high) * 0.1 or 1.0

@@ -92,7 +92,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def thumbnail(image: bytes | Pixels, side_px: int, *, quality: int = _JPEG_QUALITY) -> str:
-    """Return the address of a small copy that holds the image itself; arguments and errors as of `shrink`."""
+    """Return the address of a small copy that holds the image itself; arguments and errors as in `shrink`."""
     jpeg = shrink(image, side_px, quality=quality)
     return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode("ascii")
 

@@ -31,7 +31,7 @@ _CHARTS: tuple[tuple[str, str, dict[str, bool]], ...] = (
 
 
 def write_run_page(path: Path, reports: Reports) -> None:
-    """Write the page of a run that goes on into its folder; `reports` are those of the page before.
+    """Write the page of a run in progress into its folder; `reports` are those of the page before.
 
     Raises:
         EvaluateError: there is no run, or the page cannot be written.

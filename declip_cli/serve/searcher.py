@@ -108,7 +108,7 @@ class Searcher:
     Args:
         model: encodes what is looked for.
         collection: encoded by the same model.
-        options: as of `encode_query`.
+        options: as in `encode_query`.
         quick: let a large collection have an index for speed; see `Collection.use_quick_index`.
     """
 
@@ -177,7 +177,7 @@ class Searcher:
         return index
 
     def view(self, index: int) -> bytes:
-        """Return an image as a JPEG of at most 1,600 px; errors as of `thumbnail`."""
+        """Return an image as a JPEG of at most 1,600 px; errors as in `thumbnail`."""
         return self._shrunk(index, _VIEW_SIDE_PX)
 
     def _thumbnail(self, index: int) -> bytes:

@@ -58,13 +58,13 @@ class Training:
     """Of these, spent in steps: evaluations and savings left out."""
     num_rollbacks: int = 0
     tracked_runs: dict[str, str] = field(default_factory=dict)
-    """Tracker → its name of this run, under which a resumed session goes on."""
+    """Tracker → its name of this run, under which a resumed session continues."""
     bad_steps: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.int64))
     """Broken batches in all, and in a row up to now; on the device, int64, (2,)."""
 
     @property
     def config(self) -> RunConfig:
-        """The settings, all settled."""
+        """The settings, all resolved."""
         return self.run.config
 
     @property
@@ -84,7 +84,7 @@ class Training:
 
 
 def find_machine(config: RunConfig, *, num_processes: int | None = None) -> Machine:
-    """Settle device, number format and threads of this rank; `num_processes` None: those there are.
+    """Choose device, number format and threads of this rank; `num_processes` None: those there are.
 
     Raises:
         TrainError: the device or the precision is not available.

@@ -1,4 +1,4 @@
-"""States, models and scores beside the steps: saved by name, put back as far as they fit, and the way back to one."""
+"""Save states, models and scores by name, restore what fits, and roll back to a good state."""
 
 import copy
 import time
@@ -27,14 +27,14 @@ _COUNTERS = ("samples_seen", "seconds", "startup_seconds", "step_seconds", "num_
 
 
 class Checkpointer:
-    """Saves, evaluates and goes back, on every rank alike; only rank 0 writes. The meter is notified."""
+    """Saves, evaluates and rolls back, on every rank alike; only rank 0 writes. The meter is notified."""
 
     def __init__(self, training: Training, run_dir: RunDir, meter: Meter, evaluate: Evaluate | None) -> None:
         self._training, self._run_dir, self._meter, self._evaluate = training, run_dir, meter, evaluate
         self._last_save = time.monotonic()
 
     def is_due(self) -> bool:
-        """Tell whether it is time to save."""
+        """Return whether it is time to save."""
         minutes = self._training.config.train.checkpoint_every_minutes
         return bool(minutes) and time.monotonic() - self._last_save >= 60 * (minutes or 0)
 
@@ -97,7 +97,7 @@ class Checkpointer:
             self._run_dir.write_best(key=key, score=scores[key], step=self._training.step)
 
     def roll_back(self, problem: str) -> None:
-        """Take up the last good state again, at half the rate.
+        """Return to the last good state, at half the learning rate.
 
         Raises:
             TrainError: there is none, or it was tried often enough.
@@ -167,7 +167,7 @@ def capture_state(training: Training) -> SavedState:
 
 
 def restore_state(training: Training, state: SavedState) -> list[str]:
-    """Put a saved state back; the next step is the one that would have come.
+    """Restore a saved state; the next step is the one that would have come.
 
     Weights and moments are matched by name and shape. What a changed method or option adds is newly initialized.
 

@@ -28,7 +28,7 @@ WORTH_SECONDS = 3600
 _MEASURED_STEPS = 10
 """Least number of steps that say how long the others will take."""
 _MAX_SHAPES = 64
-"""Shapes of a batch that are compiled for; beyond, PyTorch would go on as if nothing were compiled."""
+"""Shapes of a batch that are compiled for; beyond that, PyTorch would continue as if nothing were compiled."""
 
 
 def compile_method(method: Method, *, with_graphs: bool = False) -> None:
@@ -87,14 +87,14 @@ def _find_used(method: Method) -> frozenset[str]:
 
 
 def has_steady_memory(run: ResolvedRun) -> bool:
-    """Tell whether a step can be replayed as CUDA graphs: one GPU, and `embed` is called once a step."""
+    """Return whether a step can be replayed as CUDA graphs: one GPU, and `embed` is called once a step."""
     train = run.config.train
     is_whole = (train.micro_batch_size or train.batch_size) >= train.batch_size
     return run.machine.device == "cuda" and run.machine.world_size == 1 and is_whole
 
 
 def is_compiled(run: ResolvedRun) -> tuple[bool | None, str]:
-    """Tell whether a run is compiled from its first step on, and why; None: that is decided when it is under way."""
+    """Return whether a run is compiled from its first step on, and why; None: that is decided when it is under way."""
     train = run.config.train
     if train.compile != "auto":
         verb = "compiled" if train.compile else "not compiled"
@@ -110,7 +110,7 @@ def is_compiled(run: ResolvedRun) -> tuple[bool | None, str]:
 
 @contextmanager
 def compiling_explained() -> Iterator[None]:
-    """Turn a failure to compile into an error with a way out."""
+    """Turn a failure to compile into an error with a remedy."""
     try:
         yield
     except RuntimeError as error:

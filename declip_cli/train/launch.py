@@ -32,7 +32,7 @@ class RankFailed(Exception):
 
 
 def wanted_processes(train: TrainConfig) -> int:
-    """Settle how many processes to start: as asked, else one per GPU where GPUs are used, else one.
+    """Choose how many processes to start: as asked, else one per GPU where GPUs are used, else one.
 
     Raises:
         TrainError: srun has started several tasks, each of which would train alone.

@@ -68,7 +68,7 @@ class Meter:
         self._paused += time.monotonic() - began
 
     def add(self, outcome: StepOutcome) -> None:
-        """Take in one step, without waiting for the device."""
+        """Add one step, without waiting for the device."""
         good, training = outcome.is_good, self._training
         values = outcome.terms.terms | {"total": outcome.terms.total}
         for name, value in (values | {"(steps)": torch.ones_like(outcome.terms.total)}).items():
@@ -86,7 +86,7 @@ class Meter:
             training.startup_seconds += time.monotonic() - self._last_time
 
     def problem(self) -> str:
-        """Say why the run cannot go on from here; empty while it can. Waits for the device; the same on all ranks."""
+        """Return why the run cannot continue; empty while it can. Waits for the device; the same on all ranks."""
         flags = self._training.bad_steps.cpu()
         if world_size() > 1:
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
@@ -139,7 +139,7 @@ class Meter:
         return report
 
     def forget(self) -> None:
-        """Start over after the run went back to an earlier state."""
+        """Start over after a rollback to an earlier state."""
         self._num_bad_before = int(self._training.bad_steps[0])
         self._began = time.monotonic() - self._training.seconds
         self._restart()

@@ -56,7 +56,7 @@ class Schedule:
 
         Args:
             samples: pairs seen with that step.
-            time_share: as of `share`, before that step.
+            time_share: as in `share`, before that step.
         """
         cap = 1.0 if self.is_warmup_asked else _WARMUP_SHARE_OF_TIME
         if self.warmup > self.first and samples < self.warmup and time_share < cap:
@@ -231,7 +231,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, encoder: DualEncoder) -> None:
-        """Take in the weights after a step."""
+        """Update the average with the weights after a step."""
         self.num_updates += 1
         decay = min(self._decay, (1 + self.num_updates) / (10 + self.num_updates))
         averages, values = [], []
@@ -244,7 +244,7 @@ class WeightAverage:
         torch._foreach_lerp_(averages, values, 1 - decay)  # one launch on a GPU instead of hundreds
 
     def restore(self, state: dict[str, Tensor], num_updates: int) -> None:
-        """Go on from a saved average."""
+        """Continue from a saved average."""
         self.num_updates = num_updates
         for name, value in self.state.items():
             value.copy_(state[name])

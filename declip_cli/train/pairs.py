@@ -84,6 +84,6 @@ def _should_be_counted(config: DataConfig, shards: Sequence[Shard]) -> bool:
 
 
 def _is_large(num_bytes: float) -> bool:
-    """Say whether so much should not be read here and there."""
+    """Return whether so much should not be read here and there."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return num_bytes > min(memory / 2, _LARGE_BYTES)

@@ -37,12 +37,12 @@ from declip_cli.train.start import take_over
 from declip_cli.train.tracker import Tracker
 
 Log = Callable[[str], None]
-"""Tells people something; called on rank 0 only."""
+"""Writes a note for people; called on rank 0 only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What a run is to do and where."""
+    """What a run should do and where."""
 
     asked: RunConfig
     """From `resolve_run`."""
@@ -50,7 +50,7 @@ class Request:
     """The run folder; of a new run, it is made."""
     is_resumed: bool = False
     force: bool = False
-    """Replace a run that is there already."""
+    """Replace an existing run."""
 
 
 def plan(request: Request, *, num_processes: int, log: Log) -> tuple[ResolvedRun, int]:
@@ -186,7 +186,7 @@ def _before(request: Request, run_dir: RunDir, held: ExitStack) -> tuple[Resolve
 
 
 def _changes(before: ResolvedRun, run: ResolvedRun) -> list[str]:
-    """Say what differs in a run that goes on."""
+    """Return what differs in a resumed run."""
     old, new = (flatten(to_plain(one.config)) | {"processes": one.machine.world_size} for one in (before, run))
     changes = [f"{key} {old.get(key)} → {new.get(key)}" for key in old | new if old.get(key) != new.get(key)]
     return [f"these settings differ from those the run was started with: {', '.join(changes)}"] if changes else []
@@ -246,7 +246,7 @@ def _record(report: StepReport, run_dir: RunDir, tracker: Tracker | None) -> Non
 
 
 def _finite(value: Any) -> Any:  # noqa: ANN401
-    """Put None in the place of what JSON has no number for."""
+    """Replace what JSON has no number for by None."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -254,7 +254,7 @@ def _finite(value: Any) -> Any:  # noqa: ANN401
 
 @contextmanager
 def _memory_explained(run: ResolvedRun) -> Iterator[None]:
-    """Turn memory that ran out into an error with a way out."""
+    """Turn running out of memory into an error with a remedy."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""A run folder: configuration, metrics, log, model and the states to go on from; each appears whole or not at all."""
+"""A run folder: configuration, metrics, log, model and the states to resume from; each appears whole or not at all."""
 
 import errno
 import fcntl
@@ -38,7 +38,7 @@ _HEADROOM = 1.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedState:
-    """What a run needs to go on as if it had never stopped."""
+    """What a run needs to continue as if it had never stopped."""
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
@@ -178,7 +178,7 @@ class RunDir:
             write_text(path, b"".join(kept).decode())
 
     def save_state(self, state: SavedState, run: ResolvedRun, *, keep: int) -> None:
-        """Write a state to go on from, the run's settings beside it; all but the newest `keep` go when it is whole.
+        """Write a state to resume from, the run's settings beside it; all but the newest `keep` go when it is whole.
 
         Raises:
             TrainError: the disk is full; the states before are untouched.
@@ -197,7 +197,7 @@ class RunDir:
             shutil.rmtree(other, ignore_errors=True)
 
     def _make_room(self, num_bytes: int) -> None:
-        """See to it that a state fits on the disk; all but the newest may go for it."""
+        """Make sure that a state fits on the disk, if need be by deleting all but the newest."""
         missing = num_bytes * _HEADROOM - shutil.disk_usage(self.path).free
         for oldest in self._states()[:-1]:
             size = sum(path.stat().st_size for path in oldest.iterdir())
@@ -216,11 +216,11 @@ class RunDir:
         )
 
     def has_state(self) -> bool:
-        """Tell whether there is a state to go on from."""
+        """Return whether there is a state to go on from."""
         return bool(self._states())
 
     def load_state(self, *, before: int | None = None) -> SavedState:
-        """Read the newest whole state, `before` some step; a damaged one is passed over with a word.
+        """Read the newest whole state, `before` some step; a damaged one is skipped with a note.
 
         Raises:
             TrainError: there is none, or none can be read.
@@ -302,7 +302,7 @@ def _new_name(name: str) -> str:
 
 @contextmanager
 def full_disk_explained(path: Path) -> Iterator[None]:
-    """Turn a full disk, or a run folder that cannot be written, into an error with a way out."""
+    """Turn a full disk, or a run folder that cannot be written, into an error with a remedy."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -1,4 +1,4 @@
-"""Start from another model (`--init`): take over what it is, refuse what contradicts it, copy its weights."""
+"""Start from another model (`--init`): adopt its architecture, refuse what contradicts it, copy its weights."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -129,7 +129,7 @@ def assert_same(one, other):
 def assert_joined(parts, batch):
     """The batches of all ranks are the global batch, up to padding."""
     assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
-    assert torch.equal(torch.cat([part.indices for part in parts]), batch.indices)
+    assert torch.equal(torch.cat([part.pair_indices for part in parts]), batch.pair_indices)
     for part, share in zip(parts, batch.split(len(parts[0])), strict=True):
         length = part.tokens.shape[2]
         assert torch.equal(part.tokens, share.tokens[..., :length])
@@ -137,7 +137,7 @@ def assert_joined(parts, batch):
 
 
 def indices(batches):
-    return [batch.indices.tolist() for batch in batches]
+    return [batch.pair_indices.tolist() for batch in batches]
 
 
 def test_batches_have_the_shapes_they_promise():
@@ -148,14 +148,14 @@ def test_batches_have_the_shapes_they_promise():
     assert batch.tokens.shape == (SIZE, 2, length)
     assert batch.tokens.dtype == torch.int64
     assert batch.mlm_labels.shape == (SIZE, length)
-    assert batch.indices.shape == (SIZE,)
+    assert batch.pair_indices.shape == (SIZE,)
 
 
 def test_texts_are_cut_to_the_longest_of_the_batch():
     for batch in take(stream(), 5):
         lengths = (batch.tokens != 0).sum(2)
         assert lengths.max() == batch.tokens.shape[2]
-        assert lengths[:, 0].tolist() == [3 + 1 + number % 5 for number in batch.indices.tolist()]
+        assert lengths[:, 0].tolist() == [3 + 1 + number % 5 for number in batch.pair_indices.tolist()]
 
 
 def test_texts_are_padded_to_the_context_where_the_method_asks():
@@ -189,9 +189,9 @@ def test_an_epoch_holds_every_pair_once_up_to_the_last_incomplete_batch():
 def test_epochs_differ_in_order_and_augmentation():
     source = stream(MemoryStore(8), batch_size=8)
     first, second = take(source, 2)
-    assert first.indices.tolist() != second.indices.tolist()
-    order = second.indices.argsort()[first.indices.argsort().argsort()]
-    assert torch.equal(first.indices, second.indices[order])
+    assert first.pair_indices.tolist() != second.pair_indices.tolist()
+    order = second.pair_indices.argsort()[first.pair_indices.argsort().argsort()]
+    assert torch.equal(first.pair_indices, second.pair_indices[order])
     assert not torch.equal(first.images, second.images[order])
 
 
@@ -369,7 +369,7 @@ def test_one_of_several_captions_is_drawn_per_epoch():
     seen = {}
     for batch in take(source, 20):
         assert torch.equal(batch.tokens[:, 0], batch.tokens[:, 1])
-        for number, tokens in zip(batch.indices.tolist(), batch.tokens[:, 0].tolist(), strict=True):
+        for number, tokens in zip(batch.pair_indices.tolist(), batch.tokens[:, 0].tolist(), strict=True):
             seen.setdefault(number, set()).add(tuple(token for token in tokens if token))
     assert all(len(texts) == 3 for texts in seen.values())
 
@@ -396,11 +396,11 @@ def test_unreadable_pairs_are_counted_and_shift_no_other(world_size, workers):
     for batch in wanted:
         parts = [next(source) for source in ranks]
         images = torch.cat([part.images for part in parts])
-        used = torch.cat([part.indices for part in parts])
-        for row, number in enumerate(batch.indices.tolist()):
+        used = torch.cat([part.pair_indices for part in parts])
+        for row, number in enumerate(batch.pair_indices.tolist()):
             if number in {5, 11, 17}:
                 assert used[row] not in {5, 11, 17}
-                assert used[row] not in batch.indices
+                assert used[row] not in batch.pair_indices
             else:
                 assert used[row] == number
                 assert torch.equal(images[row], batch.images[row])
@@ -420,13 +420,13 @@ def test_the_pair_in_an_unreadable_ones_row_is_the_same_on_any_number_of_ranks()
     whole = take(stream(MemoryStore(bad=bad), batch_size=4), 10)
     halves = [stream(MemoryStore(bad=bad), batch_size=2, world_size=2, rank=rank) for rank in range(2)]
     for batch in whole:
-        assert batch.indices.tolist() == sum([next(half).indices.tolist() for half in halves], [])
+        assert batch.pair_indices.tolist() == sum([next(half).pair_indices.tolist() for half in halves], [])
 
 
 @pytest.mark.parametrize("num", [4, 8])
 def test_a_stand_in_is_found_in_a_data_set_of_one_or_two_batches(num):
     source = stream(MemoryStore(num, bad=set(range(num - 1))), max_bad=1.0)
-    assert next(source).indices.tolist() == [num - 1] * SIZE
+    assert next(source).pair_indices.tolist() == [num - 1] * SIZE
 
 
 def test_too_many_unreadable_pairs_stop_the_stream():

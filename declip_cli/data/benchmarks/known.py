@@ -1,4 +1,4 @@
-"""The known data sets as `assets/catalog.toml` lists them: where each lies, who reads it, how papers score it."""
+"""The known data sets as `assets/catalog.toml` lists them: where they are, how they are read and scored."""
 
 import json
 import os

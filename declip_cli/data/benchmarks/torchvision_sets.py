@@ -45,7 +45,7 @@ def download(name: str, *, data_root: Path | None = None) -> str:
 
     Args:
         name: a known name.
-        data_root: as of `open_dataset`; made if it does not exist.
+        data_root: as in `open_dataset`; made if it does not exist.
 
     Returns:
         Where it is, for people.

@@ -49,7 +49,7 @@ class CleanConfig:
 
     @property
     def needs_perceptual_hash(self) -> bool:
-        """Say whether images must be compared by their looks."""
+        """Return whether images must be compared by perceptual hashes."""
         return self.duplicates == "near" or bool(self.exclude)
 
 

@@ -1,4 +1,4 @@
-"""What a run of `prepare` has seen (keys, captions, images and their looks), and evaluation images to be kept out."""
+"""Omit duplicates (keys, captions, images and their near copies) and copies of evaluation images."""
 
 from array import array
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ again at quality 50, and not those that were cropped."""
 
 
 class Deduplicator:
-    """Leave out what repeats what came before, in the order of the source.
+    """Reject pairs that repeat earlier ones, in the order of the source.
 
     Args:
         config: the filters.
-        excluded: looks of evaluation images.
+        excluded: perceptual hashes of evaluation images.
     """
 
     def __init__(self, config: CleanConfig, excluded: PhashIndex) -> None:
@@ -34,7 +34,7 @@ class Deduplicator:
         self._log = array("Q")
 
     def check(self, pair: Pair) -> Pair | Rejected:
-        """Take a pair in, unless it repeats another or an excluded one; return it, perhaps with fewer captions."""
+        """Accept a pair unless it repeats another or an excluded one; return it, perhaps with fewer captions."""
         config = self._config
         key_hash = _hash("key", "\0".join((pair.key, *pair.captions)))
         if self._counter.count(key_hash):
@@ -69,13 +69,13 @@ class Deduplicator:
         (self._phashes if is_phash else self._counter).add(hashed)
 
     def new_bytes(self) -> bytes:
-        """Return what was taken in since this was last asked, to be kept on disk."""
+        """Return what was added since the last call, to be stored on disk."""
         data = self._log.tobytes()
         self._log = array("Q")
         return data
 
     def restore(self, data: bytes) -> None:
-        """Take in what an interrupted run had seen: all that `new_bytes` returned, joined."""
+        """Restore what an interrupted run had seen: all that `new_bytes` returned, joined."""
         words = array("Q", data)
         for is_phash, hashed in zip(words[::2], words[1::2], strict=True):
             (self._phashes if is_phash else self._counter).add(hashed)
@@ -90,7 +90,7 @@ def _caption_hash(caption: str) -> int:
 
 
 def hash_images(names: Sequence[str], *, workers: int = 0) -> tuple[PhashIndex, dict[str, int]]:
-    """Hash the looks of all images of some data sets.
+    """Compute the perceptual hashes of all images of some data sets.
 
     Args:
         names: folders of images or of shards, local or URLs, or known sets, as `open_dataset` takes them.

@@ -1,4 +1,4 @@
-"""Run a stage on many records at once, results in the order of the records."""
+"""Process many records at once, with the results in the order of the records."""
 
 import os
 from collections import deque

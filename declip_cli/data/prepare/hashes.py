@@ -80,7 +80,7 @@ class PhashIndex:
             self._index.add(_as_row(phash))
 
     def has_near(self, phash: int, distance_bits: int) -> bool:
-        """Say whether a hash within a distance, at most 5 bits, has been added; never for 0."""
+        """Return whether a hash within a distance, at most 5 bits, has been added; never for 0."""
         if not phash or not len(self):
             return False
         limits, _, _ = self._index.range_search(_as_row(phash), distance_bits + 1)

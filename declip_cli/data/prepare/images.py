@@ -1,4 +1,4 @@
-"""One image on its way into a shard: decoded, made smaller if it is larger than asked, encoded, hashed by its looks."""
+"""One image on its way into a shard: decoded, made smaller if it is larger than asked, encoded, hashed perceptually."""
 
 from dataclasses import dataclass
 
@@ -71,7 +71,7 @@ def _shrink(pixels: Pixels, width: int, height: int) -> Pixels:
 
 
 def decode_for_phash(data: bytes) -> Pixels:
-    """Decode an image as small as its perceptual hash allows; errors as of `decode.decode_image`."""
+    """Decode an image as small as its perceptual hash allows; errors as in `decode.decode_image`."""
     return decode_smaller(data, read_header(data), _HASHED_SIDE_PX)
 
 

@@ -1,4 +1,4 @@
-"""From a source to shards: the one loop of `declip prepare`. It prints nothing and yields where it stands."""
+"""From a source to shards: the one loop of `declip prepare`. It prints nothing and yields its progress."""
 
 import time
 from collections.abc import Generator, Iterator
@@ -36,7 +36,7 @@ _OTHER_REMEDY = "check the source; set --kind if it was taken for something else
 
 @dataclass(slots=True, kw_only=True)
 class PrepareReport:
-    """Where a run stands, and at its end what came of it."""
+    """The progress of a run, and at its end the result."""
 
     out: str
     kind: str = ""

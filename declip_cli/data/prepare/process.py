@@ -1,4 +1,4 @@
-"""The stage of `prepare` that works on one record alone, and so runs anywhere and in any order."""
+"""The work of `prepare` on one record alone, which runs in any process and order."""
 
 import unicodedata
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Pairs into numbered tar shards with their indexes; an unfinished shard can be taken up again."""
+"""Pairs into numbered tar shards with their indexes; an unfinished shard can be resumed."""
 
 import hashlib
 import json
@@ -107,7 +107,7 @@ class SplitWriter:
         self._num_bytes += len(data)
 
     def finish_shard(self) -> None:
-        """Turn the unfinished shard, if any, into a finished one; errors as of `add`."""
+        """Turn the unfinished shard, if any, into a finished one; errors as in `add`."""
         if self._file is None:
             return
         with storage.disk_errors(self._temporary):
@@ -123,7 +123,7 @@ class SplitWriter:
         self._file, self._index, self._num_bytes, self._digest = None, IndexBuilder(), 0, hashlib.sha256()
 
     def join_indexes(self) -> str:
-        """Write the indexes of all shards into one file, which costs a reader one request; errors as of `add`.
+        """Write the indexes of all shards into one file, which costs a reader one request; errors as in `add`.
 
         Returns:
             Its digest; empty where shards of an interrupted run have indexes of an older version, and there is none.
@@ -135,7 +135,7 @@ class SplitWriter:
             return ""
 
     def state(self) -> dict[str, Any]:
-        """Flush to disk and return what is needed to go on from here; errors as of `add`."""
+        """Flush to disk and return what is needed to go on from here; errors as in `add`."""
         if self._file is not None:
             with storage.disk_errors(self._temporary):
                 self._file.flush()

@@ -1,4 +1,4 @@
-"""The output folder of `prepare`: new, interrupted, finished, or somebody else's."""
+"""The output folder of `prepare`: new, interrupted, finished, or with other content."""
 
 import contextlib
 import dataclasses
@@ -88,7 +88,7 @@ class OutFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other runs out of this folder; clear it first if forced to, delete it if nothing came of the run.
+        """Keep other runs out of this folder; clear it first if forced to, delete it if the run produced nothing.
 
         Raises:
             DataError: another run is at work here, or the disk cannot be written; a full disk's names what is left.
@@ -182,7 +182,7 @@ class OutFolder:
         self.forget_progress()
 
     def forget_progress(self) -> None:
-        """Delete the resume state and what was downloaded; errors as of `finish`."""
+        """Delete the resume state and what was downloaded; errors as in `finish`."""
         for name in (_PROGRESS, _MEMORY):
             storage.remove_file(self._at(name))
         shutil.rmtree(self._at(_DOWNLOAD), ignore_errors=True)

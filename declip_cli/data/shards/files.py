@@ -191,7 +191,7 @@ class Shard:
 
     @property
     def is_remote(self) -> bool:
-        """Say whether it has to be fetched."""
+        """Return whether it has to be fetched."""
         return storage.is_remote(self.path)
 
 
@@ -268,7 +268,7 @@ class ShardFiles:
         return data
 
     def fetch(self, piece: Piece) -> None:
-        """Bring a piece into the cache of this machine, or a local one into the page cache; errors as of `read`."""
+        """Bring a piece into the cache of this machine, or a local one into the page cache; errors as in `read`."""
         path, start, end = piece.shard.path, piece.start, piece.end
         with _shard_errors(path):
             if piece.shard.is_remote:
@@ -281,12 +281,12 @@ class ShardFiles:
                 os.posix_fadvise(handle.descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
 
     def release(self, piece: Piece) -> None:
-        """Say that a piece is not needed soon."""
+        """Mark a piece as not needed soon."""
         if piece.shard.is_remote:
             self._cache.release(piece.name)
 
     def open(self, shard: Shard) -> BinaryIO:
-        """Open a whole shard, from the cache if it has been fetched as one piece; errors as of `read`."""
+        """Open a whole shard, from the cache if it has been fetched as one piece; errors as in `read`."""
         cached = self._cache.path(Piece(shard, 0, shard.num_bytes).name)
         path = cached if shard.is_remote and os.path.exists(cached) else shard.path
         with _shard_errors(shard.path):

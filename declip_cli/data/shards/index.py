@@ -174,7 +174,7 @@ def read_indexes(path: str, *, check: bool) -> list[ShardIndex]:
 
     Raises:
         OSError: there is no such file.
-        ValueError: as of `parse_indexes`.
+        ValueError: as in `parse_indexes`.
     """
     with open(path, "rb") as file:
         if not os.fstat(file.fileno()).st_size:

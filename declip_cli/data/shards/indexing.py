@@ -33,7 +33,7 @@ def cached_index(facts: str, cache_dir: str) -> str:
 
 
 def lacks_index(shard: Shard, *, cache_dir: str) -> bool:
-    """Say whether opening a shard means going through it first; errors as of `find_index`."""
+    """Return whether opening a shard means going through it first; errors as in `find_index`."""
     return not shard.sha256 and not shard.has_index and not find_index(shard, cache_dir=cache_dir)[0]
 
 

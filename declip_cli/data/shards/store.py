@@ -82,14 +82,14 @@ def open_shards(
 
 
 def _all_done(is_done: bool) -> bool:
-    """Say whether all ranks are done: they meet so often that who waits for the others runs into no time limit."""
+    """Return whether all ranks are done: they meet so often that who waits for the others runs into no time limit."""
     from declip_cli.process_group import from_all  # `prepare` does without torch
 
     return all(from_all(is_done))
 
 
 def find_shards(path: str, split: str = "") -> tuple[list[Shard], str]:
-    """Look for what a folder, a file or a pattern means; arguments and errors as of `open_shards`.
+    """Look for what a folder, a file or a pattern means; arguments and errors as in `open_shards`.
 
     Returns:
         The shards, in order; and the digest of the index that joins theirs, empty if they have none.

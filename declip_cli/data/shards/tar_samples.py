@@ -40,7 +40,7 @@ class Group:
 
     @property
     def has_captions(self) -> bool:
-        """Say whether there is a member for captions."""
+        """Return whether there is a member for captions."""
         return any(extension in self.parts for extension in CAPTION_EXTENSIONS)
 
 
@@ -177,7 +177,7 @@ def caption_member(group: Group) -> str:
 
 
 def read_captions(data: bytes, key: str, *, is_json: bool) -> tuple[str, ...]:
-    """Read captions from the content of a member; the rest as of `captions_of`."""
+    """Read captions from the content of a member; the rest as in `captions_of`."""
     return clean_captions(captions_of_row(_read_metadata(data, key)) if is_json else [_decode(data, key)], key)
 
 
@@ -191,7 +191,7 @@ def captions_of_row(row: dict[str, Any]) -> list[Any]:
 
 
 def clean_captions(captions: list[Any], key: str) -> tuple[str, ...]:
-    """Strip captions, which may be anything that a file holds in their place; the rest as of `captions_of`."""
+    """Strip captions, which may be anything that a file holds in their place; the rest as in `captions_of`."""
     if any(not isinstance(caption, str) for caption in captions):
         raise DataError(f"a caption of {key} is not text", remedy="write captions as strings", cause="caption not text")
     if not all(map(is_unicode, captions)):
@@ -215,7 +215,7 @@ def _not_utf8(key: str) -> DataError:
 
 
 def is_unicode(value: object) -> bool:
-    """Say whether a value is no text or can be written as UTF-8, as text from other bytes or broken JSON cannot."""
+    """Return whether a value is no text or can be written as UTF-8, as text from other bytes or broken JSON cannot."""
     try:
         return not isinstance(value, str) or value.isascii() or bool(value.encode())
     except UnicodeEncodeError:

@@ -36,7 +36,7 @@ def find_flickr(folder: str) -> list[str]:
 
 
 def is_token_file(path: str) -> bool:
-    """Say whether a list has lines of `name.jpg#0<TAB>caption` (`.token`) or `name.jpg| 0| caption` (`results.csv`)."""
+    """Tell lists with lines of `name.jpg#0<TAB>caption` (`.token`) or `name.jpg| 0| caption` (`results.csv`)."""
     if not path.endswith("results.csv"):
         return path.endswith((".token", ".token.txt"))
     with storage.open_binary(path) as file:

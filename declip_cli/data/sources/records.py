@@ -1,4 +1,4 @@
-"""What every source yields: where an image and its captions lie, still unread, or why something is no pair."""
+"""What every source yields: where an image and its captions are, still unread, or why something is not a pair."""
 
 import itertools
 import os
@@ -45,7 +45,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """Something that stands in the source and makes no pair; it is counted, never dropped in silence."""
+    """Something in the source that makes no pair; it is counted, never dropped silently."""
 
     key: str
     cause: str
@@ -105,9 +105,9 @@ def captions_beside(path: str, extensions: Iterable[str]) -> tuple[str, ...]:
 
 
 def file_record(folder: str, name: object, captions: Sequence[object], *, split: str = "", prefix: str = "") -> Found:
-    """Make the record of an image that a list names, unless the name is no text or leads out of the folder.
+    """Make the record of an image that a list names, unless the name is not text or leads out of the folder.
 
-    The key is the name behind `prefix`; `split` is as of `Record.split`.
+    The key is the name behind `prefix`; `split` is as in `Record.split`.
     """
     if not isinstance(name, str) or not name:
         return Rejected(f"{folder} (no file name)", "missing file name")

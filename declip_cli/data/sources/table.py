@@ -53,7 +53,7 @@ def find_tables(folder: str) -> list[str]:
 
 
 def columns_of(path: str) -> list[str]:
-    """List the columns of a table: its header, or the keys of its first JSON object; errors as of `read_rows`."""
+    """List the columns of a table: its header, or the keys of its first JSON object; errors as in `read_rows`."""
     if path.endswith(".parquet"):
         with _open_parquet(path) as table:
             return [str(name) for name in table.schema_arrow.names]
@@ -175,7 +175,7 @@ def read_table(
     """Read pairs from a table; consecutive rows with the same image become one pair with several captions.
 
     Args:
-        path: as of `read_rows`.
+        path: as in `read_rows`.
         image_column: holds a path, or in Parquet the encoded image; empty looks for a usual name.
         caption_columns: each holds a caption, or in JSON and Parquet a list of them; empty looks for usual names.
         images: folder that paths start from; empty is the table's own.

@@ -22,7 +22,7 @@ _LIST_LINE = re.compile(rb"\d+\t\d+\t[0-9a-f]{32}\s*")
 
 
 def is_list(path: str) -> bool:
-    """Say whether a file is CLIP's list: lines of line number, photo id and hash."""
+    """Return whether a file is CLIP's list: lines of line number, photo id and hash."""
     with storage.open_binary(path) as file:
         return bool(_LIST_LINE.fullmatch(file.readline(200)))
 
