@@ -383,7 +383,7 @@ def test_a_kind_that_does_not_fit_is_an_error(tmp_path, make_image):
 
 def test_the_demo_corpus_is_a_source_whose_test_vendor_is_set_apart(tmp_path):
     source = open_source(PrepareConfig(source="demo", out=str(tmp_path / "out")))
-    assert Counter(record.part for record in source.records) == {"": 3034, "test": 1217}
+    assert Counter(record.split for record in source.records) == {"": 3034, "test": 1217}
     assert source.total == 3034 + 1217
 
 
