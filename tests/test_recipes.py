@@ -1,5 +1,7 @@
+import importlib
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ from declip_cli.methods.registry import METHODS
 from declip_cli.model.architectures import find_architecture
 from declip_cli.resolve import resolve_run
 from declip_cli.train.optim import schedule_of
+from declip_cli.train.run import propose_recipe
 from tests.train.small_runs import resolved
 
 FOUR = {"clip": 0.4, "nn": 0.2, "simsiam": 0.2, "mlm": 0.2}
@@ -60,6 +63,12 @@ PUBLISHED = {
     "declip-88m-rn50": 62.5,
     "declip-88m-vit-b32": 66.2,
 }
+
+
+@pytest.fixture
+def comparison(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "benchmarks"))
+    return importlib.import_module("data_efficiency_rows")
 
 
 def config_of(name):
@@ -158,7 +167,7 @@ def test_the_head_names_paper_cost_and_published_result(name):
 
 def test_every_recipe_can_be_built_and_has_a_title():
     recipes = list_recipes()
-    assert list(recipes) == sorted({*RECIPES, "declip-demo", "fine-tune"})
+    assert list(recipes) == sorted({*RECIPES, "declip-demo", "fine-tune", "small"})
     for name, title in recipes.items():
         assert title
         build_config(RunConfig, load_recipe(name))
@@ -183,3 +192,26 @@ def test_fine_tuning_keeps_the_losses_of_clip_and_averages_the_weights():
 def test_fine_tuning_takes_the_architecture_of_the_model_that_it_starts_from():
     asked, notes = resolve_run("fine-tune", None, {"train": {"init": "MODEL"}}, [])
     assert (asked.model.arch, asked.train.init, notes) == ("init", "MODEL", [])
+
+
+def test_the_small_recipe_has_the_settings_that_were_compared_with_other_methods(comparison):
+    asked, notes = resolve_run("small", None, {}, [])
+    chosen = comparison.draw("small", comparison.RECIPE_TRIAL, {})
+    compared = comparison.CELL | comparison.ROWS["small"] | chosen
+    for name, value in compared.items():
+        section, _, key = name.partition(".")
+        if section in ("method", "augment") and key != "queue_size":
+            assert getattr(getattr(asked, section), key) == value, name
+    assert (asked.optim.learning_rate_peak, notes) == (compared["optim.learning_rate_peak"], [])
+
+
+@pytest.mark.parametrize(
+    ("num_pairs", "is_proposed"), [(4_999, False), (5_000, True), (500_000, True), (500_001, False)]
+)
+def test_the_small_recipe_is_proposed_for_few_pairs(num_pairs, is_proposed):
+    assert (propose_recipe(RunConfig(), num_pairs) is not None) == is_proposed
+
+
+@pytest.mark.parametrize("settings", [{"method": {"name": "clip"}}, {"method": {"pairs": 2}}, {"train": {"init": "M"}}])
+def test_no_recipe_is_proposed_to_those_who_chose_something(settings):
+    assert propose_recipe(build_config(RunConfig, settings), 6_000) is None

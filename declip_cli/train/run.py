@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from declip_cli.config import RunConfig
+from declip_cli.config import MethodConfig, RunConfig
 from declip_cli.config_files import flatten, to_plain
 from declip_cli.data.dataset import Dataset
 from declip_cli.data.shards.dataset import BLOCK_BYTES
@@ -38,6 +38,8 @@ from declip_cli.train.tracker import Tracker
 
 Log = Callable[[str], None]
 """Writes a note for people; called on rank 0 only."""
+SMALL_DATA = range(5_000, 500_001)
+"""Numbers of pairs for which the recipe `small` is made."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +124,16 @@ def _resolve(
         step=state.step if state else 0,
         samples_seen=state.samples_seen if state else 0,
     )
+    if before is None and (proposal := propose_recipe(asked, run.data.num_pairs)):
+        log(proposal)
     return run, samples
+
+
+def propose_recipe(asked: RunConfig, num_pairs: int) -> str | None:
+    """Name the recipe for few pairs, to those who asked for no method and no setting of it."""
+    if num_pairs not in SMALL_DATA or asked.method != MethodConfig() or asked.train.init:
+        return None
+    return f"note: for {SMALL_DATA[0]:,} to {SMALL_DATA[-1]:,} pairs there is --recipe small (here are {num_pairs:,})"
 
 
 def _begin(request: Request, run_dir: RunDir, held: ExitStack) -> tuple[Training, Tracker | None, list[str]]:

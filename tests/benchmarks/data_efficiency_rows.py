@@ -58,6 +58,8 @@ COMPOSITIONS: dict[str, tuple[dict[str, Any], ...]] = {
     )
 }
 """Row → its trials after the first, where a search answers which supervisions add up instead of how strong they are."""
+RECIPE_TRIAL = 1
+"""The trial of `small` that was best and is the recipe."""
 CELL: dict[str, Any] = {
     "model.arch": "vit-tiny32",
     "model.context_length": 16,
