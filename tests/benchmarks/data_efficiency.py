@@ -245,7 +245,7 @@ def main() -> None:
     if options.summary or (lines and not options.dry_run and not options.tune):
         summary = summarize(lines)
         (options.work / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        write_page(summary, corpus.facts, options.work, options.page)
+        write_page(summary, corpus.facts, read_lines(options.work / "trials.jsonl"), options.work, options.page)
         sys.stdout.write((options.work / "table.md").read_text())
 
 

@@ -191,9 +191,43 @@ def _costs(rows: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_page(summary: Mapping[str, Any], corpus: Mapping[str, Any], work: Path, page: Path | None) -> None:
+def choices(trials: Sequence[Mapping[str, Any]]) -> str:
+    """Write in Markdown what each trial of the search scored on the validation vendor, and what it took."""
+    if not trials:
+        return ""
+    rows = list(dict.fromkeys(line["row"] for line in trials))
+    found = {(line["trial"], line["row"]): line for line in trials}
+    lines = ["## Choices: mean recall on the validation vendor, %, and seconds of training", ""]
+    lines += [f"| trial | {' | '.join(rows)} |", f"|---|{'---|' * len(rows)}"]
+    for trial in sorted({number for number, _ in found}):
+        cells = (found.get((trial, row)) for row in rows)
+        texts = ("–" if one is None else f"{_points(one['validation'])} ({one['seconds']:.0f} s)" for one in cells)
+        lines.append(f"| {trial} | {' | '.join(texts)} |")
+    lines += ["", "Trial 0 has each row's own settings. What others change:", ""]
+    for line in sorted(trials, key=lambda one: (one["trial"], rows.index(one["row"]))):
+        if line["settings"]:
+            changes = ", ".join(
+                f"{name.partition('.')[2]} {_setting(value)}" for name, value in line["settings"].items()
+            )
+            lines.append(f"* {line['row']} {line['trial']}: {changes}")
+    return "\n".join(lines) + "\n\n"
+
+
+def _setting(value: Any) -> str:  # noqa: ANN401
+    if isinstance(value, Mapping):
+        return " + ".join(f"{weight:g} {term}" for term, weight in value.items() if weight)
+    return " ".join(value) or "none" if isinstance(value, list | tuple) else str(value)
+
+
+def write_page(
+    summary: Mapping[str, Any],
+    corpus: Mapping[str, Any],
+    trials: Sequence[Mapping[str, Any]],
+    work: Path,
+    page: Path | None,
+) -> None:
     """Write `table.md` and, where matplotlib is installed, `picture.svg` into a folder; the page, too, if asked for."""
-    text = table(summary)
+    text = choices(trials) + table(summary)
     (work / "table.md").write_text(text, encoding="utf-8")
     draw_picture(summary, work / "picture.svg")
     if page is not None:

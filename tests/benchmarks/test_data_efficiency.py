@@ -154,3 +154,15 @@ def test_a_run_keeps_its_best_model_and_the_best_in_the_time_of_another(parts):
 def test_a_row_keeps_its_rate_to_the_end(row, parts):
     asked = parts["rows"].resolve(row, {"optim.learning_rate_peak": 2e-3})
     assert asked.optim.learning_rate_end == asked.optim.learning_rate_peak == 2e-3
+
+
+def test_the_page_lists_what_each_trial_scored(parts):
+    def trial(row, number, settings):
+        return {"row": row, "trial": number, "validation": 0.1 + number / 100, "seconds": 60.2, "settings": settings}
+
+    weights = {"method.weights": {"clip": 1.0, "simclr": 0.5, "mlm": 0.0}}
+    text = parts["summary"].choices([trial("clip", 0, {}), trial("small", 0, {}), trial("small", 1, weights)])
+    assert "| trial | clip | small |" in text
+    assert "| 1 | – | 11.0 (60 s) |" in text
+    assert "* small 1: weights 1 clip + 0.5 simclr\n" in text
+    assert parts["summary"].choices([]) == ""
