@@ -42,7 +42,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Add a JSON line, in the place of one that was cut off."""
+    """Add a JSON line, in place of one that was cut off."""
     whole = path.read_bytes().rpartition(b"\n") if path.is_file() else (b"", b"", b"")
     if whole[2]:
         path.write_bytes(whole[0] + whole[1])

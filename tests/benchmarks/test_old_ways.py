@@ -18,7 +18,7 @@ PLACES = [
     (transformer.Mlp, "forward"),
     (transformer.ResidualAttentionBlock, "forward"),
     (vision_transformer.VisionTransformer, "_embed_patches"),
-    (resnet, "normalize"),
+    (resnet, "normalize_images"),
     (base, "contrastive_loss"),
     (declip, "contrastive_loss"),
     (rocket, "contrastive_loss"),

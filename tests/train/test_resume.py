@@ -252,7 +252,7 @@ CHANGES = {
     ),
     "train.ema_decay": ({"train": {"ema_decay": 0.9}}, None),
     "train.micro_batch_size": ({"train": {"micro_batch_size": 4}}, None),
-    "train.ema_decay and the method": ({"train": {"ema_decay": 0.9}, "method": {"name": "filip"}}, r"starts? anew"),
+    "train.ema_decay and the method": ({"train": {"ema_decay": 0.9}, "method": {"name": "filip"}}, r"reinitialized"),
     "train.seed": ({"train": {"seed": 1}}, DataError),
 }
 
@@ -282,7 +282,7 @@ def test_a_changed_setting_starts_only_what_is_new_and_says_so(change, stopped_r
     assert reports[-1].step == 4
     assert all(math.isfinite(record["losses"]["total"]) for record in metrics(path))
     assert all(value.isfinite().all() for value in state_of(path).values() if value.is_floating_point())
-    about = [note for note in notes if "anew" in note or "dropped" in note]
+    about = [note for note in notes if "reinitialized" in note or "dropped" in note]
     if expected is None:
         assert about == []
     else:

@@ -46,7 +46,7 @@ class utils:
 
 
 def install(tmp_path, monkeypatch, name, code, *, refuses=False):
-    """Put a package in the place of a tracker's own; return what it is told, once a run is over."""
+    """Put a package in place of a tracker's own; return what it is told, once a run is over."""
     log, folder = tmp_path / "calls.jsonl", tmp_path / "packages"
     (folder / f"{name}-99.dist-info").mkdir(parents=True)
     (folder / f"{name}-99.dist-info" / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 99\n")

@@ -129,7 +129,7 @@ def test_an_interrupted_download_goes_on_at_its_shard(tmp_path, make_image, monk
     monkeypatch.setattr(urls, "_POLL_S", 0.01)
     monkeypatch.setattr("declip_cli.data.prepare.pipeline._REPORT_EVERY_S", -1.0)
     monkeypatch.setattr("declip_cli.data.prepare.executors._RECORDS_PER_TASK", 1)
-    text = "".join(f"http://x/{n}\tpicture {n}\n" for n in range(14))
+    text = "".join(f"http://x/{n}\timage {n}\n" for n in range(14))
     (tmp_path / "Train_GCC-training.tsv").write_text(text)  # without a header, as published
     options = {"source": str(tmp_path / "Train_GCC-training.tsv"), "out": str(tmp_path / "out"), "workers": 1}
     reports = prepare(PrepareConfig(**options))
@@ -139,7 +139,7 @@ def test_an_interrupted_download_goes_on_at_its_shard(tmp_path, make_image, monk
     else:
         with pytest.raises(DataError, match="img2dataset stopped with exit code 1: the network is gone") as caught:
             list(reports)
-        assert caught.value.remedy.endswith("the same command goes on")
+        assert caught.value.remedy.endswith("the same command continues")
     assert (tmp_path / "asked").read_text().split() == [f"http://x/{n}" for n in range(6)]
     (tmp_path / "asked").unlink()
     (tmp_path / "fault").unlink()
