@@ -161,8 +161,10 @@ def test_the_page_lists_what_each_trial_scored(parts):
         return {"row": row, "trial": number, "validation": 0.1 + number / 100, "seconds": 60.2, "settings": settings}
 
     weights = {"method.weights": {"clip": 1.0, "simclr": 0.5, "mlm": 0.0}}
-    text = parts["summary"].choices([trial("clip", 0, {}), trial("small", 0, {}), trial("small", 1, weights)])
+    lines = [trial("clip", 0, {}), trial("small", 0, {}), trial("small", 1, weights)]
+    decay = {"optim.weight_decay": 0.3}
+    text = parts["summary"].choices([*lines, trial("clip", 2, decay), trial("small", 2, decay | weights)])
     assert "| trial | clip | small |" in text
     assert "| 1 | – | 11.0 (60 s) |" in text
-    assert "* small 1: weights 1 clip + 0.5 simclr\n" in text
+    assert "* 1: small (1 clip + 0.5 simclr)\n* 2: clip, small (1 clip + 0.5 simclr): weight_decay 0.3\n" in text
     assert parts["summary"].choices([]) == ""
