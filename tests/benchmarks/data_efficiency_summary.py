@@ -43,7 +43,7 @@ $run --summary --page docs/what-it-saves.md
 
 `clip` has the image augmentation of the others, which helps it; `clip-plain` crops only, as it was published. `small`
 is the recipe of that name; its trials are compositions of supervisions, where those of the others vary the settings.
-All rows start from the same settings and have had the same number of trials. The lines of the runs lie beside this page.
+All rows start from the same settings and have had the same number of trials. The runs' JSON lines lie beside this page.
 
 """
 
