@@ -37,12 +37,12 @@ function card(hit) {
   button.type = "button";
   button.title = "Find images like this one";
   button.addEventListener("click", () => searchLike(String(hit.id)));
-  const image = make("img");
-  image.loading = "lazy";
-  image.alt = hit.caption || hit.path.split("/").pop();
-  image.addEventListener("error", () => button.replaceChildren("image cannot be read"));
-  image.src = `thumbnails/${hit.id}`;
-  button.append(image);
+  const thumbnail = make("img");
+  thumbnail.loading = "lazy";
+  thumbnail.alt = hit.caption || hit.path.split("/").pop();
+  thumbnail.addEventListener("error", () => button.replaceChildren("image cannot be read"));
+  thumbnail.src = `thumbnails/${hit.id}`;
+  button.append(thumbnail);
   const below = make("div", "words");
   const place = make("div", "place");
   place.append(make("span", "", hit.rank), make("span", "", hit.score.toFixed(3)));

@@ -105,7 +105,7 @@ class Progress(Protocol):
 
 @contextmanager
 def progress_of(label: str) -> Iterator[Progress]:
-    """Show how far something is, as the function it yields is called: a bar on a terminal, else a line every 10 s."""
+    """Show progress, which the function it yields is given: a bar on a terminal, else a line every 10 s."""
     if not terminal().is_terminal:
         last = time.monotonic()
 

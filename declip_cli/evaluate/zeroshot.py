@@ -62,7 +62,7 @@ class ZeroshotReport(Report):
         """See `Report.to_json`; the number of truncated prompts also has its name of version 0.1, until the next."""
         report = Report.to_json(self)
         num = self.num_truncated_prompts
-        return report if num is None else report | {"num_truncated_prompts": num}
+        return report if num is None else report | {"num_prompts_cut": num}
 
 
 def zeroshot(
