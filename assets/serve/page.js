@@ -103,7 +103,7 @@ function begin() {
     isLoading = false;
     say("");
     at("hint").append("Type what to look for or drop an image; select an image that was found to see others like it. ",
-      make("kbd", "", "/"), " goes to the text, arrow keys move among images, ", make("kbd", "", "Esc"), " begins anew.");
+      make("kbd", "", "/"), " goes to the text, arrow keys move among images, ", make("kbd", "", "Esc"), " starts over.");
     return;
   }
   say("Searching…");
