@@ -43,7 +43,8 @@ $run --summary --page docs/what-it-saves.md
 
 `clip` has the image augmentation of the others, which helps it; `clip-plain` crops only, as it was published. `small`
 is the recipe of that name; its trials are compositions of supervisions, where those of the others vary the settings.
-All rows start from the same settings and have had the same number of trials. The runs' JSON lines lie beside this page.
+All rows start from the same settings; trials count as far as all rows have had them. A trial is one run of one seed:
+half a point between two of them means little. The runs' JSON lines are in `what-it-saves/`.
 
 """
 
