@@ -12,12 +12,12 @@ import argparse
 import dataclasses
 import json
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,7 @@ class Job:
     """One line to be: what is known of it before, and the function that finds out the rest."""
 
     key: dict[str, Any]
-    function: Callable[..., dict[str, Any]]
-    arguments: tuple[Any, ...]
+    run: Callable[[], dict[str, Any]]
 
 
 def cells_of(rows: Sequence[str], sizes: Sequence[float], seeds: Sequence[int]) -> Iterator[tuple[str, float, int]]:
@@ -89,7 +88,7 @@ def run_all(pool: Executor, jobs: Iterator[Job], options: argparse.Namespace) ->
     running: dict[Future[Any], Job] = {}
     while True:
         while len(running) < options.processes and not options.is_over() and (job := next(jobs, None)):
-            running[pool.submit(job.function, *job.arguments)] = job
+            running[pool.submit(job.run)] = job
         if not running:
             return
         for done in wait(running, return_when=FIRST_COMPLETED).done:
@@ -101,14 +100,9 @@ def open_pool(processes: int) -> Executor:
     return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
 
 
-def run_path(work: Path) -> Path:
-    """Return the folder of the run that this process is at."""
-    return work / f"run-{os.getpid()}"
-
-
 def run_trial(corpus: Corpus, asked: RunConfig, limits: Limits, work: Path) -> dict[str, Any]:
     """Train with drawn settings and return how good the best model was on the validation vendor."""
-    watch = train(corpus, asked, limits, run_path(work), equal_seconds=None)
+    watch = train(corpus, asked, limits, work, equal_seconds=None)
     assert watch.best is not None
     found = {"validation": round(watch.best.validation, 5), "step": watch.best.step}
     return found | {"seconds": round(watch.seconds, 2)}
@@ -126,7 +120,7 @@ def trials(
             if any(line.items() >= key.items() for line in lines):
                 continue
             asked = asked_for(corpus, row, options.tune_size, TUNING_SEED, settings)
-            yield Job(key | {"settings": settings}, run_trial, (corpus, asked, limits, options.work))
+            yield Job(key | {"settings": settings}, partial(run_trial, corpus, asked, limits, options.work))
 
 
 def tune(corpus: Corpus, options: argparse.Namespace, limits: Limits) -> None:
@@ -150,12 +144,6 @@ def write_tuned(work: Path, lines: Sequence[dict[str, Any]]) -> None:
     (work / "tuned.json").write_text(json.dumps(found, indent=2) + "\n")
 
 
-def run_one_cell(corpus: Corpus, asked: RunConfig, limits: Limits, work: Path, *others: Any) -> dict[str, Any]:  # noqa: ANN401
-    """Train and score one cell in a process of its own; `others` are the time that it is given and its kind."""
-    equal_seconds, is_reference = others
-    return run_cell(corpus, asked, limits, run_path(work), equal_seconds=equal_seconds, is_reference=is_reference)
-
-
 def cells(corpus: Corpus, options: argparse.Namespace, limits: Limits) -> Iterator[Job]:
     """List the cells that are not there yet."""
     path, tuned = options.work / "cells.jsonl", tuned_settings(options.work)
@@ -172,7 +160,10 @@ def cells(corpus: Corpus, options: argparse.Namespace, limits: Limits) -> Iterat
         facts |= {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "one CPU thread"}
         asked = asked_for(corpus, row, size, seed, found["settings"])
         seconds = of_reference[-1]["seconds"] if of_reference else None
-        yield Job(key | facts, run_one_cell, (corpus, asked, limits, options.work, seconds, row == REFERENCE))
+        run = partial(
+            run_cell, corpus, asked, limits, options.work, equal_seconds=seconds, is_reference=row == REFERENCE
+        )
+        yield Job(key | facts, run)
 
 
 def run_table(corpus: Corpus, options: argparse.Namespace, limits: Limits) -> None:

@@ -1,6 +1,7 @@
 """One run of `data_efficiency.py`: trained until validation stops rising, then scored once."""
 
 import dataclasses
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -90,14 +91,14 @@ class Watch:
         return {VALIDATION: {"mean_recall": score}}
 
 
-def train(corpus: Corpus, asked: RunConfig, limits: Limits, path: Path, *, equal_seconds: float | None) -> Watch:
+def train(corpus: Corpus, asked: RunConfig, limits: Limits, work: Path, *, equal_seconds: float | None) -> Watch:
     """Train one model until its score on the validation vendor, the mean of six recalls, stops rising.
 
     Args:
         corpus: gives the validation vendor.
         asked: the settings, with the shards and the seed.
         limits: when the run ends.
-        path: of the run folder, which is deleted afterwards.
+        work: where each process has a run folder, which is deleted afterwards.
         equal_seconds: as of `Watch`.
     """
     validation = corpus.scored(VALIDATION)
@@ -106,6 +107,7 @@ def train(corpus: Corpus, asked: RunConfig, limits: Limits, path: Path, *, equal
     watch = Watch(
         lambda model: retrieve(model, validation, options=OPTIONS).scores["rsum"] / 6, limits.eval_every, equal_seconds
     )
+    path = work / f"run-{os.getpid()}"
     shutil.rmtree(path, ignore_errors=True)
     watch.start()
     reports = pretrain(Request(asked=asked, path=path), evaluate=watch, log=lambda line: None)
@@ -146,7 +148,7 @@ def snapshot_line(corpus: Corpus, snapshot: Snapshot) -> dict[str, Any]:
 
 
 def run_cell(
-    corpus: Corpus, asked: RunConfig, limits: Limits, path: Path, *, equal_seconds: float | None, is_reference: bool
+    corpus: Corpus, asked: RunConfig, limits: Limits, work: Path, *, equal_seconds: float | None, is_reference: bool
 ) -> dict[str, Any]:
     """Train and score one cell.
 
@@ -154,7 +156,7 @@ def run_cell(
         corpus: the data.
         asked: the settings, with the shards and the seed.
         limits: when the run ends.
-        path: of the run folder.
+        work: as in `train`.
         equal_seconds: what the reference took to train; None where that is not known.
         is_reference: whether this is the row whose time the others get.
 
@@ -162,7 +164,7 @@ def run_cell(
         `best`, the model with the best validation score; `equal_time`, the best within `equal_seconds` (of the
         reference `best` itself), or None; `seconds` until the run stopped; and the `curve` of validation scores.
     """
-    watch = train(corpus, asked, limits, path, equal_seconds=equal_seconds)
+    watch = train(corpus, asked, limits, work, equal_seconds=equal_seconds)
     assert watch.best is not None
     best = snapshot_line(corpus, watch.best)
     in_time = watch.best_in_time

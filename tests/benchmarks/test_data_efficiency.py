@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,7 @@ def test_every_prefix_of_the_cells_is_a_table_and_the_reference_comes_first(part
 def test_jobs_run_in_order_and_a_later_one_sees_what_earlier_ones_found(parts):
     found = []
     script = parts["script"]
-    jobs = (script.Job({"n": n}, int, (str(n + len(found)),)) for n in range(3))
+    jobs = (script.Job({"n": n}, partial(int, n + len(found))) for n in range(3))
     options = argparse.Namespace(processes=1, is_over=lambda: False)
     with ThreadPoolExecutor(1) as pool:
         for job, number in script.run_all(pool, jobs, options):
@@ -108,7 +109,7 @@ def test_no_job_starts_after_the_time(parts):
     script = parts["script"]
     options = argparse.Namespace(processes=1, is_over=lambda: True)
     with ThreadPoolExecutor(1) as pool:
-        assert list(script.run_all(pool, iter([script.Job({}, int, ("1",))]), options)) == []
+        assert list(script.run_all(pool, iter([script.Job({}, int)]), options)) == []
 
 
 def test_a_line_that_a_kill_cut_off_is_run_again(parts, tmp_path):
