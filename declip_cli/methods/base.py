@@ -209,7 +209,8 @@ class Method(nn.Module, ABC):
         texts, groups, device = batch.tokens.flatten(0, 1), batch.text_groups, batch.tokens.device  # (B·T, L)
         if groups is None and batch.text_lengths is not None and not self.views.pad_to_context:
             groups = group_texts(batch.text_lengths.flatten(), call_tokens=call_tokens(device)).to(device)
-        states = self.encoder.text(texts) if groups is None else encode_in_groups(self.encoder.text, texts, groups)
+        tower, embedded = self.encoder.text.contextualize, self.encoder.text.embed(texts)
+        states = tower(embedded) if groups is None else encode_in_groups(tower, embedded, groups)
         return torch.unflatten(states, 0, batch.tokens.shape[:2])
 
     def project_images(self, views: list[ImageStates]) -> Tensor:

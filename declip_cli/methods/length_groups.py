@@ -37,26 +37,27 @@ def call_tokens(device: torch.device) -> int:
     return _CALL_TOKENS.get(device.type, _CALL_TOKENS_ON_A_GPU)
 
 
-def encode_in_groups(tower: Callable[[Tensor], Tensor], tokens: Tensor, groups: TextGroups) -> Tensor:
+def encode_in_groups(tower: Callable[[Tensor], Tensor], embedded: Tensor, groups: TextGroups) -> Tensor:
     """Encode texts with a causal tower, each group by itself.
 
-    Tokens of a text do not see what is behind them, so states, losses and gradients are the same up to rounding.
+    Tokens of a text do not see what is behind them, so states, losses and gradients are the same up to rounding. The
+    tokens are looked up before, once: each lookup costs a gradient as large as the vocabulary.
 
     Args:
-        tower: ids, (N, L) → states, (N, L, E), of which each depends on its own and earlier ids only.
-        tokens: ids, int64, (N, L).
+        tower: embedded tokens → states, (N, L, E) each, of which each depends on its own and earlier tokens only.
+        embedded: tokens looked up, (N, L, E).
         groups: of the same texts, on the same device.
 
     Returns:
         State of each token, (N, L, E); padding has states of no meaning.
     """
-    longest = tokens.shape[1]
-    if groups.shapes == ((len(tokens), longest),):
-        return tower(tokens)
-    pieces = tokens[groups.order].split([num for num, _ in groups.shapes])
+    longest = embedded.shape[1]
+    if groups.shapes == ((len(embedded), longest),):
+        return tower(embedded)
+    pieces = embedded.index_select(0, groups.order).split([num for num, _ in groups.shapes])
     parts = []
-    for (_, length), ids in zip(groups.shapes, pieces, strict=True):
-        parts.append(F.pad(tower(ids[:, :length]), (0, 0, 0, longest - length)))  # (n, L, E)
+    for (_, length), texts in zip(groups.shapes, pieces, strict=True):
+        parts.append(F.pad(tower(texts[:, :length]), (0, 0, 0, longest - length)))  # (n, L, E)
     return torch.cat(parts).index_select(0, groups.positions)
 
 

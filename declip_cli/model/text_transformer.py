@@ -54,7 +54,15 @@ class TextTransformer(nn.Module):
         Returns:
             State of each token after the last layer norm, (B, L, E).
         """
-        states = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]  # (B, L, E)
+        return self.contextualize(self.embed(tokens))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Look up tokens and add their positions, (B, L) → (B, L, E)."""
+        states: Tensor = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
+        return states
+
+    def contextualize(self, states: Tensor) -> Tensor:
+        """Let embedded tokens see those before them, (B, L, E) → (B, L, E)."""
         # Autocast leaves embeddings alone; without this the residual stream would stay in float32.
         out: Tensor = self.ln_final(self.transformer(states.to(working_dtype(states))))
         return out

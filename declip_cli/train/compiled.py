@@ -47,7 +47,7 @@ def compile_method(method: Method, *, with_graphs: bool = False) -> None:
     shapes = SteadyShapes(context_length=context_length, is_grouped=not method.views.pad_to_context)
     if world_size() > 1:
         method.encoder.visual.compile(dynamic=False)
-        method.encoder.text.compile(dynamic=False)
+        method.encoder.text.transformer.compile(dynamic=False)
     else:
         mode = "reduce-overhead" if with_graphs else None
         embed = torch.compile(_without_unused(embed, _find_used(method)), dynamic=False, mode=mode)

@@ -36,7 +36,8 @@ def batch_of(method):
 def step(name, *, count_lengths, micro_batch_size=0, **options):
     """Take losses and gradients, and note the shapes of what the text tower encodes."""
     method, shapes = build(name, queue_start="random", **options), []
-    method.encoder.text.register_forward_pre_hook(lambda tower, inputs: shapes.append(tuple(inputs[0].shape)))
+    layers = method.encoder.text.transformer
+    layers.register_forward_pre_hook(lambda module, inputs: shapes.append(tuple(inputs[0].shape[:2])))
     batch = batch_of(method)
     batch = batch.counted() if count_lengths else batch
     result = forward_backward(method, batch, micro_batch_size=micro_batch_size, autocast=nullcontext)
@@ -65,6 +66,14 @@ def test_grouped_texts_have_the_losses_and_gradients_of_ungrouped_ones(name, mic
 
 
 @pytest.mark.usefixtures("_calls_cost_nothing")
+def test_tokens_are_looked_up_once_however_many_groups_there_are():
+    method, lookups = build("declip", queue_start="random"), []
+    method.encoder.text.token_embedding.register_forward_pre_hook(lambda module, inputs: lookups.append(inputs[0]))
+    forward_backward(method, batch_of(method).counted(), micro_batch_size=0, autocast=nullcontext)
+    assert [tuple(ids.shape) for ids in lookups] == [(8 * len(method.views.texts), 11)]
+
+
+@pytest.mark.usefixtures("_calls_cost_nothing")
 @pytest.mark.parametrize("name", ["filip", "defilip"])
 def test_texts_whose_padding_is_scored_are_encoded_at_full_length(name):
     *_, shapes = step(name, count_lengths=True, score_padding=True)
@@ -76,11 +85,12 @@ def test_rows_come_back_in_their_order_and_no_row_is_encoded_longer_than_its_gro
     tokens = torch.arange(7)[:, None] * 10 + torch.arange(9)  # (7, 9)
     seen = []
 
-    def tower(ids):
-        seen.append(tuple(ids.shape))
-        return ids[..., None].float() * torch.tensor([1.0, -1.0])  # (n, l, 2)
+    def tower(embedded):
+        seen.append(tuple(embedded.shape[:2]))
+        return embedded * torch.tensor([1.0, -1.0])  # (n, l, 2)
 
-    states = encode_in_groups(tower, tokens, group_texts(lengths, call_tokens=0))
+    embedded = tokens[..., None].float().expand(-1, -1, 2)
+    states = encode_in_groups(tower, embedded, group_texts(lengths, call_tokens=0))
     assert states.shape == (7, 9, 2)
     for row, length in enumerate(lengths.tolist()):
         assert states[row, :length, 1].tolist() == (-tokens[row, :length]).tolist()

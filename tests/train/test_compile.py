@@ -196,7 +196,7 @@ def test_on_several_ranks_each_tower_is_compiled_by_itself(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled_ones.append((self, options)))
     compile_method(method)
     options = {"dynamic": False}
-    assert compiled_ones == [(method.encoder.visual, options), (method.encoder.text, options)]
+    assert compiled_ones == [(method.encoder.visual, options), (method.encoder.text.transformer, options)]
 
 
 def test_a_step_that_cannot_be_compiled_is_an_error_with_a_way_out():
