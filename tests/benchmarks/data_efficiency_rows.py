@@ -32,6 +32,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "clip+words": {"method.name": "clip", "method.weights": {"words": 0.5}},
     "clip-sigmoid": {"method.name": "clip", "method.contrastive": "sigmoid"},
     "declip-sigmoid": {"method.name": "declip", "method.contrastive": "sigmoid"},
+    "clip+simsiam": {"method.name": "declip", "method.pairs": 1, "method.weights": {"mlm": 0.0, "nn": 0.0}},
+    "clip+simsiam+mlm": {"method.name": "declip", "method.pairs": 1, "method.weights": {"nn": 0.0}},
+    "clip+simsiam+mlm+views": {"method.name": "declip", "method.weights": {"nn": 0.0}},
     "filip": {"method.name": "filip"},
     "defilip": {"method.name": "defilip"},
 }
@@ -39,6 +42,8 @@ ROWS: dict[str, dict[str, Any]] = {
 
 `clip` has the image augmentation of the others, which helps it; `clip-plain` crops only, as it was published.
 """
+ABLATION = ("clip", "clip+simsiam", "clip+simsiam+mlm", "clip+simsiam+mlm+views", "declip")
+"""The paper's supervisions one after the other, with its weights: each row has one more than that before it."""
 MAIN_ROWS = ("clip", "slip", "rocket", "declip", "small", "declip-paper", "clip-plain")
 FIXED_WEIGHTS = ("clip", "clip-plain", "declip-paper")
 """Rows whose weights are part of what they are."""

@@ -1,10 +1,13 @@
 """The arithmetic of `data_efficiency.py`: means, standard errors, paired differences, pairs saved; table, picture."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from data_efficiency_rows import ABLATION, ROWS
 
 REFERENCE = "clip"
 RIVALS = ("clip", "clip-plain", "slip", "rocket")
@@ -18,6 +21,7 @@ SCORES = {
     "further_text_to_image_r10": "text→image R@10 on images of a further vendor",
     "further_zeroshot_top1": "zero-shot top-1 on images of a further vendor",
 }
+_ORDER = list(ROWS)
 _KINDS = {"best": "Best against best", "equal_time": f"Within the time that {REFERENCE} took"}
 _PAGE = """# What it saves
 
@@ -29,7 +33,9 @@ edit it.
 * **Choices** (when to stop, tuned settings): {validation}, {num_validation} emoji.
 * **Scores**: {final}, {num_final} emoji, seen by no choice; {num_like} of them, such as flags, look like ones of
   {validation}. Left out: {left_out}, whose drawings others share.
-* **What it does not show**: emoji and clip art are not the web, and a tiny model is not ViT-B/32.
+* **Scores again**: where `--further` names an archive of images that are in no folder here, "a further vendor".
+* **What it does not show**: emoji and clip art are not the web, and a tiny model is not ViT-B/32. Runs end after
+  600 steps of 128 pairs; the last table says how many of them were still rising.
 
 <!-- not run: minutes to hours, and the archive is not part of the project -->
 ```sh
@@ -37,7 +43,10 @@ pip install -e '.[plots]'
 run="python tests/benchmarks/data_efficiency.py dev.tar --work WORK --processes 2"
 $run --dry-run                                                 # how long it takes
 $run --tune clip slip rocket declip small --trials 5 --tune-size 0.25 --max-steps 400 --eval-every 50 --patience 3
-$run --further another_vendor.tar --budget-minutes 360        # goes on where it stopped
+run="$run --further another_vendor.tar --max-steps 600 --eval-every 60 --patience 3"
+$run --rows clip slip small                                    # goes on where it stopped
+$run --rows rocket declip --sizes 0.25
+$run --rows clip+simsiam clip+simsiam+mlm clip+simsiam+mlm+views --sizes 0.25   # the paper's ablation
 $run --summary --page docs/what-it-saves.md
 ```
 
@@ -105,18 +114,18 @@ def summarize(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Returns:
         kind (`best`, `equal_time`) → score → a list of entries: `row`, `pairs`, `num_seeds`, `mean`, `error`,
         `minus_clip` and `minus_rival` (mean and standard error of paired differences), `rival`, and `factor_clip` and
-        `factor_rival` (sign and number); beside them `rows`, facts on each row's cells.
+        `factor_rival` (sign and number); beside them `rows`, facts on each row's cells, and `ablation`.
     """
     lines = _latest(lines)
     found: dict[str, Any] = {"rows": _facts(lines)}
     for kind in _KINDS:
         found[kind] = {score: _entries(lines, kind, score) for score in SCORES}
-    return found
+    return found | {"ablation": _ablation(lines)}
 
 
 def _facts(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     facts = {}
-    for row in dict.fromkeys(line["row"] for line in lines):
+    for row in sorted({line["row"] for line in lines}, key=_ORDER.index):
         own = [line for line in lines if line["row"] == row]
         facts[row] = {
             "num_cells": len(own),
@@ -130,7 +139,7 @@ def _facts(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _entries(lines: Sequence[Mapping[str, Any]], kind: str, score: str) -> list[dict[str, Any]]:
-    cells = sorted({(line["pairs"], line["row"]) for line in lines})
+    cells = sorted({(line["pairs"], line["row"]) for line in lines}, key=lambda cell: (cell[0], _ORDER.index(cell[1])))
     seeds = {(row, pairs): _by_seed(lines, kind, row, pairs, score) for pairs, row in cells}
     means = {cell: statistics.mean(values.values()) for cell, values in seeds.items() if values}
     entries = []
@@ -180,7 +189,51 @@ def table(summary: Mapping[str, Any]) -> str:
                 cells += [one["rival"] or "–", minus[1], _factor(one["factor_clip"]), _factor(one["factor_rival"])]
                 lines.append(f"| {' | '.join(map(str, cells))} |")
             parts.append("\n".join(lines))
+    if summary["ablation"]:
+        parts.append(_ablation_table(summary["ablation"]))
     return "\n\n".join([*parts, _costs(summary["rows"])]) + "\n"
+
+
+def _ablation(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Say what each further supervision of the paper brings, for the pairs with which all of them were run."""
+    ran = [{line["pairs"] for line in lines if line["row"] == row} for row in ABLATION]
+    entries = []
+    for pairs, score in itertools.product(sorted(set.intersection(*ran)), ("zeroshot_top1", "text_to_image_r10")):
+        before: dict[int, float] = {}
+        for row in ABLATION:
+            found = _by_seed(lines, "best", row, pairs, score)
+            values = list(found.values())
+            entry = {"score": score, "pairs": pairs, "row": row, "num_seeds": len(values)}
+            entry |= {"mean": statistics.mean(values), "error": standard_error(values)}
+            entries.append(entry | {"minus_before": paired_difference(found, before)})
+            before = found
+    return entries
+
+
+def _ablation_table(entries: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["## The paper's ablation, best against best", "", "| score | pairs | row | seeds | | − the row before |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for one in entries:
+        cells = [SCORES[one["score"]], one["pairs"], one["row"], one["num_seeds"]]
+        cells += [_points(one["mean"], one["error"]), _difference(one["minus_before"])]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def overview(summary: Mapping[str, Any]) -> str:
+    """Write in Markdown what each row reached with how many pairs, best against best, on both sets of images."""
+    parts = []
+    for score in ("text_to_image_r10", "further_text_to_image_r10"):
+        means = {(one["row"], one["pairs"]): _points(one["mean"], one["error"]) for one in summary["best"][score]}
+        if not means:
+            continue
+        sizes = sorted({pairs for _, pairs in means})
+        lines = [f"## In short: {SCORES[score]}, %", ""]
+        lines += [f"| row | {' | '.join(f'{pairs} pairs' for pairs in sizes)} |", f"|---|{'---|' * len(sizes)}"]
+        for row in _compared(summary):
+            lines.append(f"| {row} | {' | '.join(means.get((row, pairs), '–') for pairs in sizes)} |")
+        parts.append("\n".join(lines) + "\n\n")
+    return "".join(parts)
 
 
 def _costs(rows: Mapping[str, Any]) -> str:
@@ -237,7 +290,7 @@ def write_page(
     page: Path | None,
 ) -> None:
     """Write `table.md` and, where matplotlib is installed, `picture.svg` into a folder; the page, too, if asked for."""
-    text = choices(trials) + table(summary)
+    text = overview(summary) + choices(trials) + table(summary)
     (work / "table.md").write_text(text, encoding="utf-8")
     draw_picture(summary, work / "picture.svg")
     if page is not None:
@@ -259,14 +312,22 @@ def draw_picture(summary: Mapping[str, Any], path: Path, score: str = "text_to_i
     except ImportError:
         print("no picture: pip install -e '.[plots]'")
         return
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for row in summary["rows"]:
-        points = [one for one in summary["best"][score] if one["row"] == row]
-        values = [[100 * (one[key] or 0.0) for one in points] for key in ("mean", "error")]
-        axes.errorbar([one["pairs"] for one in points], values[0], yerr=values[1], label=row, marker="o", capsize=3)
-    axes.set_xscale("log")
-    axes.set_xlabel("pairs")
-    axes.set_ylabel(f"{SCORES[score]}, %")
-    axes.legend()
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axes, (kind, title) in zip(figure.subplots(1, 2, sharey=True), _KINDS.items(), strict=True):
+        for row in _compared(summary):
+            points = [one for one in summary[kind][score] if one["row"] == row]
+            values = [[100 * (one[key] or 0.0) for one in points] for key in ("mean", "error")]
+            axes.errorbar([one["pairs"] for one in points], values[0], yerr=values[1], label=row, marker="o", capsize=3)
+        sizes = sorted({one["pairs"] for one in summary[kind][score]})
+        axes.set_xscale("log")
+        axes.set_xticks(sizes, [f"{pairs:,}" for pairs in sizes])
+        axes.set_xticks([], minor=True)
+        axes.set(xlabel="pairs", title=title)
+    figure.axes[0].set_ylabel(f"{SCORES[score]}, %")
+    figure.axes[0].legend()
     figure.savefig(path)
+
+
+def _compared(summary: Mapping[str, Any]) -> list[str]:
+    """Return the rows without the steps of the ablation, which has a table of its own."""
+    return [row for row in summary["rows"] if row not in ABLATION[1:-1]]

@@ -71,8 +71,20 @@ def test_a_summary_compares_with_clip_and_with_the_best_rival(parts):
     assert one["factor_rival"] == (">", 1.0)
     in_time = {entry["row"]: entry["mean"] for entry in summary["equal_time"]["zeroshot_top1"]}
     assert in_time == {"clip": 0.1, "declip": 0.2}
+    assert "| row | 100 pairs |\n|---|---|\n| clip | 10.0 ± 0.0 |\n| slip |" in parts["summary"].overview(summary)
     text = parts["summary"].table(summary)
     assert "| declip | 100 | 2 | 50.0 ± 10.0 | +40.0 ± 10.0 | slip | +20.0 ± 10.0 | > 1.00 | > 1.00 |" in text
+
+
+def test_an_ablation_compares_each_row_with_the_one_before(parts):
+    rows = parts["rows"].ABLATION
+    lines = [line(row, 100, seed, 0.1 * n + 0.01 * seed) for n, row in enumerate(rows) for seed in (0, 1)]
+    lines += [line(row, 200, 0, 0.5) for row in rows[1:]]  # not all of them
+    found = parts["summary"].summarize(lines)["ablation"]
+    assert {(one["pairs"], one["row"]) for one in found} == {(100, row) for row in rows}
+    assert [one["mean"] for one in found[:5]] == pytest.approx([0.005, 0.105, 0.205, 0.305, 0.405])
+    assert [one["minus_before"] for one in found[:2]] == [None, (pytest.approx(0.1), pytest.approx(0.0))]
+    assert parts["summary"].summarize(lines[:-1][:8])["ablation"] == []
 
 
 def test_smaller_shares_of_the_pairs_lie_in_the_larger_ones(parts):
