@@ -308,6 +308,7 @@ def draw_picture(summary: Mapping[str, Any], path: Path, score: str = "text_to_i
     if not summary["rows"]:
         return
     try:
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ImportError:
         print("no picture: pip install -e '.[plots]'")
@@ -325,7 +326,8 @@ def draw_picture(summary: Mapping[str, Any], path: Path, score: str = "text_to_i
         axes.set(xlabel="pairs", title=title)
     figure.axes[0].set_ylabel(f"{SCORES[score]}, %")
     figure.axes[0].legend()
-    figure.savefig(path)
+    with rc_context({"svg.hashsalt": path.stem}):  # the same scores make the same file
+        figure.savefig(path, metadata={"Date": None})
 
 
 def _compared(summary: Mapping[str, Any]) -> list[str]:
