@@ -21,6 +21,7 @@ SCORES = {
     "further_text_to_image_r10": "text→image R@10 on images of a further vendor",
     "further_zeroshot_top1": "zero-shot top-1 on images of a further vendor",
 }
+_ABLATION_SCORES = ("zeroshot_top1", "text_to_image_r10", "further_text_to_image_r10")
 _ORDER = list(ROWS)
 _KINDS = {"best": "Best against best", "equal_time": f"Within the time that {REFERENCE} took"}
 _PAGE = """# What it saves
@@ -198,10 +199,12 @@ def _ablation(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Say what each further supervision of the paper brings, for the pairs with which all of them were run."""
     ran = [{line["pairs"] for line in lines if line["row"] == row} for row in ABLATION]
     entries = []
-    for pairs, score in itertools.product(sorted(set.intersection(*ran)), ("zeroshot_top1", "text_to_image_r10")):
+    for pairs, score in itertools.product(sorted(set.intersection(*ran)), _ABLATION_SCORES):
         before: dict[int, float] = {}
         for row in ABLATION:
             found = _by_seed(lines, "best", row, pairs, score)
+            if not found:
+                continue
             values = list(found.values())
             entry = {"score": score, "pairs": pairs, "row": row, "num_seeds": len(values)}
             entry |= {"mean": statistics.mean(values), "error": standard_error(values)}
