@@ -5,7 +5,8 @@ python tests/benchmarks/data_efficiency.py dev.tar --work WORK --budget-minutes 
 python tests/benchmarks/data_efficiency.py dev.tar --work WORK --summary                             (table, picture)
 
 `cells.jsonl` and `trials.jsonl` in WORK grow line by line; what is there is not run again. Cells are in such an order
-that every prefix is a table: CLIP, then all rows at one size and seed, then the other sizes, then the other seeds.
+that every prefix is a table: CLIP, then all rows at one size and seed, then the other sizes, then the other seeds. The
+tables are of runs with the limits that are asked for; those with others have one of their own.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import torch
 from data_efficiency_cell import Limits, clock, run_cell, train
 from data_efficiency_corpus import SIZES, Corpus
 from data_efficiency_rows import CELL, MAIN_ROWS, ROWS, best_trial, digest, draw, is_known, resolve, weights_of
-from data_efficiency_summary import REFERENCE, summarize, write_page
+from data_efficiency_summary import REFERENCE, summarize_all, write_page
 
 from declip_cli.config import RunConfig
 from declip_cli.train.run import Request, pretrain
@@ -154,7 +155,8 @@ def cells(corpus: Corpus, options: argparse.Namespace, limits: Limits) -> Iterat
         lines = read_lines(path)
         if any(line.items() >= key.items() for line in lines):
             continue
-        of_reference = [one for one in lines if (one["row"], one["size"], one["seed"]) == (REFERENCE, size, seed)]
+        reference = {"row": REFERENCE, "size": size, "seed": seed, "limits": dataclasses.asdict(limits)}
+        of_reference = [one for one in lines if one.items() >= reference.items()]
         facts = {"pairs": round(size * corpus.facts["fit_pairs"]), "num_trials": found["num_trials"]}
         facts |= {"settings": found["settings"], "limits": dataclasses.asdict(limits)}
         facts |= {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "one CPU thread"}
@@ -234,7 +236,7 @@ def main() -> None:
         run_table(corpus, options, limits)
     lines = read_lines(options.work / "cells.jsonl")
     if options.summary or (lines and not options.dry_run and not options.tune):
-        summary = summarize(lines)
+        summary = summarize_all(lines, dataclasses.asdict(limits))
         (options.work / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         write_page(summary, corpus.facts, read_lines(options.work / "trials.jsonl"), options.work, options.page)
         sys.stdout.write((options.work / "table.md").read_text())

@@ -72,8 +72,19 @@ def test_a_summary_compares_with_clip_and_with_the_best_rival(parts):
     in_time = {entry["row"]: entry["mean"] for entry in summary["equal_time"]["zeroshot_top1"]}
     assert in_time == {"clip": 0.1, "declip": 0.2}
     assert "| row | 100 pairs |\n|---|---|\n| clip | 10.0 ± 0.0 |\n| slip |" in parts["summary"].overview(summary)
-    text = parts["summary"].table(summary)
+    text = parts["summary"].table(summary | {"other_limits": {}})
     assert "| declip | 100 | 2 | 50.0 ± 10.0 | +40.0 ± 10.0 | slip | +20.0 ± 10.0 | > 1.00 | > 1.00 |" in text
+
+
+def test_runs_with_other_limits_have_a_table_of_their_own(parts):
+    short, long = {"max_steps": 600}, {"max_steps": 1200}
+    lines = [line("clip", 100, seed, 0.1) | {"limits": short} for seed in (0, 1)]
+    lines += [line("clip", 100, seed, 0.2) | {"limits": long} for seed in (0, 1)]
+    lines += [line("slip", 100, seed, 0.5) | {"limits": long} for seed in (0, 1)]
+    summary = parts["summary"].summarize_all(lines, short)
+    assert [(one["row"], one["mean"]) for one in summary["best"]["zeroshot_top1"]] == [("clip", 0.1)]
+    others = summary["other_limits"][1200]["best"]["zeroshot_top1"]
+    assert [(one["row"], one["mean"]) for one in others] == [("clip", 0.2), ("slip", 0.5)]
 
 
 def test_an_ablation_compares_each_row_with_the_one_before(parts):
