@@ -68,6 +68,7 @@ class Rocket(Method):
         contrast = replace(
             self.contrast(embeddings),
             scale=self.logit_scale_strong.exp(),
+            bias=None,  # always CLIP's softmax: the sigmoid's bias belongs to the space of the weak views
             label_smoothing=self.config.strong_label_smoothing,
         )
         matched = [Gathered(normalize(torch.stack(views, dim=1))) for views in (images, texts)]  # (B, 2, 256) each

@@ -4,9 +4,9 @@ python tests/benchmarks/data_efficiency.py dev.tar --work WORK --tune clip slip 
 python tests/benchmarks/data_efficiency.py dev.tar --work WORK --budget-minutes 60                   (the table)
 python tests/benchmarks/data_efficiency.py dev.tar --work WORK --summary                             (table, picture)
 
-`cells.jsonl` and `trials.jsonl` in WORK grow line by line; what is there is not run again. Cells are in such an order
-that every prefix is a table: CLIP, then all rows at one size and seed, then the other sizes, then the other seeds. The
-tables are of runs with the limits that are asked for; those with others have one of their own.
+`cells.jsonl` and `trials.jsonl` in WORK grow line by line; what is there is not run again. CLIP comes first, then all
+other rows at one size and seed, then the other sizes, then the other seeds. The tables are of runs with the limits that
+are asked for; those with others have one of their own. What was tried besides may stand in `tried.jsonl`.
 """
 
 import argparse
@@ -60,13 +60,9 @@ class Job:
 
 
 def cells_of(rows: Sequence[str], sizes: Sequence[float], seeds: Sequence[int]) -> Iterator[tuple[str, float, int]]:
-    """Order the cells; those of the reference come first, because the others get their time."""
-    is_asked_for = REFERENCE in rows
-    others = [row for row in rows if row != REFERENCE]
+    """Order the cells so that the first ones say most."""
     ordered = [size for size in SIZE_ORDER if size in sizes]
-    for seed in seeds:
-        yield from ((REFERENCE, size, seed) for size in ordered if is_asked_for)
-        yield from ((row, size, seed) for size in ordered for row in others)
+    return ((row, size, seed) for seed in seeds for size in ordered for row in rows)
 
 
 def asked_for(corpus: Corpus, row: str, size: float, seed: int, changes: dict[str, Any]) -> RunConfig:
@@ -131,24 +127,28 @@ def tune(corpus: Corpus, options: argparse.Namespace, limits: Limits) -> None:
         for job, found in run_all(pool, trials(corpus, options, limits, read_lines(path)), options):
             append_line(path, job.key | found)
             print(json.dumps(job.key | found), flush=True)
-            write_tuned(options.work, read_lines(path))
+            found = [line for line in read_lines(path) if line["size"] == options.tune_size]
+            write_tuned(options.work, found, options.tune)
 
 
-def write_tuned(work: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Write down the best settings of each row; more trials for one row than for another do not count."""
-    rows = {line["row"] for line in lines}
+def write_tuned(work: Path, lines: Sequence[dict[str, Any]], tuned: Sequence[str]) -> None:
+    """Write down the best settings of the rows that were tuned together; more trials for one of them do not count.
+
+    Other rows keep what is written down of them.
+    """
+    rows = {line["row"] for line in lines} & set(tuned)
     num = min(len({line["trial"] for line in lines if line["row"] == row}) for row in rows)
-    found = {}
+    found = tuned_settings(work)
     for row in sorted(rows):
         best = best_trial([line for line in lines if line["row"] == row and line["trial"] < num])
         found[row] = {"settings": best["settings"], "validation": best["validation"], "num_trials": num}
     (work / "tuned.json").write_text(json.dumps(found, indent=2) + "\n")
 
 
-def cells(corpus: Corpus, options: argparse.Namespace, limits: Limits) -> Iterator[Job]:
-    """List the cells that are not there yet."""
+def cells(corpus: Corpus, rows: Sequence[str], options: argparse.Namespace, limits: Limits) -> Iterator[Job]:
+    """List the cells of some rows that are not there yet."""
     path, tuned = options.work / "cells.jsonl", tuned_settings(options.work)
-    for row, size, seed in cells_of(options.rows, options.sizes, options.seeds):
+    for row, size, seed in cells_of(rows, options.sizes, options.seeds):
         found = tuned.get(row, {"settings": {}, "num_trials": 0})
         key = {"row": row, "size": size, "seed": seed}
         key |= {"digest": digest([CELL | ROWS[row] | found["settings"], dataclasses.asdict(limits)])}
@@ -170,10 +170,12 @@ def cells(corpus: Corpus, options: argparse.Namespace, limits: Limits) -> Iterat
 
 def run_table(corpus: Corpus, options: argparse.Namespace, limits: Limits) -> None:
     """Run the cells that are not there yet."""
+    others = [row for row in options.rows if row != REFERENCE]
     with open_pool(options.processes) as pool:
-        for job, result in run_all(pool, cells(corpus, options, limits), options):
-            append_line(options.work / "cells.jsonl", job.key | result)
-            print(json.dumps(job.key | {"seconds": result["seconds"], "best": result["best"]}), flush=True)
+        for rows in ([REFERENCE] if REFERENCE in options.rows else [], others):  # the others get the time of the first
+            for job, result in run_all(pool, cells(corpus, rows, options, limits), options):
+                append_line(options.work / "cells.jsonl", job.key | result)
+                print(json.dumps(job.key | {"seconds": result["seconds"], "best": result["best"]}), flush=True)
 
 
 def estimate(corpus: Corpus, options: argparse.Namespace, limits: Limits) -> None:
@@ -238,7 +240,8 @@ def main() -> None:
     if options.summary or (lines and not options.dry_run and not options.tune):
         summary = summarize_all(lines, dataclasses.asdict(limits))
         (options.work / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        write_page(summary, corpus.facts, read_lines(options.work / "trials.jsonl"), options.work, options.page)
+        tries = (read_lines(options.work / f"{name}.jsonl") for name in ("trials", "tried"))
+        write_page(summary, corpus.facts, *tries, options.work, options.page)
         sys.stdout.write((options.work / "table.md").read_text())
 
 

@@ -11,27 +11,28 @@ from declip_cli.errors import DeclipError
 from declip_cli.methods.registry import METHODS, build_method
 from declip_cli.resolve import resolve_run
 
+_CLIP: dict[str, Any] = {
+    "method.name": "declip",
+    "method.pairs": 1,
+    "method.weights": {"clip": 1.0, "nn": 0.0, "simsiam": 0.0, "mlm": 0.0},
+}
 ROWS: dict[str, dict[str, Any]] = {
-    "clip": {
-        "method.name": "declip",
-        "method.pairs": 1,
-        "method.weights": {"clip": 1.0, "nn": 0.0, "simsiam": 0.0, "mlm": 0.0},
-    },
+    "clip": _CLIP,
     "clip-plain": {"method.name": "clip"},
+    "clip+words": _CLIP | {"method.weights": _CLIP["method.weights"] | {"words": 0.5}},
+    "clip+sigmoid": _CLIP | {"method.contrastive": "sigmoid", "method.label_smoothing": 0.0},
+    "clip+positives": _CLIP | {"method.positives": "caption"},
     "slip": {"method.name": "slip"},
     "declip": {"method.name": "declip"},
     "declip-paper": {"method.name": "declip", "method.weights": {"clip": 0.4, "simsiam": 0.2, "mlm": 0.2, "nn": 0.2}},
     "rocket": {"method.name": "rocket"},
+    "aclip": {"method.name": "aclip"},
     "small": {
         "method.name": "declip",
         "method.pairs": 2,
         "method.weights": {"clip": 1.0, "simclr": 0.5, "words": 0.2, "nn": 0.0, "simsiam": 0.0, "mlm": 0.0},
     },
-    "declip+words": {"method.name": "declip", "method.weights": {"words": 0.2}},
     "declip+simclr": {"method.name": "declip", "method.weights": {"simsiam": 0.0, "simclr": 0.2}},
-    "clip+words": {"method.name": "clip", "method.weights": {"words": 0.5}},
-    "clip-sigmoid": {"method.name": "clip", "method.contrastive": "sigmoid"},
-    "declip-sigmoid": {"method.name": "declip", "method.contrastive": "sigmoid"},
     "clip+simsiam": {"method.name": "declip", "method.pairs": 1, "method.weights": {"mlm": 0.0, "nn": 0.0}},
     "clip+simsiam+mlm": {"method.name": "declip", "method.pairs": 1, "method.weights": {"nn": 0.0}},
     "clip+simsiam+mlm+views": {"method.name": "declip", "method.weights": {"nn": 0.0}},

@@ -114,8 +114,9 @@ def summarize(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Returns:
         kind (`best`, `equal_time`) → score → a list of entries: `row`, `pairs`, `num_seeds`, `mean`, `error`,
-        `minus_clip` and `minus_rival` (mean and standard error of paired differences), `rival`, and `factor_clip` and
-        `factor_rival` (sign and number); beside them `rows`, facts on each row's cells, and `ablation`.
+        `minus_clip` and `minus_rival` (mean and standard error of paired differences), `rival`, `factor_clip` and
+        `factor_rival` (sign and number, of the means; None where the other has one size only), and `factors_clip`
+        (those of each seed); beside them `rows`, facts on each row's cells, and `ablation`.
     """
     lines = _latest(lines)
     found: dict[str, Any] = {"rows": _facts(lines)}
@@ -163,8 +164,14 @@ def _entries(lines: Sequence[Mapping[str, Any]], kind: str, score: str) -> list[
         for name, other in (("clip", REFERENCE), ("rival", rival)):
             is_there = other is not None and other in curves and other != row
             minus = paired_difference(seeds[row, pairs], seeds.get((other, pairs), {})) if is_there else None
-            factor = saving(curves[other], curves[row], pairs) if is_there else None
+            factor = saving(curves[other], curves[row], pairs) if is_there and len(curves[other]) > 1 else None
             entry |= {f"minus_{name}": minus, f"factor_{name}": factor}
+        if entry["factor_clip"] is not None:
+            entry["factors_clip"] = [
+                saving({n: seeds[REFERENCE, n][seed] for n in curves[REFERENCE]}, {pairs: score}, pairs)
+                for seed, score in seeds[row, pairs].items()
+                if all(seed in seeds[REFERENCE, n] for n in curves[REFERENCE])
+            ]
         entries.append(entry)
     return entries
 
@@ -178,8 +185,11 @@ def _difference(found: tuple[float, float | None] | None) -> str:
     return "–" if found is None else _points(*found, sign="+")
 
 
-def _factor(found: tuple[str, float] | None) -> str:
-    return "–" if found is None else f"{'' if found[0] == '=' else found[0] + ' '}{found[1]:.2f}"
+def _factor(found: tuple[str, float] | None, seeds: Sequence[tuple[str, float]] = ()) -> str:
+    if found is None:
+        return "–"
+    texts = [f"{'' if sign == '=' else sign + ' '}{number:.2f}" for sign, number in (found, *seeds)]
+    return f"{texts[0]} ({', '.join(texts[1:])})" if seeds else texts[0]
 
 
 def table(summary: Mapping[str, Any]) -> str:
@@ -191,28 +201,32 @@ def table(summary: Mapping[str, Any]) -> str:
                 continue
             lines = [f"## {title}: {name}", ""]
             lines += [
-                "| row | pairs | seeds | score | − clip | best rival | − rival | factor (clip) | factor (rival) |"
+                "| row | pairs | seeds | score | − clip | best rival | − rival | factor (clip), by seed | (rival) |"
             ]
             lines += ["|---|---|---|---|---|---|---|---|---|"]
             for one in summary[kind][score]:
                 minus = [_difference(one[key]) for key in ("minus_clip", "minus_rival")]
                 cells = [one["row"], one["pairs"], one["num_seeds"], _points(one["mean"], one["error"]), minus[0]]
-                cells += [one["rival"] or "–", minus[1], _factor(one["factor_clip"]), _factor(one["factor_rival"])]
+                cells += [one["rival"] or "–", minus[1], _factor(one["factor_clip"], one.get("factors_clip", ()))]
+                cells.append(_factor(one["factor_rival"]))
                 lines.append(f"| {' | '.join(map(str, cells))} |")
             parts.append("\n".join(lines))
     if summary["ablation"]:
         parts.append(_ablation_table(summary["ablation"]))
-    parts += [_other_runs(steps, some) for steps, some in summary["other_limits"].items()]
+    for steps, some in summary["other_limits"].items():
+        parts += [_all_rows(f"Runs of up to {steps} steps", some, pairs) for pairs in _sizes(some)]
     return "\n\n".join([*parts, _costs(summary["rows"])]) + "\n"
 
 
-def _other_runs(steps: int, summary: Mapping[str, Any]) -> str:
+def _all_rows(title: str, summary: Mapping[str, Any], pairs: int) -> str:
+    """Compare all rows at one size, those that were run at no other size, too."""
     scores = [score for score in ("text_to_image_r10", "further_text_to_image_r10") if summary["best"][score]]
     columns = " | ".join(f"{SCORES[score]} | − clip | best rival | − rival" for score in scores)
-    lines = [f"## Runs of up to {steps} steps: best against best", ""]
-    lines += [f"| row | pairs | seeds | {columns} | seconds | still rising |", f"|{'---|' * (4 * len(scores) + 5)}"]
-    for entries in zip(*(summary["best"][score] for score in scores), strict=True):
-        cells = [entries[0][key] for key in ("row", "pairs", "num_seeds")]
+    lines = [f"## {title}, {pairs} pairs: best against best", ""]
+    lines += [f"| row | seeds | {columns} | seconds | not stopped |", f"|{'---|' * (4 * len(scores) + 4)}"]
+    found = [[one for one in summary["best"][score] if one["pairs"] == pairs] for score in scores]
+    for entries in zip(*found, strict=True):
+        cells = [entries[0]["row"], entries[0]["num_seeds"]]
         for one in entries:
             cells += [_points(one["mean"], one["error"]), _difference(one["minus_clip"])]
             cells += [one["rival"] or "–", _difference(one["minus_rival"])]
@@ -257,20 +271,28 @@ def overview(summary: Mapping[str, Any]) -> str:
         means = {(one["row"], one["pairs"]): _points(one["mean"], one["error"]) for one in summary["best"][score]}
         if not means:
             continue
-        sizes = sorted({pairs for _, pairs in means})
+        sizes = _sizes(summary)
         lines = [f"## In short: {SCORES[score]}, %", ""]
         lines += [f"| row | {' | '.join(f'{pairs} pairs' for pairs in sizes)} |", f"|---|{'---|' * len(sizes)}"]
         for row in _compared(summary):
             lines.append(f"| {row} | {' | '.join(means.get((row, pairs), '–') for pairs in sizes)} |")
         parts.append("\n".join(lines) + "\n\n")
+    wide = max((len(_sizes(summary, row)) for row in summary["rows"]), default=1)
+    single = {size for row in summary["rows"] if len(_sizes(summary, row)) < wide for size in _sizes(summary, row)}
+    parts += [f"{_all_rows('All rows', summary, pairs)}\n\n" for pairs in sorted(single)]
     return "".join(parts)
+
+
+def _sizes(summary: Mapping[str, Any], row: str | None = None) -> list[int]:
+    """Return the numbers of pairs with which a row, or any, was run."""
+    return sorted({one["pairs"] for one in summary["best"]["text_to_image_r10"] if row in (None, one["row"])})
 
 
 def _costs(rows: Mapping[str, Any]) -> str:
     if not rows:
         return "No cell has been run yet."
     lines = ["## What each row cost", ""]
-    lines += ["| row | cells | trials of tuning | mean seconds a run | still rising at the end | raw pixels (probe) |"]
+    lines += ["| row | cells | trials of tuning | mean seconds a run | not stopped at the end | raw pixels (probe) |"]
     lines += ["|---|---|---|---|---|---|"]
     for row, facts in rows.items():
         mixed = f" ({facts['num_settings']} different settings)" if facts["num_settings"] > 1 else ""
@@ -306,6 +328,18 @@ def choices(trials: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n\n"
 
 
+def tried(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Write in Markdown what single runs beside the search scored on the validation vendor; none of them counts."""
+    if not lines:
+        return ""
+    parts = ["## Tried besides, one run each: mean recall on the validation vendor, %", ""]
+    parts += ["| run | row | pairs | steps | recall | seconds |", "|---|---|---|---|---|---|"]
+    for line in lines:
+        cells = [line["name"], line["row"], line["pairs"], line["steps"], _points(line["validation"])]
+        parts.append(f"| {' | '.join(map(str, cells))} | {line['seconds']:.0f} |")
+    return "\n".join(parts) + "\n\n"
+
+
 def _setting(value: Any) -> str:  # noqa: ANN401
     if isinstance(value, Mapping):
         return " + ".join(f"{weight:g} {term}" for term, weight in value.items() if weight)
@@ -316,11 +350,12 @@ def write_page(
     summary: Mapping[str, Any],
     corpus: Mapping[str, Any],
     trials: Sequence[Mapping[str, Any]],
+    others: Sequence[Mapping[str, Any]],
     work: Path,
     page: Path | None,
 ) -> None:
     """Write `table.md` and, where matplotlib is installed, `picture.svg` into a folder; the page, too, if asked for."""
-    text = overview(summary) + choices(trials) + table(summary)
+    text = overview(summary) + choices(trials) + tried(others) + table(summary)
     (work / "table.md").write_text(text, encoding="utf-8")
     draw_picture(summary, work / "picture.svg")
     if page is not None:
@@ -349,7 +384,7 @@ def draw_picture(summary: Mapping[str, Any], path: Path, score: str = "text_to_i
             points = [one for one in summary[kind][score] if one["row"] == row]
             values = [[100 * (one[key] or 0.0) for one in points] for key in ("mean", "error")]
             axes.errorbar([one["pairs"] for one in points], values[0], yerr=values[1], label=row, marker="o", capsize=3)
-        sizes = sorted({one["pairs"] for one in summary[kind][score]})
+        sizes = _sizes(summary)
         axes.set_xscale("log")
         axes.set_xticks(sizes, [f"{pairs:,}" for pairs in sizes])
         axes.set_xticks([], minor=True)
@@ -361,5 +396,6 @@ def draw_picture(summary: Mapping[str, Any], path: Path, score: str = "text_to_i
 
 
 def _compared(summary: Mapping[str, Any]) -> list[str]:
-    """Return the rows without the steps of the ablation, which has a table of its own."""
-    return [row for row in summary["rows"] if row not in ABLATION[1:-1]]
+    """Return the rows that were run at the most sizes."""
+    num = {row: len(_sizes(summary, row)) for row in summary["rows"]}
+    return [row for row in num if num[row] == max(num.values())]

@@ -68,12 +68,24 @@ def test_a_summary_compares_with_clip_and_with_the_best_rival(parts):
     assert (one["mean"], one["error"]) == (pytest.approx(0.5), pytest.approx(0.1))
     assert one["minus_clip"] == (pytest.approx(0.4), pytest.approx(0.1))
     assert one["minus_rival"] == (pytest.approx(0.2), pytest.approx(0.1))
-    assert one["factor_rival"] == (">", 1.0)
+    assert one["factor_rival"] is None  # one size of SLIP makes no curve
     in_time = {entry["row"]: entry["mean"] for entry in summary["equal_time"]["zeroshot_top1"]}
     assert in_time == {"clip": 0.1, "declip": 0.2}
     assert "| row | 100 pairs |\n|---|---|\n| clip | 10.0 ± 0.0 |\n| slip |" in parts["summary"].overview(summary)
     text = parts["summary"].table(summary | {"other_limits": {}})
-    assert "| declip | 100 | 2 | 50.0 ± 10.0 | +40.0 ± 10.0 | slip | +20.0 ± 10.0 | > 1.00 | > 1.00 |" in text
+    assert "| declip | 100 | 2 | 50.0 ± 10.0 | +40.0 ± 10.0 | slip | +20.0 ± 10.0 | – | – |" in text
+
+
+def test_a_factor_comes_with_those_of_the_seeds(parts):
+    lines = [line("clip", n, seed, 0.001 * n) for n in (100, 200, 400) for seed in (0, 1)]
+    lines += [line("small", 100, 0, 0.1), line("small", 100, 1, 0.3)]
+    summary = parts["summary"].summarize(lines)
+    one = next(entry for entry in summary["best"]["zeroshot_top1"] if entry["row"] == "small")
+    assert one["factor_clip"] == ("=", pytest.approx(2.0))
+    assert one["factors_clip"] == [("=", pytest.approx(1.0)), ("=", pytest.approx(2 * 2**0.5))]
+    text = parts["summary"].table(summary | {"other_limits": {}})
+    assert "| 2.00 (1.00, 2.83) | 2.00 |" in text
+    assert "## All rows, 100 pairs" in parts["summary"].overview(summary)
 
 
 def test_runs_with_other_limits_have_a_table_of_their_own(parts):
@@ -111,9 +123,9 @@ def test_near_duplicates_differ_in_at_most_four_bits(parts):
     assert parts["corpus"].near_duplicates([(1 << 63) | 0b111, 0b11111], [1 << 63, 0b1]) == [True, True]
 
 
-def test_every_prefix_of_the_cells_is_a_table_and_the_reference_comes_first(parts):
-    found = list(parts["script"].cells_of(["slip", "clip"], [0.5, 0.125], [0, 1]))
-    of_seed_0 = [("clip", 0.5, 0), ("clip", 0.125, 0), ("slip", 0.5, 0), ("slip", 0.125, 0)]
+def test_all_rows_come_at_one_size_and_seed_before_the_next(parts):
+    found = list(parts["script"].cells_of(["slip", "clip"], [0.125, 0.5], [0, 1]))
+    of_seed_0 = [("slip", 0.5, 0), ("clip", 0.5, 0), ("slip", 0.125, 0), ("clip", 0.125, 0)]
     assert found == of_seed_0 + [(row, size, 1) for row, size, _ in of_seed_0]
 
 
@@ -158,10 +170,12 @@ def test_settings_of_equal_budget_win(parts, tmp_path):
         return {"row": row, "trial": number, "validation": validation, "settings": {"n": number}}
 
     lines = [trial("clip", 0, 0.1), trial("clip", 1, 0.3), trial("clip", 2, 0.9), trial("slip", 0, 0.2)]
-    parts["script"].write_tuned(tmp_path, [*lines, trial("slip", 1, 0.2)])
+    parts["script"].write_tuned(tmp_path, [*lines, trial("slip", 1, 0.2)], ["clip", "slip"])
+    parts["script"].write_tuned(tmp_path, [*lines, trial("rocket", 0, 0.1)], ["rocket"])  # clip and slip keep theirs
     found = json.loads((tmp_path / "tuned.json").read_text())
     assert found["clip"] == {"settings": {"n": 1}, "validation": 0.3, "num_trials": 2}
     assert found["slip"]["settings"] == {"n": 0}
+    assert found["rocket"]["num_trials"] == 1
 
 
 def test_a_run_keeps_its_best_model_and_the_best_in_the_time_of_another(parts):

@@ -26,7 +26,16 @@ def of_all_pairs(images, texts, scale, bias, **options):
 
 
 @pytest.mark.parametrize(
-    ("name", "views"), [("clip", (1, 1)), ("slip", (1, 1)), ("filip", (1, 1)), ("declip", (2, 2)), ("defilip", (2, 2))]
+    ("name", "views"),
+    [
+        ("clip", (1, 1)),
+        ("slip", (1, 1)),
+        ("filip", (1, 1)),
+        ("declip", (2, 2)),
+        ("defilip", (2, 2)),
+        ("rocket", (1, 1)),
+        ("aclip", (2, 1)),
+    ],
 )
 def test_every_method_contrasts_by_the_sigmoid_of_siglip(name, views):
     method, fields = build(name, weights=only(name, clip=1.0), **SIGMOID), draw()
@@ -42,6 +51,13 @@ def test_every_method_contrasts_by_the_sigmoid_of_siglip(name, views):
     torch.testing.assert_close(gradients["texts"].double(), texts.grad, rtol=1e-4, atol=1e-6)
     assert gradients["encoder.logit_bias"].item() == pytest.approx(bias.grad.item(), rel=1e-4)
     assert gradients["encoder.logit_scale"].item() == pytest.approx((scale * scale.grad).item(), rel=1e-4)
+
+
+def test_strong_views_of_rocket_are_always_contrasted_by_the_softmax():
+    methods = [build("rocket", weights=only("rocket", strong=1.0), **options) for options in ({}, SIGMOID)]
+    methods[1].load_state_dict(methods[0].state_dict(), strict=False)  # all but the bias
+    by_softmax, by_sigmoid = (score(method, draw())[0]["strong"] for method in methods)
+    torch.testing.assert_close(by_sigmoid, by_softmax)
 
 
 def test_neighbors_are_contrasted_by_the_sigmoid_too():
