@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from declip_cli.config import MethodConfig, RunConfig
-from declip_cli.config_files import flatten, to_plain
+from declip_cli.config_files import flatten, load_recipe, recipe_of_data, to_plain
 from declip_cli.data.dataset import Dataset
 from declip_cli.data.shards.dataset import BLOCK_BYTES
 from declip_cli.distributed import rank
@@ -133,7 +133,10 @@ def propose_recipe(asked: RunConfig, num_pairs: int) -> str | None:
     """Name the recipe for few pairs, to those who asked for no method and no setting of it."""
     if num_pairs not in SMALL_DATA or asked.method != MethodConfig() or asked.train.init:
         return None
-    return f"note: for {SMALL_DATA[0]:,} to {SMALL_DATA[-1]:,} pairs there is --recipe small (here are {num_pairs:,})"
+    return (
+        f"note: for {SMALL_DATA[0]:,} to {SMALL_DATA[-1]:,} pairs there is --recipe small (here are {num_pairs:,}); "
+        "it was measured with --arch vit-tiny32"
+    )
 
 
 def _begin(request: Request, run_dir: RunDir, held: ExitStack) -> tuple[Training, Tracker | None, list[str]]:
@@ -203,6 +206,13 @@ def _changes(before: ResolvedRun, run: ResolvedRun) -> list[str]:
     return [f"these settings differ from those the run was started with: {', '.join(changes)}"] if changes else []
 
 
+def _recipe_without(terms: list[str], config: RunConfig) -> str | None:
+    """Name the recipe that comes with the data if it switches these terms off."""
+    recipe = recipe_of_data(list(config.data.path))
+    weights = load_recipe(recipe)["method"].get("weights", {}) if recipe is not None else {}
+    return recipe if all(weights.get(term) == 0 for term in terms) else None
+
+
 def _describe(training: Training) -> Iterator[str]:
     config, stream, machine = training.config, training.stream, training.run.machine
     limit = f" or {config.train.time_limit_s:g} s" if config.train.time_limit_s else ""
@@ -215,7 +225,8 @@ def _describe(training: Training) -> Iterator[str]:
     )
     off = [name for name in training.method.default_weights if not training.method.is_active(name)]
     if off:
-        yield f"loss terms of {config.method.name} that are switched off (method.weights): {', '.join(off)}"
+        why = "" if (recipe := _recipe_without(off, config)) is None else f"; recipe {recipe} says why"
+        yield f"loss terms of {config.method.name} that are switched off (method.weights): {', '.join(off)}{why}"
     if machine.device == "cuda" or config.train.compile is True:
         yield training.compilation.reason
     if config.data.order == "blocks" and training.run.data.is_counted:
