@@ -209,7 +209,7 @@ def _changes(before: ResolvedRun, run: ResolvedRun) -> list[str]:
 def _recipe_without(terms: list[str], config: RunConfig) -> str | None:
     """Name the recipe that comes with the data if it switches these terms off."""
     recipe = recipe_of_data(list(config.data.path))
-    weights = load_recipe(recipe)["method"].get("weights", {}) if recipe is not None else {}
+    weights = load_recipe(recipe).get("method", {}).get("weights", {}) if recipe is not None else {}
     return recipe if all(weights.get(term) == 0 for term in terms) else None
 
 
