@@ -50,8 +50,8 @@ $run --tune clip slip rocket declip small --trials 5 --tune-size 0.25 --max-step
 run="$run --further another_vendor.tar --max-steps 600 --eval-every 60 --patience 3"
 $run --rows clip slip small rocket declip                      # goes on where it stopped
 $run --rows clip+simsiam clip+simsiam+mlm clip+simsiam+mlm+views --sizes 0.25   # the paper's ablation
-$run --rows clip-plain clip+words clip+sigmoid clip+positives declip+simclr aclip --sizes 0.25
-$run --rows clip small --sizes 0.125 --max-steps 1200          # longer, with the fewest pairs
+$run --rows clip-plain clip+words clip+sigmoid clip+positives declip+simclr aclip --sizes 0.25 --seeds 0 2
+$run --rows clip small --sizes 0.125 --seeds 0 1 --max-steps 1200               # longer, with the fewest pairs
 $run --summary --page docs/what-it-saves.md
 ```
 
