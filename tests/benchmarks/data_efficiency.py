@@ -127,8 +127,8 @@ def tune(corpus: Corpus, options: argparse.Namespace, limits: Limits) -> None:
         for job, found in run_all(pool, trials(corpus, options, limits, read_lines(path)), options):
             append_line(path, job.key | found)
             print(json.dumps(job.key | found), flush=True)
-            found = [line for line in read_lines(path) if line["size"] == options.tune_size]
-            write_tuned(options.work, found, options.tune)
+            of_size = [line for line in read_lines(path) if line["size"] == options.tune_size]
+            write_tuned(options.work, of_size, options.tune)
 
 
 def write_tuned(work: Path, lines: Sequence[dict[str, Any]], tuned: Sequence[str]) -> None:

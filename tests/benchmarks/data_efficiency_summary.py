@@ -21,7 +21,8 @@ SCORES = {
     "further_text_to_image_r10": "text→image R@10 on images of a further vendor",
     "further_zeroshot_top1": "zero-shot top-1 on images of a further vendor",
 }
-_ABLATION_SCORES = ("zeroshot_top1", "text_to_image_r10", "further_text_to_image_r10")
+_SHORT_SCORES = ("text_to_image_r10", "further_text_to_image_r10")
+"""Of the tables that show one score for each set of images."""
 _ORDER = list(ROWS)
 _KINDS = {"best": "Best against best", "equal_time": f"Within the time that {REFERENCE} took"}
 _PAGE = """# What it saves
@@ -227,7 +228,7 @@ def table(summary: Mapping[str, Any]) -> str:
 
 def _all_rows(title: str, summary: Mapping[str, Any], pairs: int) -> str:
     """Compare all rows at one size, those that were run at no other size, too."""
-    scores = [score for score in ("text_to_image_r10", "further_text_to_image_r10") if summary["best"][score]]
+    scores = [score for score in _SHORT_SCORES if summary["best"][score]]
     columns = " | ".join(f"{SCORES[score]} | − clip | best rival | − rival" for score in scores)
     lines = [f"## {title}, {pairs} pairs: best against best", ""]
     lines += [f"| row | seeds | {columns} | seconds | not stopped |", f"|{'---|' * (4 * len(scores) + 4)}"]
@@ -247,7 +248,7 @@ def _ablation(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Say what each further supervision of the paper brings, for the pairs with which all of them were run."""
     ran = [{line["pairs"] for line in lines if line["row"] == row} for row in ABLATION]
     entries = []
-    for pairs, score in itertools.product(sorted(set.intersection(*ran)), _ABLATION_SCORES):
+    for pairs, score in itertools.product(sorted(set.intersection(*ran)), ("zeroshot_top1", *_SHORT_SCORES)):
         before: dict[int, float] = {}
         for row in ABLATION:
             found = _by_seed(lines, "best", row, pairs, score)
@@ -274,7 +275,7 @@ def _ablation_table(entries: Sequence[Mapping[str, Any]]) -> str:
 def overview(summary: Mapping[str, Any]) -> str:
     """Write in Markdown what each row reached with how many pairs, best against best, on both sets of images."""
     parts = []
-    for score in ("text_to_image_r10", "further_text_to_image_r10"):
+    for score in _SHORT_SCORES:
         means = {(one["row"], one["pairs"]): _points(one["mean"], one["error"]) for one in summary["best"][score]}
         if not means:
             continue
